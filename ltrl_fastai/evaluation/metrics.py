@@ -35,7 +35,7 @@ def group_accuracy(hits:Tensor, totals:Tensor, # See `class_hits`
                   ) -> float|None:
     "Mean accuracy of the classes in `mask` that have samples, from 0 to 1; None if there are none."
     mask = mask & (totals>0)
-    return (hits[mask]/totals[mask]).mean().item() if mask.any() else None
+    return (hits[mask].double()/totals[mask]).mean().item() if mask.any() else None
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #645f22f4
 class ShotAccuracy(Metric):

@@ -40,7 +40,8 @@ def long_tailed(train:tuple, # uint8 images `(N, C, H, W)` and class indices `(N
     n_max = n_max or int(torch.bincount(y, minlength=c).min())
     idx = long_tail_indices(y, imbalanced_counts(n_max, c, imbalance_factor, profile), data_seed)
     rest = np.setdiff1d(np.arange(len(y)), idx)
-    if not len(rest): raise ValueError(f"n_max: the long-tailed training set takes all {len(y)} images, and none is left for validation. Take fewer: n_max={max(1, n_max-n_valid)}.")
+    if not len(rest): raise ValueError(f"n_max: the long-tailed training set takes all {len(y)} images, and none is left for validation. "
+        f"Take fewer: n_max={max(1, n_max-n_valid)}.")
     left = np.bincount(y[rest], minlength=c)
     val = rest[long_tail_indices(y[rest], np.minimum(left, n_valid).tolist(), data_seed)]
     ds = [ImageTensors(x[o], y[o], vocab) for o in (idx, val)] + [ImageTensors(*test, vocab)]
@@ -71,8 +72,10 @@ _cifar = {10: dict(url=URLs.CIFAR, folder='cifar-10-batches-py', cls='CIFAR10', 
           100: dict(url=URLs.CIFAR_100, folder='cifar-100-python', cls='CIFAR100', name='CIFAR-100', full=(50000,10000))}
 
 def _not_found(path, spec):
-    return FileNotFoundError(f"{spec['name']} was not found at {path}. Expected there: a folder `{spec['folder']}` (as torchvision has it), or folders `train` and `test` with one folder of images per class (as fastai has it). "
-        f"To get it, with a network: `from fastai.data.external import untar_data, URLs; untar_data(URLs.{'CIFAR' if spec['cls']=='CIFAR10' else 'CIFAR_100'})`, or `torchvision.datasets.{spec['cls']}('data', download=True)` and then this path as `--data data`.")
+    return FileNotFoundError(f"{spec['name']} was not found at {path}. Expected there: a folder `{spec['folder']}` (as torchvision has it), "
+        "or folders `train` and `test` with one folder of images per class (as fastai has it). To get it, with a network: "
+        f"`from fastai.data.external import untar_data, URLs; untar_data(URLs.{'CIFAR' if spec['cls']=='CIFAR10' else 'CIFAR_100'})`, "
+        f"or `torchvision.datasets.{spec['cls']}('data', download=True)` and then `--data data` (in Python, `path='data'`).")
 
 def _read_image(f):
     with PIL.Image.open(f) as im: return np.array(im.convert('RGB'))
@@ -87,7 +90,8 @@ def _folder_tensors(path:Path) -> tuple: # images, targets, vocab
         kept = torch.load(cache, weights_only=True)
         if kept['listing']==listing: return kept['x'],kept['y'],vocab
     with concurrent.futures.ThreadPoolExecutor() as ex: x = list(ex.map(_read_image, files))
-    if len({o.shape for o in x})>1: raise ValueError(f"{path}: expected images of one size, got {sorted({o.shape for o in x})[:3]}. Resize them first, or use a fastai DataBlock.")
+    if len({o.shape for o in x})>1: raise ValueError(
+        f"{path}: expected images of one size, got {sorted({o.shape for o in x})[:3]}. Resize them first, or use a fastai DataBlock.")
     x = torch.from_numpy(np.stack(x)).permute(0,3,1,2).contiguous()
     y = torch.tensor([vocab.index(f.parent.name) for f in files])
     if os.access(cache.parent, os.W_OK):
@@ -115,7 +119,8 @@ def load_cifar(n_classes:int=100, # 10 or 100
     if not ((path/'train').is_dir() and (path/'test').is_dir()): raise _not_found(path, spec)
     *train,vocab = _folder_tensors(path/'train')
     *test,tvocab = _folder_tensors(path/'test')
-    if len(vocab)!=n_classes or tvocab!=vocab: raise ValueError(f"{path}: expected the {n_classes} classes of {spec['name']} in `train` and in `test`, got {len(vocab)} and {len(tvocab)}.")
+    if len(vocab)!=n_classes or tvocab!=vocab: raise ValueError(
+        f"{path}: expected the {n_classes} classes of {spec['name']} in `train` and in `test`, got {len(vocab)} and {len(tvocab)}.")
     return tuple(train),tuple(test),vocab
 
 def fastai_path(url:str) -> Path:

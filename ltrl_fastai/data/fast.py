@@ -45,14 +45,17 @@ class ImageTensors:
             o = torch.as_tensor(np.array(o)) if not isinstance(o, Tensor) else o
             return o[None] if o.ndim==2 else o.permute(2,0,1) if o.shape[0]!=self.images.shape[1] and o.shape[-1]==self.images.shape[1] else o
         return ImageTensors(torch.stack([_one(o).as_subclass(Tensor) for o in items]), vocab=self.vocab, split_idx=1)
-    def new_empty(self): return ImageTensors(self.images[:0].clone(), None if self.targets is None else self.targets[:0].clone(), self.vocab, self.split_idx) # a view would keep them all
+    def new_empty(self):
+        y = None if self.targets is None else self.targets[:0].clone()
+        return ImageTensors(self.images[:0].clone(), y, self.vocab, self.split_idx) # a view would keep all images
     def decode(self, o, full=True): return o[0],*(TitledStr(self.vocab[int(y)]) for y in o[1:])
 
 class TensorDL(TfmdDL):
     "Batches of `ImageTensors`, by one indexing each; transforms are for batches (`after_batch`)."
     def __init__(self, dataset, bs:int=128, num_workers:int=0, **kwargs):
         if not hasattr(dataset, 'batch'): raise TypeError(f"dataset: expected ImageTensors, got {type(dataset).__name__}.")
-        if L(getattr(kwargs.get('after_item'), 'fs', kwargs.get('after_item'))): raise ValueError("after_item: this loader has no single items to transform. Use batch transforms, or a fastai TfmdDL.")
+        if L(getattr(kwargs.get('after_item'), 'fs', kwargs.get('after_item'))): raise ValueError(
+            "after_item: this loader has no single items to transform. Use batch transforms, or a fastai TfmdDL.")
         super().__init__(dataset, bs=bs, num_workers=num_workers, **kwargs)
     def create_batches(self, samps): yield from map(self.dataset.batch, chunked(samps, self.bs, self.drop_last))
     def new(self, dataset=None, cls=None, **kwargs):

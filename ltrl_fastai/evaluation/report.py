@@ -25,7 +25,8 @@ class ShotReport:
     ):
         store_attr('hits,totals,label,many,few')
         self.counts,self.vocab = torch.as_tensor(class_counts),[str(o) for o in (vocab if vocab is not None else range(len(class_counts)))]
-        if not len(hits)==len(totals)==len(self.counts)==len(self.vocab): raise ValueError(f"expected as many hits, totals, counts and names as there are classes, got {len(hits)}, {len(totals)}, {len(self.counts)}, {len(self.vocab)}.")
+        sizes = [len(o) for o in (hits, totals, self.counts, self.vocab)]
+        if len(set(sizes))>1: raise ValueError(f"expected as many hits, totals, counts and names as there are classes, got {sizes}.")
 
     @classmethod
     def from_preds(cls, preds, targets, class_counts, **kwargs):

@@ -8,7 +8,7 @@ __all__ = ['app', 'fail', 'train', 'main']
 # %% ../../nbs/experiments/01_cli.ipynb #8e3d40f7
 import typer, json, warnings
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 # %% ../../nbs/experiments/01_cli.ipynb #2e58f64d
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -22,28 +22,29 @@ def fail(e):
     typer.echo(f"Error: {e.args[0] if e.args else e}", err=True)
     raise typer.Exit(2)
 
-_what = "What to train"; _rl = "Reflective Learning"; _how = "How to train"; _where = "Input and output"
+def _opt(panel, help, *names): return typer.Option(*names, help=help, rich_help_panel=panel)
+_what,_rl,_how,_where = "What to train","Reflective Learning","How to train","Input and output"
 
 @app.command()
 def train(
-    dataset: Annotated[str, typer.Option(help="digits-lt (installed, nothing is downloaded), cifar10-lt or cifar100-lt.", rich_help_panel=_what)] = 'digits-lt',
-    imbalance_factor: Annotated[Optional[float], typer.Option(help="Images of the largest class over those of the smallest; 1 is balanced. Default: 20 for digits, 100 for CIFAR.", rich_help_panel=_what)] = None,
-    method: Annotated[str, typer.Option(help="The loss: softmax (cross-entropy) or bsce (Balanced Softmax).", rich_help_panel=_what)] = 'bsce',
-    net: Annotated[Optional[str], typer.Option(help="resnet8, resnet20, resnet32, ... (for CIFAR), or a torchvision classifier. Default: resnet8 for digits, resnet32 for CIFAR.", rich_help_panel=_what)] = None,
-    rl: Annotated[Optional[bool], typer.Option('--rl/--no-rl', help="Train with Reflective Learning, or without. Default: both, on the same seed, and compare.", rich_help_panel=_rl)] = None,
-    kr: Annotated[bool, typer.Option('--kr/--no-kr', help="Knowledge Review: stay close to last epoch's right predictions.", rich_help_panel=_rl)] = True,
-    ks: Annotated[bool, typer.Option('--ks/--no-ks', help="Knowledge Summary: soften labels by class similarity.", rich_help_panel=_rl)] = True,
-    kc: Annotated[bool, typer.Option('--kc/--no-kc', help="Knowledge Correction: project away conflicting gradients. Costs a second backward pass.", rich_help_panel=_rl)] = True,
-    preset: Annotated[str, typer.Option(help="default (ours), paper (as on the slides) or published (as the released code).", rich_help_panel=_rl)] = 'default',
-    epochs: Annotated[Optional[int], typer.Option(help="Default: 30.", rich_help_panel=_how)] = None,
-    lr: Annotated[Optional[float], typer.Option(help="Largest learning rate of the one-cycle schedule. Default: 0.05 for digits, 0.2 for CIFAR.", rich_help_panel=_how)] = None,
-    bs: Annotated[Optional[int], typer.Option(help="Batch size. Default: 32 for digits, 128 for CIFAR.", rich_help_panel=_how)] = None,
-    policy: Annotated[Optional[str], typer.Option(help="More augmentation: randaugment or autoaugment.", rich_help_panel=_how)] = None,
-    seed: Annotated[int, typer.Option(help="Of weights, batches and augmentation. The same seed gives the same numbers on the same machine.", rich_help_panel=_how)] = 0,
-    data_seed: Annotated[int, typer.Option(help="Of the choice of training images.", rich_help_panel=_how)] = 0,
-    data: Annotated[Optional[Path], typer.Option(help="Where the data set is. Default: where fastai keeps it.", rich_help_panel=_where)] = None,
-    out: Annotated[Optional[Path], typer.Option(help="Folder for result.json and per_class.png. Default: ltrl-runs/ and a name made of the settings.", rich_help_panel=_where)] = None,
-    force: Annotated[bool, typer.Option('--force', help="Replace the result of other settings in the output folder.", rich_help_panel=_where)] = False,
+    dataset:Annotated[str, _opt(_what, "digits-lt (installed, nothing is downloaded), cifar10-lt or cifar100-lt.")]='digits-lt',
+    imbalance_factor:Annotated[float|None, _opt(_what, "Images of the largest class over those of the smallest; 1 is balanced. Default: 20 for digits, 100 for CIFAR.")]=None,
+    method:Annotated[str, _opt(_what, "The loss: softmax (cross-entropy) or bsce (Balanced Softmax).")]='bsce',
+    net:Annotated[str|None, _opt(_what, "resnet8, resnet20, resnet32, ... (for CIFAR), or a torchvision classifier. Default: resnet8 for digits, resnet32 for CIFAR.")]=None,
+    rl:Annotated[bool|None, _opt(_rl, "Train with Reflective Learning, or without. Default: both, on the same seed, and compare.", '--rl/--no-rl')]=None,
+    kr:Annotated[bool, _opt(_rl, "Knowledge Review: stay close to last epoch's right predictions.", '--kr/--no-kr')]=True,
+    ks:Annotated[bool, _opt(_rl, "Knowledge Summary: soften labels by class similarity.", '--ks/--no-ks')]=True,
+    kc:Annotated[bool, _opt(_rl, "Knowledge Correction: project away conflicting gradients. Costs a second backward pass.", '--kc/--no-kc')]=True,
+    preset:Annotated[str, _opt(_rl, "default (ours), paper (as on the slides) or published (as the released code).")]='default',
+    epochs:Annotated[int|None, _opt(_how, "Default: 30.")]=None,
+    lr:Annotated[float|None, _opt(_how, "Largest learning rate of the one-cycle schedule. Default: 0.05 for digits, 0.2 for CIFAR.")]=None,
+    bs:Annotated[int|None, _opt(_how, "Batch size. Default: 32 for digits, 128 for CIFAR.")]=None,
+    policy:Annotated[str|None, _opt(_how, "More augmentation: randaugment or autoaugment.")]=None,
+    seed:Annotated[int, _opt(_how, "Of weights, batches and augmentation. The same seed gives the same numbers on the same machine.")]=0,
+    data_seed:Annotated[int, _opt(_how, "Of the choice of training images.")]=0,
+    data:Annotated[Path|None, _opt(_where, "Where the data set is. Default: where fastai keeps it.")]=None,
+    out:Annotated[Path|None, _opt(_where, "Folder for result.json and per_class.png. Default: ltrl-runs/ and a name made of the settings.")]=None,
+    force:Annotated[bool, _opt(_where, "Replace the result of other settings in the output folder.", '--force')]=False,
 ):
     """Train on long-tailed data and report Many, Medium, Few and All accuracy.
 
@@ -58,8 +59,10 @@ def train(
     from ltrl_fastai.experiments.training import RunSettings, train_run, write_json, label_of
     import matplotlib; matplotlib.use('Agg')
     from ltrl_fastai.reflective.learning import ReflectiveLearning
-    if rl is False and not (kr and ks and kc and preset=='default'): fail(ValueError("--no-rl trains without Reflective Learning, so its parts and preset can't be chosen. Leave out --no-rl."))
-    common = dict(dataset=dataset, imbalance_factor=imbalance_factor, method=method, net=net, epochs=epochs, lr=lr, bs=bs, policy=policy, seed=seed, data_seed=data_seed, data=str(data) if data else None)
+    if rl is False and not (kr and ks and kc and preset=='default'): fail(ValueError(
+        "--no-rl trains without Reflective Learning, so its parts and preset can't be chosen. Leave out --no-rl."))
+    common = dict(dataset=dataset, imbalance_factor=imbalance_factor, method=method, net=net, epochs=epochs, lr=lr, bs=bs, policy=policy,
+                  seed=seed, data_seed=data_seed, data=str(data) if data else None)
     refl = dict(kr=kr, ks=ks, kc=kc, preset=preset)
     runs = ([None] if rl is False else []) + ([refl] if rl is not False else []) + ([None] if rl is None else [])
     try:
@@ -88,7 +91,9 @@ def train(
     if rest: typer.echo("One seed decides little: repeat with --seed 1, --seed 2 ... before you believe a gain.")
     typer.echo(f"\nWritten: {out/'result.json'}, {out/'per_class.png'}\n{_next(s, rl)}")
 
-def _name(s, both): return f"{s.dataset}-if{s.imbalance_factor:g}-{s.method}{'' if s.reflective is None else '-rl'}{'-and-without' if both else ''}-{s.epochs}ep-seed{s.seed}"
+def _name(s, both):
+    rl = '' if s.reflective is None else '-rl-and-without' if both else '-rl'
+    return f"{s.dataset}-if{s.imbalance_factor:g}-{s.method}{rl}-{s.epochs}ep-seed{s.seed}"
 
 def _identity(todo) -> list:
     "What decides the numbers of these runs, as JSON would give it back"
@@ -105,8 +110,10 @@ def _check_out(out, settings, force):
     if kept!=settings: raise ValueError(f"--out: {old} holds the result of other settings. Choose another folder, or add --force to replace it.")
 
 def _next(s, rl):
-    if s.dataset=='digits-lt': return "Next: `ltrl train --dataset cifar100-lt --epochs 30` for real photographs, or `ltrl train --help`; in Python, `learn.add_cbs(ReflectiveLearning())`."
-    return f"Next: {'the other side of the comparison, `--no-rl`' if rl else 'the same with `--rl`' if rl is False else 'another seed'}; or one part at a time: `--no-kr`, `--no-ks`, `--no-kc`."
+    if s.dataset=='digits-lt': return ("Next: `ltrl train --dataset cifar100-lt --epochs 30` for real photographs, or `ltrl train --help`; "
+        "in Python, `learn.add_cbs(ReflectiveLearning())`.")
+    other = 'the other side of the comparison, `--no-rl`' if rl else 'the same with `--rl`' if rl is False else 'another seed'
+    return f"Next: {other}; or one part at a time: `--no-kr`, `--no-ks`, `--no-kc`."
 
 def main():
     "Entry point of the `ltrl` command."

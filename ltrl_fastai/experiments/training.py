@@ -9,6 +9,7 @@ __all__ = ['datasets', 'methods', 'RunSettings', 'versions', 'command', 'write_j
 # %% ../../nbs/experiments/00_training.ipynb #c0ea3bfe
 from fastai.vision.all import *
 import contextlib, dataclasses, importlib.metadata, math, platform, shlex
+from ..data.imbalance import check_imbalance_factor
 from ..data.benchmarks import digits_lt, cifar10_lt, cifar100_lt
 from ..methods.losses import BalancedSoftmaxLoss
 from ..methods.nets import create_net
@@ -58,7 +59,7 @@ class RunSettings:
         _one_of('method', self.method, methods)
         for k,v in spec['defaults'].items():
             if getattr(self, k) is None: setattr(self, k, v)
-        if self.imbalance_factor<1: raise ValueError(f"imbalance_factor: expected 1 (balanced) or more, the ratio of largest to smallest class, got {self.imbalance_factor:g}.")
+        check_imbalance_factor(self.imbalance_factor)
         for k in ('epochs','bs'):
             if getattr(self, k)<1: raise ValueError(f"{k}: expected at least 1, got {getattr(self, k)}.")
         if not self.lr>0: raise ValueError(f"lr: expected a learning rate above 0, got {self.lr}.")
@@ -128,14 +129,17 @@ def train_run(settings:RunSettings, # What to train
         elif not sys.stdout.isatty(): stack.enter_context(learn.no_bar()); learn.logger = partial(_log_row, learn)
         learn.fit_one_cycle(settings.epochs, settings.lr, pct_start=min(.25, 5/settings.epochs))
     hist = history(learn)
-    if hist[-1]['train_loss'] is None: raise FloatingPointError(f"The training loss is no number any more in epoch {first(h['epoch'] for h in hist if h['train_loss'] is None)}: training has diverged. Lower the learning rate (lr={settings.lr}).")
+    if hist[-1]['train_loss'] is None:
+        when = first(h['epoch'] for h in hist if h['train_loss'] is None)
+        raise FloatingPointError(f"The training loss is no number any more in epoch {when}: training has diverged. Lower the learning rate (lr={settings.lr}).")
     report = ShotReport.from_learner(learn, dl=learn.dls.test, label=label_of(settings))
-    train = ShotReport.from_learner(learn, dl=learn.dls.train.new(shuffle=False, after_batch=learn.dls.valid.after_batch, dataset=eval_view(learn.dls.train_ds)))
+    train = ShotReport.from_learner(learn, dl=learn.dls.valid.new(eval_view(learn.dls.train_ds)))
     rl = first(learn._grab_cbs(ReflectiveLearning))
     res = dict(dataset=settings.dataset, imbalance_factor=settings.imbalance_factor, method=settings.method,
         reflective=None if rl is None else dict(preset=rl.preset, **rl.config), seed=settings.seed, epochs=settings.epochs,
         accuracy={k: _plain(v) for k,v in report.accuracy.items()}, train_accuracy=_plain(100*train.hits.sum().item()/train.totals.sum().item()),
-        per_class=[_plain(v) for v in report.per_class], class_counts=report.counts.tolist(), history=hist, seconds=round(time.time()-start, 1), versions=versions(), command=command(),
+        per_class=[_plain(v) for v in report.per_class], class_counts=report.counts.tolist(), history=hist,
+        seconds=round(time.time()-start, 1), versions=versions(), command=command(),
         settings={k: v for k,v in dataclasses.asdict(settings).items() if k not in ('reflective','data')})
     return res,report
 

@@ -9,7 +9,8 @@ __all__ = ['find_head', 'HeadInput']
 from fastai.basics import *
 
 # %% ../../nbs/reflective/04_features.ipynb #c92deb5a
-_no_head = "Knowledge Summary takes the input of the classifier head as the feature of a sample, and {what}. Name the head: `KnowledgeSummary(head='classifier.1')`, {names}, or do without: `ReflectiveLearning(ks=False)`."
+_no_head = ("Knowledge Summary takes the input of the classifier head as the feature of a sample, and {what}. "
+    "Name the head: `KnowledgeSummary(head='classifier.1')`, {names}, or do without: `ReflectiveLearning(ks=False)`.")
 
 def _fail_head(what, model):
     names = [n for n,m in model.named_modules() if hasattr(m, 'out_features')][-5:]

@@ -33,7 +33,8 @@ def check_targets(targets:Tensor, # Class indices
 def check_logits(logits:Tensor, n:int, n_classes:int=None, name:str='logits'):
     "Check that `logits` is `(n, n_classes)` and floating point; raises `ValueError` that says what is wrong."
     want = f"({n}, {n_classes or 'classes'})"
-    if not isinstance(logits, Tensor): raise ValueError(f"{name}: expected a tensor {want}, got {type(logits).__name__}. A model with several outputs needs a callback that picks the logits in `after_pred`.")
+    if not isinstance(logits, Tensor): raise ValueError(f"{name}: expected a tensor {want}, got {type(logits).__name__}. "
+        "A model with several outputs needs a callback that picks the logits in `after_pred`.")
     if logits.ndim!=2 or len(logits)!=n or (n_classes and logits.shape[1]!=n_classes) or not logits.is_floating_point(): raise ValueError(
         f"{name}: expected floating point {want}, one row per target, got {tuple(logits.shape)} of {logits.dtype}.")
 

@@ -25,7 +25,9 @@ class TeacherMemory:
         self.visited = np.zeros(n, dtype=bool)
 
     def __len__(self): return len(self.logits)
-    def __repr__(self): return f"TeacherMemory: {self.visited.sum()} of {len(self)} samples visited, {self.logits.shape[1]} classes, {self.logits.nbytes/2**20:.1f} MiB of {self.logits.dtype}"
+    def __repr__(self):
+        size = f"{self.logits.nbytes/2**20:.1f} MiB of {self.logits.dtype}"
+        return f"TeacherMemory: {self.visited.sum()} of {len(self)} samples visited, {self.logits.shape[1]} classes, {size}"
 
     def any_visited(self, ids:list # Dataset ids, on the host
                    ) -> bool:

@@ -8,7 +8,6 @@ __all__ = ['Companion', 'LossTerms']
 # %% ../../nbs/reflective/03_terms.ipynb #b95c050d
 import inspect
 from fastai.basics import *
-from fastai.callback.training import GradientAccumulation
 from .functional import check_logits, check_targets
 
 # %% ../../nbs/reflective/03_terms.ipynb #b71eb09d
@@ -130,7 +129,8 @@ class LossTerms(Callback):
     def batch(self) -> tuple[Tensor, Tensor]: # logits `(B, C)`, targets `(B,)` int64
         "The logits and the class indices of the batch in hand, checked; tabular targets `(B, 1)` are flattened, as fastai's losses do."
         logits,y = self.learn.pred,self.learn.y
-        if not isinstance(y, Tensor): raise ValueError(f"targets: expected one tensor of class indices, got {type(y).__name__} of {len(y)}. Reflective Learning is for single-label classification.")
+        if not isinstance(y, Tensor): raise ValueError(f"targets: expected one tensor of class indices, got {type(y).__name__} of {len(y)}. "
+            "Reflective Learning is for single-label classification.")
         if y.ndim==2 and y.shape[1]==1: y = y[:,0]
         check_logits(logits, len(y))
         return logits,check_targets(y, logits.shape[1])

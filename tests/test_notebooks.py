@@ -1,0 +1,60 @@
+"Every notebook runs; what it exports is in the package; it is clean; the code is linted."
+import filecmp
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+root = Path(__file__).parent.parent
+notebooks = sorted(root.glob('nbs/**/*.ipynb'))
+tool = lambda name: str(Path(sys.executable).parent/name)
+
+
+def copied(tmp_path):
+    "A copy of what the tools read, so that they can't touch the checkout"
+    for o in ('nbs', 'ltrl_fastai'): shutil.copytree(root/o, tmp_path/o, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    for o in ('pyproject.toml', 'settings.ini', 'setup.py'): shutil.copy(root/o, tmp_path/o)
+    return tmp_path
+
+
+def changed(a, b, pattern):
+    "Files that differ between two folders, or are in one of them only"
+    files = {p.relative_to(o) for o in (a, b) for p in o.rglob(pattern) if '__pycache__' not in p.parts and '.ipynb_checkpoints' not in p.parts}
+    return sorted(str(f) for f in files if not ((a/f).exists() and (b/f).exists() and filecmp.cmp(a/f, b/f, shallow=False)))
+
+
+@pytest.mark.parametrize('nb', notebooks, ids=lambda o: str(o.relative_to(root/'nbs')))
+def test_notebook(nb):
+    from nbdev.test import test_nb as run
+    old, sigint = os.getcwd(), __import__('signal').getsignal(__import__('signal').SIGINT)
+    try: ok, _ = run(nb, skip_flags=['notest'], basepath=root)
+    finally:
+        os.chdir(old)
+        __import__('signal').signal(__import__('signal').SIGINT, sigint)
+    assert ok, f'{nb.relative_to(root)} failed: its traceback is in the captured standard error'
+
+
+def test_export_is_fresh(tmp_path):
+    there = copied(tmp_path)
+    subprocess.run([tool('nbdev-export')], cwd=there, check=True, capture_output=True)
+    assert not changed(root/'ltrl_fastai', there/'ltrl_fastai', '*.py'), 'run nbdev-export and commit what it changes'
+
+
+def test_notebooks_are_clean(tmp_path):
+    there = copied(tmp_path)
+    subprocess.run([tool('nbdev-clean')], cwd=there, check=True, capture_output=True)
+    assert not changed(root/'nbs', there/'nbs', '*.ipynb'), 'run nbdev-clean and commit what it changes'
+
+
+def test_no_traces_of_a_machine_in_outputs():
+    for nb in notebooks:
+        text = nb.read_text()
+        assert str(root) not in text and str(Path.home()) not in text and 'site-packages' not in text, nb.name
+
+
+def test_lint():
+    r = subprocess.run([tool('ruff'), 'check', '.'], cwd=root, capture_output=True, text=True)
+    assert r.returncode == 0, r.stdout + r.stderr

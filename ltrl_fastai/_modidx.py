@@ -361,6 +361,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'ltrl_fastai/reflective/terms.py'),
                                               'ltrl_fastai.reflective.terms.LossTerms': ( 'reflective/terms.html#lossterms',
                                                                                           'ltrl_fastai/reflective/terms.py'),
+                                              'ltrl_fastai.reflective.terms.LossTerms._check_scalar': ( 'reflective/terms.html#lossterms._check_scalar',
+                                                                                                        'ltrl_fastai/reflective/terms.py'),
                                               'ltrl_fastai.reflective.terms.LossTerms.add': ( 'reflective/terms.html#lossterms.add',
                                                                                               'ltrl_fastai/reflective/terms.py'),
                                               'ltrl_fastai.reflective.terms.LossTerms.after_backward': ( 'reflective/terms.html#lossterms.after_backward',

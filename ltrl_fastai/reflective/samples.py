@@ -33,24 +33,24 @@ def epoch_ids(dl # A `DataLoader` that is being iterated
 # %% ../../nbs/reflective/01_samples.ipynb #1f2823f4
 class SampleIds(Callback):
     "Tells the dataset ids of the training batch in hand as `learn.sample_ids.ids` (int64, on the batch's device) and `.host_ids` (list)."
-    order,run_valid,_stateattrs = -3,False,('ids','host_ids','_epoch','_order','_pos')
+    order,run_valid,_stateattrs = -3,False,('ids','host_ids','_epoch','_order')
     ids = host_ids = _epoch = _order = None
-    def before_train(self): self.n_items,self._pos,self._epoch = check_loader(self.learn.dl),0,None
+    def before_train(self): self.n_items,self._epoch,self._order = check_loader(self.learn.dl),None,None
     def before_batch(self):
         if self._epoch is None: # of each process its own; drawn by now, since a batch is here
             self._order = epoch_ids(self.learn.dl)
             self._epoch = tensor(self._order, dtype=torch.long).to(find_device(self.xb))
         bs = find_bs(self.yb if len(self.yb) else self.xb)
-        want = slice(self._pos, self._pos+self.learn.dl.bs)
-        self.ids,self.host_ids,self._pos = self._epoch[want],self._order[want],want.stop
+        want = slice(self.iter*self.learn.dl.bs, (self.iter+1)*self.learn.dl.bs)
+        self.ids,self.host_ids = self._epoch[want],self._order[want]
         if len(self.host_ids)!=bs: raise ValueError(f"Batch {self.iter} of epoch {self.epoch} has {bs} items where its loader drew {len(self.host_ids)}. {_skipped}")
 
     def after_cancel_train(self): self._order = None
     def after_train(self):
-        met,drawn = self._pos,len(self._order or [])
-        if self._order and self.learn.dl.drop_last: drawn -= drawn%self.learn.dl.bs
+        n,bs = len(self._order or []),self.learn.dl.bs
+        batches = n//bs if self.learn.dl.drop_last else -(-n//bs)
         self.ids = self.host_ids = self._epoch = None
-        if self._order and met<drawn: raise ValueError(f"Epoch {self.epoch} met {met} items where its loader drew {drawn}. {_skipped}")
+        if self._order and self.iter+1<batches: raise ValueError(f"Epoch {self.epoch} met {self.iter+1} batches where its loader drew {batches}. {_skipped}")
 
 _skipped = ("A transform that raises SkipItemException, or a collate function that changes the number of items, breaks the alignment "
     "of samples and predictions: drop such items from the dataset before training, or use `ReflectiveLearning(kr=False)`.")

@@ -77,9 +77,8 @@ class LossTerms(Callback):
         correct:bool=True # May Knowledge Correction project its gradient? If not, it counts as part of the main loss
     ):
         "Add `loss` to the loss of the batch in hand. Call it in `after_loss`, with an `order` below that of `GradientAccumulation`."
+        self._check_scalar()
         main = self.learn.loss_grad
-        if main.ndim: raise ValueError(f"The loss {self.fit_loss} gives {tuple(main.shape)} values for a batch, where a scalar was expected, "
-            f"to which the {name} loss could be added. Construct it with reduction='mean'.")
         if not self.terms: self.log('base_loss', main)
         self.learn.loss_grad = main + loss
         self.learn.loss = self.learn.loss_grad.clone()
@@ -97,8 +96,13 @@ class LossTerms(Callback):
         "Mean of each logged value over the epoch so far; `None` for a column that nothing was logged for."
         return {k: (self.sums[k]/self.counts[k]).item() if self.counts.get(k) else None for k in dict.fromkeys([*self.columns, *self.sums])}
 
+    def _check_scalar(self):
+        if self.learn.loss_grad.ndim: raise ValueError(f"The loss {self.fit_loss} gives values of shape {tuple(self.learn.loss_grad.shape)} for a batch, "
+            "where a scalar was expected. Construct it with reduction='mean'.")
+
     def after_loss(self):
-        if not self.terms: self.log('base_loss', self.learn.loss.mean())
+        self._check_scalar()
+        if not self.terms: self.log('base_loss', self.learn.loss)
 
     # The gradient of the terms, by itself
     @property

@@ -1,0 +1,115 @@
+"`ltrl train` as a user has it: a process, its files, its numbers, its errors."
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ltrl = str(Path(sys.executable).parent/'ltrl')
+env = {**os.environ, 'MPLBACKEND': 'Agg', 'COLUMNS': '200'}
+
+
+def run(*args, cwd, check=True):
+    r = subprocess.run([ltrl, *args], cwd=cwd, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert not check or r.returncode == 0, r.stdout+r.stderr
+    return r
+
+
+@pytest.fixture(scope='module')
+def both(tmp_path_factory):
+    "One run of the bare command, shortened"
+    cwd = tmp_path_factory.mktemp('both')
+    return run('train', '--epochs', '3', cwd=cwd), cwd
+
+
+def test_bare_command(both):
+    r, cwd = both
+    out = next((cwd/'ltrl-runs').iterdir())
+    assert sorted(o.name for o in out.iterdir()) == ['per_class.png', 'result.json']
+    assert (out/'per_class.png').read_bytes()[:4] == b'\x89PNG'
+    assert re.search(r'Many \(1\) +Medium \(5\) +Few \(4\) +All \(10\)', r.stdout) and 'gain' in r.stdout and 'Next: `ltrl train' in r.stdout
+    assert 'Traceback' not in r.stderr and 'Warning' not in r.stderr, r.stderr
+    res = json.loads((out/'result.json').read_text())
+    assert {'dataset', 'imbalance_factor', 'method', 'reflective', 'seed', 'epochs', 'accuracy', 'per_class', 'class_counts', 'history', 'seconds', 'versions', 'command'} <= set(res)
+    assert list(res['accuracy']) == ['many', 'medium', 'few', 'all'] and res['reflective']['kr']['tau'] == 2. and res['command'] == 'ltrl train --epochs 3'
+    assert len(res['per_class']) == len(res['class_counts']) == 10 and sum(res['class_counts']) == 405
+    assert {'train_loss', 'base_loss', 'review_loss', 'summary_loss', 'right', 'conflicts', 'all'} <= set(res['history'][2])
+    assert res['baseline']['reflective'] is None and res['gain']['all'] == pytest.approx(res['accuracy']['all']-res['baseline']['accuracy']['all'], abs=1e-5)
+    means = [sum(res['per_class'][i] for i in ids)/len(ids) for ids in ([0], range(1, 6), range(6, 10), range(10))]
+    assert list(res['accuracy'].values()) == pytest.approx(means, abs=1e-4)
+
+
+def test_same_seed_same_numbers(both, tmp_path):
+    _, cwd = both
+    first = json.loads(next((cwd/'ltrl-runs').glob('*/result.json')).read_text())
+    run('train', '--epochs', '3', '--out', 'again', cwd=tmp_path)
+    again = json.loads((tmp_path/'again/result.json').read_text())
+    timed = ('seconds', 'command')
+    assert {k: v for k, v in first.items() if k not in (*timed, 'baseline')} == {k: v for k, v in again.items() if k not in (*timed, 'baseline')}
+    assert first['baseline']['history'] == again['baseline']['history']
+    run('train', '--epochs', '3', '--seed', '1', '--no-rl', '--out', 'other', cwd=tmp_path)
+    other = json.loads((tmp_path/'other/result.json').read_text())
+    assert other['reflective'] is None and 'gain' not in other and other['history'] != first['baseline']['history']
+
+
+def test_toggles_and_a_group_that_is_absent(tmp_path):
+    r = run('train', '--epochs', '2', '--rl', '--no-kc', '--no-ks', '--imbalance-factor', '2', '--out', 'a', cwd=tmp_path)
+    res = json.loads((tmp_path/'a/result.json').read_text(), parse_constant=lambda c: pytest.fail(f'{c} in result.json'))
+    assert res['reflective']['kc'] is False and res['reflective']['ks'] is False and res['reflective']['kr']
+    assert res['accuracy']['few'] is None and 'Few (0)' in r.stdout and 'NaN' not in r.stdout
+
+
+def test_results_are_not_replaced_by_others(tmp_path):
+    args = ('train', '--epochs', '1', '--no-rl', '--out', 'a')
+    run(*args, cwd=tmp_path)
+    kept = (tmp_path/'a/result.json').read_text()
+    r = run(*args, '--seed', '1', cwd=tmp_path, check=False)
+    assert r.returncode == 2 and '--force' in r.stderr and (tmp_path/'a/result.json').read_text() == kept
+    run(*args, '--seed', '1', '--force', cwd=tmp_path)
+    assert (tmp_path/'a/result.json').read_text() != kept
+    (tmp_path/'file').write_text('')
+    r = run('train', '--out', 'file', cwd=tmp_path, check=False)
+    assert r.returncode == 2 and 'is a file' in r.stderr and 'Traceback' not in r.stderr
+
+
+def test_a_data_set_that_is_not_there(tmp_path):
+    for args in (['--data', 'nowhere'], ['--data', '.']):
+        r = run('train', '--dataset', 'cifar100-lt', *args, cwd=tmp_path, check=False)
+        assert r.returncode == 2 and 'cifar-100-python' in r.stderr and 'untar_data' in r.stderr and 'Traceback' not in r.stderr, r.stderr
+    r = subprocess.run([ltrl, 'train', '--dataset', 'cifar10-lt'], cwd=tmp_path, capture_output=True, text=True,
+                       env={**env, 'FASTAI_HOME': str(tmp_path/'home'), 'http_proxy': 'http://127.0.0.1:9', 'https_proxy': 'http://127.0.0.1:9'})
+    assert r.returncode == 2 and 'was not found at' in r.stderr and 'To get it' in r.stderr, r.stdout+r.stderr
+
+
+def test_killed_in_the_middle_leaves_no_half_result(tmp_path):
+    p = subprocess.Popen([ltrl, 'train', '--epochs', '500', '--no-rl', '--out', 'a'], cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+    for line in p.stdout:
+        if line.split()[:1] == ['1']: break
+    p.kill()
+    p.wait()
+    assert list((tmp_path/'a').iterdir()) == []
+    run('train', '--epochs', '1', '--no-rl', '--out', 'a', cwd=tmp_path)
+
+
+def test_help_is_quick_and_whole():
+    r = run('train', '--help', cwd='.')
+    for o in '--dataset --imbalance-factor --method --net --rl --no-rl --kr --ks --kc --preset --epochs --seed --out'.split(): assert o in r.stdout
+    slow = subprocess.run([sys.executable, '-c', 'import sys, ltrl_fastai.experiments.cli; print("torch" in sys.modules)'], capture_output=True, text=True)
+    assert slow.stdout.strip() == 'False'
+
+
+def test_real_cifar_if_it_is_there(tmp_path):
+    "Two steps' worth of CIFAR-100-LT through the whole command; without the data the error says how to get it"
+    from ltrl_fastai.data.benchmarks import fastai_path
+    from fastai.data.external import URLs
+    there = (fastai_path(URLs.CIFAR_100)/'test').is_dir()
+    if not there:
+        r = run('train', '--dataset', 'cifar100-lt', '--data', str(fastai_path(URLs.CIFAR_100)), cwd=tmp_path, check=False)
+        assert r.returncode == 2 and 'untar_data' in r.stderr
+        return
+    run('train', '--dataset', 'cifar100-lt', '--net', 'resnet8', '--epochs', '1', '--bs', '512', '--rl', '--out', 'a', cwd=tmp_path)
+    res = json.loads((tmp_path/'a/result.json').read_text())
+    assert sum(res['class_counts']) == 10847 and res['accuracy']['all'] > 1 and len(res['per_class']) == 100

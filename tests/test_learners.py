@@ -1,0 +1,265 @@
+"Reflective Learning inside fastai's own machinery."
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+import pytest
+import timm
+import torch
+from fastai.callback.all import (CSVLogger, EarlyStoppingCallback, GradientAccumulation, GradientClip, MixUp, SaveModelCallback, TerminateOnNaNCallback)
+from fastai.callback.fp16 import MixedPrecision
+from fastai.vision.all import (Adam, Callback, CancelBatchException, CancelFitException, CancelStepException, CancelTrainException, CrossEntropyLossFlat, DataBlock, DataLoader,
+                               DataLoaders, F, Learner, RandomSplitter, SGD, TransformBlock, CategoryBlock, accuracy, load_learner, nn, params, set_seed,
+                               vision_learner)
+from ltrl_fastai.all import (BalancedSoftmaxLoss, CifarResNet, KnowledgeCorrection, KnowledgeReview, KnowledgeSummary, LossTerms, ReflectiveLearning, SampleIds,
+                             class_counts, create_net, digits_lt, shot_accuracies)
+from torchvision.models import mobilenet_v3_small, resnet18
+
+ours = (ReflectiveLearning, KnowledgeReview, KnowledgeSummary, KnowledgeCorrection, LossTerms, SampleIds)
+
+
+def hooks(model): return sum(len(m._forward_pre_hooks)+len(m._forward_hooks) for m in model.modules())
+
+
+def learner(dls, model, cbs=None, **kwargs):
+    return Learner(dls, model, loss_func=kwargs.pop('loss_func', BalancedSoftmaxLoss(dls.class_counts)), metrics=shot_accuracies(dls.class_counts), cbs=cbs, **kwargs)
+
+
+@pytest.fixture(scope='module')
+def photos():
+    "A few colour images of 32 by 32 pixels, through fastai's item pipeline"
+    rng = np.random.RandomState(0)
+    images = torch.tensor(rng.rand(48, 3, 32, 32), dtype=torch.float)
+    block = DataBlock((TransformBlock, CategoryBlock), get_x=lambda i: images[i], get_y=lambda i: 'abc'[i % 3], splitter=RandomSplitter(seed=0))
+    return block.dataloaders(list(range(48)), bs=12, num_workers=0, device='cpu')
+
+
+@pytest.mark.parametrize('arch', [resnet18, mobilenet_v3_small, 'resnet10t'], ids=str)
+def test_vision_learner(photos, quick_fit, arch):
+    learn = vision_learner(photos, arch, pretrained=False, normalize=False, loss_func=BalancedSoftmaxLoss(class_counts(photos)), metrics=accuracy)
+    learn.add_cbs(ReflectiveLearning())
+    quick_fit(learn, 2, 1e-3)
+    assert learn.loss_terms.history[1]['summary_loss'] > 0 and learn.knowledge_summary.centers.shape == (3, 512)
+    assert learn.knowledge_review.teachers.visited.all() or photos.train.drop_last
+    assert hooks(learn.model) == 0
+
+
+@pytest.mark.parametrize('make', [lambda: create_net('resnet18', 3), lambda: timm.create_model('resnet10t', num_classes=3), lambda: CifarResNet(3, 8, head='cosine')],
+                         ids=['torchvision', 'timm', 'cifar'])
+def test_plain_learner(photos, quick_fit, make):
+    learn = Learner(photos, make(), loss_func=CrossEntropyLossFlat(), cbs=ReflectiveLearning())
+    quick_fit(learn, 2, 1e-3)
+    assert len(learn.knowledge_summary.similarity) == 3
+
+
+def test_fine_tune_with_frozen_parameters(photos):
+    learn = vision_learner(photos, resnet18, pretrained=False, normalize=False, cbs=ReflectiveLearning())
+    frozen = [p.detach().clone() for p in learn.model[0][0].parameters()]
+    learn.freeze()
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(2, 1e-2)
+        assert all((a == b).all() for a, b in zip(frozen, learn.model[0][0].parameters()))
+        learn.fine_tune(1, 1e-3)
+    assert not all((a == b).all() for a, b in zip(frozen, learn.model[0][0].parameters()))
+
+
+@pytest.mark.parametrize('preset', ['default', 'paper', 'published'])
+def test_presets_train(dls, mlp, quick_fit, preset):
+    learn = quick_fit(learner(dls, mlp(), ReflectiveLearning(preset=preset)), 4)
+    h = learn.loss_terms.history[-1]
+    assert all(np.isfinite(v) for v in h.values())
+    assert 'conflicts' in learn.recorder.metric_names and dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))['all'] > .4
+
+
+@pytest.mark.parametrize('cbs', [[MixUp()], [GradientAccumulation(64)], [GradientClip(.1)], [GradientAccumulation(64), GradientClip(.1), MixUp()]],
+                         ids=['mixup', 'accumulate', 'clip', 'all'])
+@pytest.mark.parametrize('first', [True, False], ids=['ours first', 'ours last'])
+def test_beside_other_callbacks(dls, mlp, quick_fit, cbs, first):
+    cbs = [ReflectiveLearning(), *cbs] if first else [*cbs, ReflectiveLearning()]
+    learn = quick_fit(learner(dls, mlp(), cbs), 3)
+    assert np.isfinite(learn.recorder.values[-1][0])
+    assert isinstance(learn.loss_func, BalancedSoftmaxLoss)
+
+
+def test_adding_order_does_not_matter(quick_fit, mlp):
+    def weights(*cbs):
+        set_seed(0, reproducible=True)
+        dls = digits_lt(device='cpu')
+        return torch.cat([p.flatten() for p in quick_fit(learner(dls, mlp(), list(cbs)), 3).model.parameters()])
+    a = weights(KnowledgeReview(), KnowledgeSummary(), KnowledgeCorrection(), GradientAccumulation(64), GradientClip(.5))
+    b = weights(GradientClip(.5), GradientAccumulation(64), KnowledgeCorrection(), KnowledgeSummary(), KnowledgeReview())
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+class CpuAMP(MixedPrecision):
+    "fastai's MixedPrecision is for CUDA alone; this is the same on a CPU"
+    def before_fit(self):
+        super().before_fit()
+        dtype = torch.bfloat16 if self.amp_mode.value == 'bf16' else torch.float16
+        self.autocast, self.learn.scaler = torch.autocast('cpu', dtype=dtype), torch.amp.GradScaler('cpu', **{**self.kwargs, 'enabled': dtype == torch.float16})
+
+
+@pytest.mark.parametrize('mode', ['fp16', 'bf16'])
+def test_mixed_precision_drops_nothing(dls, mlp, quick_fit, mode):
+    learn = quick_fit(learner(dls, mlp(), [ReflectiveLearning(), CpuAMP(mode)]), 3)
+    h = learn.loss_terms.history[-1]
+    assert h['review_loss'] > 0 and h['summary_loss'] > 0 and np.isfinite(h['base_loss'])
+    assert learn.knowledge_review.teachers.logits.dtype == torch.float32
+
+
+def test_mixed_precision_corrects_as_full_precision_does(quick_fit, mlp):
+    "The scaled step equals the unscaled one"
+    class Bf16(CpuAMP):
+        "A loss scale without low precision"
+        def before_fit(self):
+            super().before_fit()
+            self.autocast, self.learn.scaler = torch.autocast('cpu', enabled=False), torch.amp.GradScaler('cpu', init_scale=4096.)
+    def weights(*cbs):
+        set_seed(0, reproducible=True)
+        dls = digits_lt(device='cpu')
+        return torch.cat([p.flatten() for p in quick_fit(learner(dls, mlp(), [ReflectiveLearning(), *cbs], opt_func=SGD), 3, 1e-1).model.parameters()])
+    torch.testing.assert_close(weights(), weights(Bf16()), rtol=1e-4, atol=1e-5)
+
+
+def test_an_overflow_leaves_no_teacher(dls, mlp, quick_fit):
+    class Overflow(Callback):
+        order, run_valid = 1, False
+        def after_pred(self):
+            if self.iter == 2 and self.epoch == 0: self.learn.pred = self.pred*float('inf')
+        def before_step(self):
+            if self.iter == 2 and self.epoch == 0: raise CancelStepException
+    learn = learner(dls, mlp(), [KnowledgeReview(), Overflow()])
+    quick_fit(learn, 1)
+    assert (~learn.knowledge_review.teachers.seen).sum() == 32
+    quick_fit(learn, 2)
+    assert learn.knowledge_review.teachers.seen.all() and np.isfinite(learn.loss_terms.history[-1]['review_loss'])
+
+
+@contextmanager
+def stops(kind):
+    if kind is None: yield
+    else:
+        with pytest.raises(kind): yield
+
+
+events = ['before_batch', 'after_pred', 'after_loss', 'before_backward', 'before_step']
+ends = [(o, e) for o in (KeyboardInterrupt, RuntimeError, CancelFitException) for e in (*events, 'after_batch', 'after_train')]
+ends += [(CancelBatchException, e) for e in events] + [(CancelTrainException, e) for e in (*events, 'after_batch')]
+
+
+@pytest.mark.parametrize('exc,event', ends, ids=lambda o: o if isinstance(o, str) else o.__name__)
+def test_an_end_in_the_middle_leaves_nothing_and_training_goes_on(dls, mlp, quick_fit, event, exc):
+    class Stop(Callback):
+        order, run_valid, armed = -50, False, True
+    def stop(self):
+        if self.armed and self.epoch == 1 and (self.iter == 3 or event == 'after_train'):
+            self.armed = False
+            raise exc('stop')
+    setattr(Stop, event, stop)
+    learn = learner(dls, mlp(), [ReflectiveLearning(), Stop()])
+    with stops(exc if exc in (KeyboardInterrupt, RuntimeError) else None): quick_fit(learn, 3)
+    if learn.opt: learn.opt.zero_grad()
+    preds = learn.get_preds(dl=dls.test)[0]
+    assert hooks(learn.model) == 0 and 'get_idxs' not in vars(dls.train)
+    with learn.removed_cbs(learn.reflective_learning): assert (learn.get_preds(dl=dls.test)[0] == preds).all()
+    quick_fit(learn, 2)
+    assert np.isfinite(learn.loss_terms.history[-1]['review_loss']) and hooks(learn.model) == 0
+    learn.remove_cbs(ReflectiveLearning)
+    assert not any(isinstance(cb, ours) for cb in learn.cbs)
+
+
+def test_predictions_are_those_without_our_callbacks(mlp, quick_fit):
+    dls = digits_lt(device='cpu', tfms=dict(crop=0, flip=False))  # fastai augments whatever comes from the training set
+    learn = quick_fit(learner(dls, mlp(), ReflectiveLearning()), 2)
+    memory = learn.knowledge_review.teachers.logits.clone()
+    def everything(): return [*learn.get_preds(ds_idx=0), *learn.get_preds(dl=dls.test), torch.tensor([0. if o is None else o for o in learn.validate()]),
+                              learn.predict(dls.test.dataset.images[0])[2]]
+    ours = everything()
+    with learn.removed_cbs(learn.reflective_learning): theirs = everything()
+    assert all((a == b).all() for a, b in zip(ours, theirs))
+    assert (learn.knowledge_review.teachers.logits == memory).all()
+
+
+def test_export_carries_no_memories(dls, mlp, quick_fit, tmp_path):
+    sizes = []
+    for cbs in (None, ReflectiveLearning()):
+        learn = quick_fit(learner(dls, mlp(), cbs, path=tmp_path), 2)
+        learn.export(f'{len(sizes)}.pkl')
+        sizes.append((tmp_path/f'{len(sizes)}.pkl').stat().st_size)
+        loaded = load_learner(tmp_path/f'{len(sizes)-1}.pkl')
+        x = dls.test.dataset.images[3]
+        assert (loaded.predict(x)[2] == learn.predict(x)[2]).all()
+    assert sizes[1]-sizes[0] < 20_000, sizes
+    assert learn.knowledge_review.teachers is not None  # this learner still has them
+
+
+def test_the_table_stays_in_line(dls, mlp, quick_fit, tmp_path):
+    for train_metrics in (False, True):
+        learn = learner(dls, mlp(), [ReflectiveLearning(), CSVLogger('log.csv'), SaveModelCallback(monitor='all' if not train_metrics else 'valid_all')], path=tmp_path)
+        learn.recorder.train_metrics = train_metrics
+        quick_fit(learn, 3)
+        names, values = learn.recorder.metric_names, learn.recorder.values
+        assert all(len(v) == len(names)-2 for v in values)
+        row = dict(zip(names[1:], values[-1]))
+        means = learn.loss_terms.history[-1]
+        assert all(row[k] == means[k] for k in means)
+        assert row['train_loss' if not train_metrics else 'train_loss'] > 0
+        learn.recorder.plot_loss()
+        header, *lines = (tmp_path/'log.csv').read_text().splitlines()
+        assert all(line.count(',') == header.count(',') for line in lines)
+
+
+def test_stopping_callbacks(dls, mlp, quick_fit, tmp_path):
+    learn = learner(dls, mlp(), [ReflectiveLearning(), EarlyStoppingCallback(monitor='all', patience=1, min_delta=2.), TerminateOnNaNCallback()], path=tmp_path)
+    quick_fit(learn, 6)
+    assert len(learn.recorder.values) == 2
+
+
+def test_parameter_groups(dls, mlp, quick_fit):
+    split = lambda m: [params(m[:4]), params(m[4:])]
+    learn = quick_fit(learner(dls, mlp(), ReflectiveLearning(), splitter=split, opt_func=partial(Adam, wd=0)), 2, slice(1e-4, 1e-2))
+    assert np.isfinite(learn.recorder.values[-1][0])
+
+
+def test_another_data_set_starts_a_new_memory(mlp, quick_fit):
+    a, b = digits_lt(device='cpu'), digits_lt(device='cpu', n_max=100)
+    learn = quick_fit(learner(a, mlp(), ReflectiveLearning()), 2)
+    n = len(learn.knowledge_review.teachers)
+    learn.dls = b
+    quick_fit(learn, 1)
+    assert len(learn.knowledge_review.teachers) == len(b.train_ds) != n
+    assert learn.loss_terms.history[0]['review_loss'] is None
+
+
+def test_correction_of_a_term_of_ones_own(dls, mlp, quick_fit):
+    "Knowledge Correction alone: it corrects whatever was added as a term"
+    class Opposite(Callback):
+        order, run_valid = 4, False
+        def after_loss(self): self.learn.loss_terms.add('opposite', -.5*F.cross_entropy(self.pred, self.y))
+    kw = dict(loss_func=CrossEntropyLossFlat(), opt_func=SGD)
+    learn = quick_fit(learner(dls, mlp(), [KnowledgeCorrection(), Opposite()], **kw), 3)
+    assert learn.loss_terms.history[-1]['conflicts'] == 1.
+    free = quick_fit(learner(dls, mlp(), [LossTerms(), Opposite()], **kw), 3)
+    assert learn.loss_terms.history[-1]['base_loss'] < free.loss_terms.history[-1]['base_loss']  # the opposite term holds back only the net that is not corrected
+
+
+@pytest.mark.parametrize('bad,said', [
+    (lambda dls, net: dict(dls=DataLoaders(torch.utils.data.DataLoader(list(zip(torch.rand(20, 1, 8, 8), range(20))), 5), dls.valid)), 'ReflectiveLearning\\(kr=False\\)'),
+    (lambda dls, net: dict(model=nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.Unflatten(1, (12, 1)))), 'expected floating point|no layer with 10'),
+    (lambda dls, net: dict(loss_func=CrossEntropyLossFlat(reduction='none')), "reduction='mean'"),
+    (lambda dls, net: dict(model=nn.Sequential(nn.Flatten(), nn.Linear(64, 7))), 'expected 10 classes|no layer with 10'),
+], ids=['loader', 'logits', 'loss', 'classes'])
+def test_bad_input_is_named(dls, mlp, quick_fit, bad, said):
+    kw = dict(dls=dls, model=mlp(), loss_func=BalancedSoftmaxLoss(dls.class_counts))
+    before = {**kw, **bad(dls, mlp)}
+    weights = [p.detach().clone() for p in before['model'].parameters()]
+    with pytest.raises((ValueError, TypeError), match=said):
+        learn = Learner(before['dls'], before['model'], loss_func=before['loss_func'], cbs=ReflectiveLearning())
+        quick_fit(learn, 2)
+    assert all((a == b).all() for a, b in zip(weights, before['model'].parameters()))  # no step was made
+
+
+def test_targets_out_of_range(quick_fit):
+    ds = [(torch.rand(4), i % 5) for i in range(40)]
+    learn = Learner(DataLoaders(*[DataLoader(ds, bs=8)]*2), nn.Linear(4, 3), loss_func=lambda p, y: p.sum(), cbs=ReflectiveLearning())
+    with pytest.raises(ValueError, match='from 0 to 2, got 0 to 4'): quick_fit(learn)

@@ -1,0 +1,38 @@
+"The README says what is so, and is made from its notebook."
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+root = Path(__file__).parent.parent
+text = (root/'README.md').read_text()
+
+
+def test_made_from_the_notebook():
+    r = subprocess.run([sys.executable, root/'tools/make_readme.py', '--check'], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+
+
+def test_first_block_is_the_two_commands():
+    block = re.search(r'(?:^ {4}.*\n)+', text, re.M).group().splitlines()
+    assert [line.split('#')[0].strip() for line in block] == ['pip install . && ltrl train', "pip install -e '.[dev]' && pytest"]
+
+
+def test_ci_calls_the_readmes_test_command():
+    assert "pip install -q -e '.[dev]' && pytest" in (root/'.ci/run').read_text()
+
+
+def test_options_in_the_readme_exist():
+    from typer.testing import CliRunner
+    from ltrl_fastai.experiments.cli import app
+    known = CliRunner().invoke(app, ['train', '--help']).output
+    for command in re.findall(r'`(ltrl train [^`]*)`', text):
+        for option in re.findall(r'--[a-z-]+', command): assert option in known or option == '--help', option
+
+
+def test_every_promised_name_is_in_all():
+    import ltrl_fastai.all as lib
+    names = """review_loss class_centers class_similarity soft_labels soft_cross_entropy project_conflict SampleIds TeacherMemory FeatureBank KnowledgeReview KnowledgeSummary
+        KnowledgeCorrection ReflectiveLearning imbalanced_counts long_tail_subset class_counts digits_lt cifar10_lt cifar100_lt CifarResNet CosineHead create_net BalancedSoftmaxLoss
+        shot_accuracies ShotReport""".split()
+    assert not [n for n in names if not hasattr(lib, n)]

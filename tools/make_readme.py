@@ -1,0 +1,39 @@
+"Make README.md from nbs/index.ipynb: its prose, its code, and what the code printed. Needs no Quarto."
+import json
+import sys
+from pathlib import Path
+
+root = Path(__file__).resolve().parent.parent
+
+
+def shown(cell):
+    "Directives of a code cell (`#| hide`, ...) and its source without them"
+    lines = ''.join(cell['source']).splitlines()
+    n = next((i for i, line in enumerate(lines) if not line.startswith('#|')), len(lines))
+    return {line[2:].strip() for line in lines[:n]}, '\n'.join(lines[n:]).strip()
+
+
+def outputs(cell):
+    "Plain text of a cell's outputs"
+    for o in cell.get('outputs', []):
+        text = o.get('text') if o['output_type'] == 'stream' and o.get('name') == 'stdout' else o.get('data', {}).get('text/plain')
+        if text: yield ''.join(text).rstrip()
+
+
+def readme(notebook):
+    "The notebook at path `notebook` as Markdown."
+    parts = ['<!-- Made from nbs/index.ipynb by tools/make_readme.py: edit that. -->']
+    for cell in json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']:
+        if cell['cell_type'] == 'markdown': parts.append(''.join(cell['source']).strip('\n'))
+        else:
+            flags, source = shown(cell)
+            if 'hide' in flags: continue
+            if 'echo: false' not in flags: parts.append(f'```python\n{source}\n```')
+            parts += [f'```\n{o}\n```' for o in outputs(cell)]
+    return '\n\n'.join(parts)+'\n'
+
+
+if __name__ == '__main__':
+    text, path = readme(root/'nbs/index.ipynb'), root/'README.md'
+    if '--check' in sys.argv[1:]: sys.exit(0 if path.exists() and path.read_text(encoding='utf-8') == text else 'README.md is stale: run python tools/make_readme.py')
+    path.write_text(text, encoding='utf-8')

@@ -33,7 +33,7 @@ def test_bare_command(both):
     assert re.search(r'Many \(1\) +Medium \(5\) +Few \(4\) +All \(10\)', r.stdout) and 'gain' in r.stdout and 'Next: `ltrl train' in r.stdout
     assert 'Traceback' not in r.stderr and 'Warning' not in r.stderr, r.stderr
     res = json.loads((out/'result.json').read_text())
-    assert {'dataset', 'imbalance_factor', 'method', 'reflective', 'seed', 'epochs', 'accuracy', 'per_class', 'class_counts', 'history', 'seconds', 'versions', 'command'} <= set(res)
+    assert set('dataset imbalance_factor method reflective seed epochs accuracy per_class class_counts history seconds versions command'.split()) <= set(res)
     assert list(res['accuracy']) == ['many', 'medium', 'few', 'all'] and res['reflective']['kr']['tau'] == 2. and res['command'] == 'ltrl train --epochs 3'
     assert len(res['per_class']) == len(res['class_counts']) == 10 and sum(res['class_counts']) == 405
     assert {'train_loss', 'base_loss', 'review_loss', 'summary_loss', 'right', 'conflicts', 'all'} <= set(res['history'][2])

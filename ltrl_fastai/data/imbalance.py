@@ -31,7 +31,7 @@ def imbalanced_counts(n_max:int, # Images of the largest class
     if profile not in _profiles: raise ValueError(f"profile: expected one of {list(_profiles)}, got {profile!r}")
     if n_classes<1 or n_max<1: raise ValueError(f"expected at least one class and one image, got {n_classes} classes and n_max={n_max}")
     f = 1/imbalance_factor
-    counts = [int(n_max*_profiles[profile](c/(n_classes-1.) if n_classes>1 else 0., f, power)) for c in range(n_classes)]
+    counts = [int(n_max*_profiles[profile](c/(n_classes-1.) if n_classes>1 else 0., f, power) + 1e-9) for c in range(n_classes)] # 5 is not 4.9999999
     if counts[-1]<1: raise ValueError(f"imbalance_factor: {imbalance_factor:g} leaves no image for {sum(n<1 for n in counts)} of {n_classes} classes, "
         f"since the largest has {n_max}. At most {n_max} is possible.")
     return counts

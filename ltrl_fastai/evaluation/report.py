@@ -89,8 +89,8 @@ class ShotReport:
         names = [self.vocab[i] for i in order]
         ax.set(xlabel='classes, from most to fewest training images', ylabel='accuracy (%)', ylim=(0,105), xlim=(-.6,n-.4))
         if n<=20: ax.set_xticks(x, names)
-        ax.legend(loc='lower left', fontsize=8)
-        axb.set_xticks(range(len(groups)), [k.title() for k in groups]); axb.set(ylim=(0,105))
+        ax.legend(loc='lower left', bbox_to_anchor=(0,1), ncols=2, fontsize=8, frameon=False)
+        axb.set_xticks(range(len(groups)), [k.title() for k in groups], fontsize=8); axb.set(ylim=(0,105))
         return fig
 
     def __repr__(self): return f"{self.label or 'ShotReport'}: " + ', '.join(f"{k.title()} {'-' if a is None else f'{a:.1f}'}" for k,a in self.accuracy.items())

@@ -32,8 +32,8 @@ def test_options_in_the_readme_exist():
 
 def test_every_promised_name_is_in_all():
     import ltrl_fastai.all as lib
-    names = """review_loss class_centers class_similarity
-        soft_labels soft_cross_entropy project_conflict SampleIds TeacherMemory FeatureBank
-        KnowledgeReview KnowledgeSummary KnowledgeCorrection ReflectiveLearning imbalanced_counts long_tail_subset class_counts digits_lt cifar10_lt cifar100_lt CifarResNet CosineHead
-        create_net BalancedSoftmaxLoss shot_accuracies ShotReport""".split()
+
+    names = """review_loss class_centers class_similarity soft_labels soft_cross_entropy project_conflict SampleIds TeacherMemory FeatureBank
+        KnowledgeReview KnowledgeSummary KnowledgeCorrection ReflectiveLearning imbalanced_counts long_tail_subset class_counts digits_lt cifar10_lt cifar100_lt
+        CifarResNet CosineHead create_net BalancedSoftmaxLoss shot_accuracies ShotReport""".split()
     assert not [n for n in names if not hasattr(lib, n)]

@@ -83,14 +83,14 @@ class ShotReport:
             groups = [k for k,m in o.groups.items() if m.any()]
             vals = [o.accuracy[k] for k in groups]
             bars = axb.bar(np.arange(len(groups))+(i-(len(reports)-1)/2)*.8/len(reports), [np.nan if v is None else v for v in vals], .8/len(reports), color=c)
-            axb.bar_label(bars, ['' if v is None else f'{v:.1f}' for v in vals], fontsize=7)
+            axb.bar_label(bars, ['' if v is None else f'{v:.1f}' for v in vals], fontsize=6.5)
         for k in ('many','medium'):
             if 0<(edge := sum(int(self.groups[g].sum()) for g in (['many'] if k=='many' else ['many','medium'])))<n: ax.axvline(edge-.5, color='0.4', lw=.8, ls='--')
         names = [self.vocab[i] for i in order]
         ax.set(xlabel='classes, from most to fewest training images', ylabel='accuracy (%)', ylim=(0,105), xlim=(-.6,n-.4))
         if n<=20: ax.set_xticks(x, names)
         ax.legend(loc='lower left', bbox_to_anchor=(0,1), ncols=2, fontsize=8, frameon=False)
-        axb.set_xticks(range(len(groups)), [k.title() for k in groups], fontsize=8); axb.set(ylim=(0,105))
+        axb.set_xticks(range(len(groups)), [k.title() for k in groups], fontsize=8); axb.set(ylim=(0,105), title='mean by shot (%)')
         return fig
 
     def __repr__(self): return f"{self.label or 'ShotReport'}: " + ', '.join(f"{k.title()} {'-' if a is None else f'{a:.1f}'}" for k,a in self.accuracy.items())

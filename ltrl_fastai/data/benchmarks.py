@@ -114,7 +114,8 @@ def load_cifar(n_classes:int=100, # 10 or 100
     here = [o for o in (path, path/spec['folder']) if o.name==spec['folder'] and o.is_dir()]
     if here:
         import torchvision
-        sets = [getattr(torchvision.datasets, spec['cls'])(here[0].parent, train=t, download=False) for t in (True,False)]
+        try: sets = [getattr(torchvision.datasets, spec['cls'])(here[0].parent, train=t, download=False) for t in (True,False)]
+        except RuntimeError as e: raise ValueError(f"{here[0]}: torchvision finds files missing or changed in it ({e}). Remove the folder and download it again.") from e
         return *[(torch.from_numpy(o.data).permute(0,3,1,2).contiguous(), torch.tensor(o.targets)) for o in sets],sets[0].classes
     if not ((path/'train').is_dir() and (path/'test').is_dir()): raise _not_found(path, spec)
     *train,vocab = _folder_tensors(path/'train')

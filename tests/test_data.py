@@ -1,0 +1,59 @@
+"CIFAR in torchvision's own format, and what is wrong with a folder is said."
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from ltrl_fastai.all import cifar10_lt, cifar100_lt, load_cifar
+
+
+def write_cifar100(folder, n=3):
+    "A tiny `cifar-100-python`, `n` training images of each class"
+    folder.mkdir()
+    rng = np.random.RandomState(0)
+    data = {s: (rng.randint(0, 256, (100*k, 3072)).astype(np.uint8), [i % 100 for i in range(100*k)]) for s, k in (('train', n), ('test', 1))}
+    for s, (x, y) in data.items(): (folder/s).write_bytes(pickle.dumps({'data': x, 'fine_labels': y}))
+    (folder/'meta').write_bytes(pickle.dumps({'fine_label_names': [f'c{i:02}' for i in range(100)]}))
+    return data
+
+
+@pytest.mark.parametrize('where', ['', 'cifar-100-python'], ids=['parent', 'itself'])
+def test_torchvisions_folder(tmp_path, monkeypatch, where):
+    data = write_cifar100(tmp_path/'cifar-100-python')
+    monkeypatch.setattr(torchvision.datasets.cifar, 'check_integrity', lambda *a: True)  # its checksums are those of the real files
+    (x, y), (tx, ty), vocab = load_cifar(100, tmp_path/where)
+    assert (x.numpy() == data['train'][0].reshape(-1, 3, 32, 32)).all() and y.tolist() == data['train'][1] and len(tx) == 100 and vocab[3] == 'c03'
+    dls = cifar100_lt(3, tmp_path/where, device='cpu')
+    assert dls.class_counts[0] == 3 and dls.class_counts[-1] == 1
+
+
+def test_a_damaged_folder_is_named(tmp_path):
+    write_cifar100(tmp_path/'cifar-100-python')
+    with pytest.raises(ValueError, match='missing or changed'): load_cifar(100, tmp_path)
+
+
+def folder(tmp_path, sizes):
+    "`train` and `test` with one image a class, of the sizes given"
+    for s in ('train', 'test'):
+        for i, size in enumerate(sizes):
+            (tmp_path/s/f'c{i}').mkdir(parents=True)
+            Image.new('RGB', (size, size), (i, i, i)).save(tmp_path/s/f'c{i}/a.png')
+
+
+def test_images_of_several_sizes_and_missing_classes(tmp_path):
+    folder(tmp_path/'a', [32]*9+[16])
+    with pytest.raises(ValueError, match='images of one size'): cifar10_lt(2, tmp_path/'a')
+    folder(tmp_path/'b', [32]*7)
+    with pytest.raises(ValueError, match='expected the 10 classes'): cifar10_lt(2, tmp_path/'b')
+    with pytest.raises(FileNotFoundError, match='was not found at'): cifar10_lt(2, tmp_path)
+
+
+def test_the_decoded_copy_follows_the_folder(tmp_path):
+    folder(tmp_path, [32]*10)
+    assert len(load_cifar(10, tmp_path)[0][0]) == 10
+    Image.new('RGB', (32, 32)).save(tmp_path/'train/c0/b.png')
+    x, y = load_cifar(10, tmp_path)[0]
+    assert len(x) == 11 and torch.bincount(y).tolist() == [2]+[1]*9

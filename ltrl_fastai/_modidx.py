@@ -175,8 +175,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'ltrl_fastai/methods/losses.py'),
                                             'ltrl_fastai.methods.losses.BalancedSoftmaxLoss.__init__': ( 'methods/losses.html#balancedsoftmaxloss.__init__',
                                                                                                          'ltrl_fastai/methods/losses.py'),
-                                            'ltrl_fastai.methods.losses.BalancedSoftmaxLoss._contiguous': ( 'methods/losses.html#balancedsoftmaxloss._contiguous',
-                                                                                                            'ltrl_fastai/methods/losses.py'),
                                             'ltrl_fastai.methods.losses.BalancedSoftmaxLoss.activation': ( 'methods/losses.html#balancedsoftmaxloss.activation',
                                                                                                            'ltrl_fastai/methods/losses.py'),
                                             'ltrl_fastai.methods.losses.BalancedSoftmaxLoss.decodes': ( 'methods/losses.html#balancedsoftmaxloss.decodes',

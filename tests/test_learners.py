@@ -9,8 +9,8 @@ import torch
 from fastai.callback.all import (CSVLogger, EarlyStoppingCallback, GradientAccumulation, GradientClip, MixUp, SaveModelCallback, TerminateOnNaNCallback)
 from fastai.callback.fp16 import MixedPrecision
 from fastai.vision.all import (Adam, Callback, CancelBatchException, CancelFitException, CancelStepException, CancelTrainException, CrossEntropyLossFlat, DataBlock, DataLoader,
-                               DataLoaders, F, Learner, RandomSplitter, SGD, TransformBlock, CategoryBlock, accuracy, load_learner, nn, params, set_seed,
-                               vision_learner)
+                               DataLoaders, F, Learner, RandomSplitter, SGD, TrainEvalCallback, TransformBlock, CategoryBlock, accuracy, load_learner, nn, params,
+                               set_seed, vision_learner)
 from ltrl_fastai.all import (BalancedSoftmaxLoss, CifarResNet, KnowledgeCorrection, KnowledgeReview, KnowledgeSummary, LossTerms, ReflectiveLearning, SampleIds,
                              class_counts, create_net, digits_lt, shot_accuracies)
 from torchvision.models import mobilenet_v3_small, resnet18
@@ -257,6 +257,20 @@ def test_bad_input_is_named(dls, mlp, quick_fit, bad, said):
         learn = Learner(before['dls'], before['model'], loss_func=before['loss_func'], cbs=ReflectiveLearning())
         quick_fit(learn, 2)
     assert all((a == b).all() for a, b in zip(weights, before['model'].parameters()))  # no step was made
+
+
+def test_a_float64_model(dls, mlp, quick_fit):
+    class Double(Callback):
+        def before_batch(self): self.learn.xb = (self.x.double(),)
+    learn = quick_fit(learner(dls, mlp().double(), [ReflectiveLearning(), Double()]), 3)
+    assert learn.knowledge_review.teachers.logits.dtype == torch.float64 and learn.loss_terms.history[-1]['review_loss'] > 0
+
+
+def test_without_fastais_default_callbacks(dls, mlp, quick_fit):
+    "No CastToTensor: predictions and targets are fastai's tensor subclasses; no Recorder: no table"
+    learn = Learner(dls, mlp(), loss_func=BalancedSoftmaxLoss(dls.class_counts), cbs=[TrainEvalCallback, ReflectiveLearning()], default_cbs=False)
+    quick_fit(learn, 3)
+    assert learn.loss_terms.history[-1]['review_loss'] > 0
 
 
 def test_targets_out_of_range(quick_fit):

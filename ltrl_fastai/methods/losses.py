@@ -46,7 +46,6 @@ class BalancedSoftmaxLoss(BaseLoss):
     ):
         super().__init__(BalancedSoftmax, class_counts, tau=tau, reduction=reduction, axis=axis)
 
-    def _contiguous(self, x): return x.transpose(self.axis,-1).contiguous() if isinstance(x, Tensor) else x # fastai's makes float32 of float64
     def trained_logits(self, logits:Tensor # `(B, C)`
                       ) -> Tensor:
         "The logits of the distribution that this loss trains: z + tau*log n."

@@ -80,7 +80,7 @@ class LossTerms(Callback):
         self._check_scalar()
         main = self.learn.loss_grad
         if not self.terms: self.log('base_loss', main)
-        self.learn.loss_grad = main + loss
+        self.learn.loss_grad = main + loss.to(main.dtype) # fastai's losses are float32, also of a float64 model
         self.learn.loss = self.learn.loss_grad.clone()
         self.terms[name] = loss
         if correct: self.projected.append(loss)
@@ -137,7 +137,7 @@ class LossTerms(Callback):
             "Reflective Learning is for single-label classification.")
         if y.ndim==2 and y.shape[1]==1: y = y[:,0]
         check_logits(logits, len(y))
-        return logits,check_targets(y, logits.shape[1])
+        return logits.as_subclass(Tensor),check_targets(y.as_subclass(Tensor), logits.shape[1])
 
     def trained_logits(self, logits:Tensor) -> Tensor:
         "`logits` as the loss sees them: through its `trained_logits`, if it has one (Balanced Softmax adds log n), else as they are."

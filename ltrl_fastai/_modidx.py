@@ -139,6 +139,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'ltrl_fastai/experiments/training.py'),
                                                   'ltrl_fastai.experiments.training.RunSettings.__post_init__': ( 'experiments/training.html#runsettings.__post_init__',
                                                                                                                   'ltrl_fastai/experiments/training.py'),
+                                                  'ltrl_fastai.experiments.training.RunSettings.check': ( 'experiments/training.html#runsettings.check',
+                                                                                                          'ltrl_fastai/experiments/training.py'),
                                                   'ltrl_fastai.experiments.training.RunSettings.dls': ( 'experiments/training.html#runsettings.dls',
                                                                                                         'ltrl_fastai/experiments/training.py'),
                                                   'ltrl_fastai.experiments.training.RunSettings.learner': ( 'experiments/training.html#runsettings.learner',

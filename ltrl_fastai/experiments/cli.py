@@ -19,7 +19,7 @@ def _root(): pass
 
 def fail(e):
     "Print what is wrong, and exit with status 2."
-    typer.echo(f"Error: {e.args[0] if e.args else e}", err=True)
+    typer.echo(f"Error: {e}", err=True)
     raise typer.Exit(2)
 
 def _opt(panel, help, *names): return typer.Option(*names, help=help, rich_help_panel=panel)
@@ -29,6 +29,7 @@ _what,_rl,_how,_where = "What to train","Reflective Learning","How to train","In
 def train(
     dataset:Annotated[str, _opt(_what, "digits-lt (installed, nothing is downloaded), cifar10-lt or cifar100-lt.")]='digits-lt',
     imbalance_factor:Annotated[float|None, _opt(_what, "Images of the largest class over those of the smallest; 1 is balanced. Default: 20 for digits, 100 for CIFAR.")]=None,
+    n_max:Annotated[int|None, _opt(_what, "Training images of the largest class. Default: all there are (500 of CIFAR-100), 120 for digits.")]=None,
     method:Annotated[str, _opt(_what, "The loss: softmax (cross-entropy) or bsce (Balanced Softmax).")]='bsce',
     net:Annotated[str|None, _opt(_what, "resnet8, resnet20, resnet32, ... (for CIFAR), or a torchvision classifier. Default: resnet8 for digits, resnet32 for CIFAR.")]=None,
     rl:Annotated[bool|None, _opt(_rl, "Train with Reflective Learning, or without. Default: both, on the same seed, and compare.", '--rl/--no-rl')]=None,
@@ -62,7 +63,7 @@ def train(
     if rl is False and not (kr and ks and kc and preset=='default'): fail(ValueError(
         "--no-rl trains without Reflective Learning, so its parts and preset can't be chosen. Leave out --no-rl."))
     common = dict(dataset=dataset, imbalance_factor=imbalance_factor, method=method, net=net, epochs=epochs, lr=lr, bs=bs, policy=policy,
-                  seed=seed, data_seed=data_seed, data=str(data) if data else None)
+                  n_max=n_max, seed=seed, data_seed=data_seed, data=str(data) if data else None)
     refl = dict(kr=kr, ks=ks, kc=kc, preset=preset)
     runs = ([None] if rl is False else []) + ([refl] if rl is not False else []) + ([None] if rl is None else [])
     try:
@@ -71,8 +72,8 @@ def train(
         out = out or Path('ltrl-runs')/_name(todo[0], both=rl is None)
         settings = _identity(todo)
         _check_out(out, settings, force)
-        todo[0].learner() # data, net and loss are there and fit together
-    except (ValueError, TypeError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as e: fail(e)
+        todo[0].check()
+    except (ValueError, TypeError, OSError) as e: fail(e)
     results = []
     for s in todo:
         typer.echo(f"\n{s.dataset}, imbalance factor {s.imbalance_factor:g}, {s.net}, {label_of(s)}, {s.epochs} epochs, seed {s.seed}")

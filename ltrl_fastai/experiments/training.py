@@ -47,6 +47,7 @@ class RunSettings:
     wd:float=5e-4 # Weight decay
     seed:int=0 # Of weights, batches and augmentation
     data_seed:int=0 # Of the choice of training images
+    n_max:int=None # Training images of the largest class; default: as many as there are (120 for digits)
     n_valid:int=None # Validation images of each class, at most
     policy:str=None # Augmentation policy beside crop and flip: 'randaugment' or 'autoaugment'
     crop:int=None # Padding of the random crop
@@ -60,9 +61,11 @@ class RunSettings:
         for k,v in spec['defaults'].items():
             if getattr(self, k) is None: setattr(self, k, v)
         check_imbalance_factor(self.imbalance_factor)
-        for k in ('epochs','bs'):
-            if getattr(self, k)<1: raise ValueError(f"{k}: expected at least 1, got {getattr(self, k)}.")
-        if not self.lr>0: raise ValueError(f"lr: expected a learning rate above 0, got {self.lr}.")
+        for k in ('epochs','bs','n_max','n_valid'):
+            if getattr(self, k) is not None and getattr(self, k)<1: raise ValueError(f"{k}: expected at least 1, got {getattr(self, k)}.")
+        for k in ('seed','data_seed'):
+            if not 0<=getattr(self, k)<2**32: raise ValueError(f"{k}: expected 0 to 2**32-1, got {getattr(self, k)}.")
+        if not 0<self.lr<math.inf: raise ValueError(f"lr: expected a finite learning rate above 0, got {self.lr}.")
         if self.data is not None and self.dataset=='digits-lt': raise ValueError("data: digits-lt is installed with scikit-learn and is not read from a path.")
 
     def dls(self) -> DataLoaders:
@@ -70,7 +73,7 @@ class RunSettings:
         tfms = {k: v for k,v in dict(policy=self.policy, crop=self.crop, flip=self.flip).items() if v is not None}
         if self.dataset=='digits-lt': tfms = {**dict(crop=1, flip=False), **tfms}
         kw = dict(path=self.data) if self.data is not None else {}
-        if self.n_valid is not None: kw['n_valid'] = self.n_valid
+        kw.update({k: getattr(self, k) for k in ('n_max','n_valid') if getattr(self, k) is not None})
         return datasets[self.dataset]['make'](self.imbalance_factor, data_seed=self.data_seed, bs=self.bs, tfms=tfms, **kw)
 
     def learner(self) -> Learner:
@@ -78,9 +81,17 @@ class RunSettings:
         set_seed(self.seed, reproducible=True)
         dls = self.dls()
         counts = dls.class_counts
-        net = create_net(self.net, dls.c, **({} if datasets[self.dataset]['n_in']==3 else dict(n_in=datasets[self.dataset]['n_in'])))
+        net = create_net(self.net, dls.c, n_in=datasets[self.dataset]['n_in'])
         cbs = [] if self.reflective is None else [ReflectiveLearning(**self.reflective)]
         return Learner(dls, net, loss_func=methods[self.method](counts), opt_func=partial(SGD, mom=.9), wd=self.wd, moms=(.9,.9,.9), metrics=shot_accuracies(counts), cbs=cbs)
+
+    def check(self):
+        "Put everything together and two images through the net, so that what does not fit is known before training; raises `ValueError`."
+        learn = self.learner()
+        x = learn.dls.valid.after_batch(learn.dls.valid.dataset.batch([0,1]))[0].as_subclass(Tensor)
+        try:
+            with torch.no_grad(): learn.model.eval()(x.cpu())
+        except Exception as e: raise ValueError(f"net: {self.net} can't take images of shape {tuple(x.shape[1:])}: {e}") from e
 
 # %% ../../nbs/experiments/00_training.ipynb #776730e0
 def versions() -> dict:

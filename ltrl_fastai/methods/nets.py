@@ -76,6 +76,7 @@ def create_net(name:str, # 'resnet32', 'resnet8', ... (CIFAR), or a torchvision 
     "A classifier by name, untrained unless torchvision's `weights` are asked for; raises `ValueError` with names like it."
     digits = name.removeprefix('resnet')
     known = torchvision.models.list_models(module=torchvision.models)
+    if name in known and n_in!=3: raise ValueError(f"net: torchvision's {name} takes images of 3 channels, these have {n_in}. Take a CIFAR net: resnet8, resnet20, resnet32, ...")
     if name in known: return torchvision.models.get_model(name, num_classes=n_classes, **kwargs)
     if name.startswith('resnet') and digits.isdigit() and (int(digits)-2)%6==0 and int(digits)>=8: return CifarResNet(n_classes, int(digits), n_in=n_in, **kwargs)
     import difflib

@@ -293,6 +293,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                          'ltrl_fastai/reflective/memory.py'),
                                                'ltrl_fastai.reflective.memory.TeacherMemory.any_visited': ( 'reflective/memory.html#teachermemory.any_visited',
                                                                                                             'ltrl_fastai/reflective/memory.py'),
+                                               'ltrl_fastai.reflective.memory.TeacherMemory.check_aligned': ( 'reflective/memory.html#teachermemory.check_aligned',
+                                                                                                              'ltrl_fastai/reflective/memory.py'),
                                                'ltrl_fastai.reflective.memory.TeacherMemory.recall': ( 'reflective/memory.html#teachermemory.recall',
                                                                                                        'ltrl_fastai/reflective/memory.py'),
                                                'ltrl_fastai.reflective.memory.TeacherMemory.remember': ( 'reflective/memory.html#teachermemory.remember',

@@ -94,5 +94,5 @@ def test_a_step_reads_nothing_back_from_the_device():
         project_conflict(z, t)
         conflict_coefficient(z.sum(), t.sum())
         memory = TeacherMemory(20, 5, device='cuda')
-        memory.remember(ids, z, seen, list(range(8)))
+        memory.remember(ids, z, y, seen, list(range(8)))
         memory.recall(ids)

@@ -22,6 +22,8 @@ class TeacherMemory:
         self.logits = torch.zeros(n, n_classes, dtype=dtype, device=device)
         self.seen   = torch.zeros(n, dtype=torch.bool, device=device)
         self.right  = torch.zeros(n, dtype=torch.bool, device=device)
+        self.targets = torch.full((n,), -1, dtype=torch.long, device=device)
+        self.strays  = torch.zeros((), dtype=torch.long, device=device)
         self.visited = np.zeros(n, dtype=bool)
 
     def __len__(self): return len(self.logits)
@@ -42,6 +44,7 @@ class TeacherMemory:
     def remember(self,
         ids:Tensor, # `(B,)` int64 dataset ids
         logits:Tensor, # `(B, C)` their logits now
+        targets:Tensor, # `(B,)` their classes
         right:Tensor, # `(B,)` bool: is that prediction correct?
         host_ids:list # `ids` again, on the host
     ):
@@ -50,7 +53,16 @@ class TeacherMemory:
         fine = logits.isfinite().all(1)
         self.logits[ids] = torch.where(fine[:,None], logits, 0.).to(self.logits)
         self.seen[ids],self.right[ids] = fine,right & fine
+        known = self.targets[ids]
+        self.strays += ((known>=0) & (known!=targets)).sum()
+        self.targets[ids] = targets
         self.visited[host_ids] = True
+
+    def check_aligned(self):
+        "Raise `ValueError` if an id has come with two different targets. Waits for the device: once an epoch is enough."
+        if (n := self.strays.item()): raise ValueError(f"{n} samples came with another target than the dataset item of their id had before. "
+            "Either items were skipped or reordered after the loader drew their ids (a transform that raises SkipItemException, a `create_batches` of its own): "
+            "drop such items before training. Or the targets themselves are random: then use `ReflectiveLearning(kr=False)`.")
 
     @property
     def share_right(self) -> Tensor:

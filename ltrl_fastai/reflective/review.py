@@ -65,6 +65,8 @@ class KnowledgeReview(Companion):
         terms.log('right', right.float().mean())
         if self.teachers is None: self.teachers = TeacherMemory(self.learn.sample_ids.n_items, logits.shape[1], now.dtype, now.device)
         if self.count_scale: now = now/batch_class_counts(y, logits.shape[1])[:,None]
-        self.teachers.remember(ids.ids, now, right, ids.host_ids)
+        self.teachers.remember(ids.ids, now, y, right, ids.host_ids)
 
-    def after_train(self): self._recalled = None
+    def after_train(self):
+        self._recalled = None
+        if self.teachers is not None: self.teachers.check_aligned()

@@ -54,12 +54,12 @@ class ShotReport:
 
     def table(self, other:'ShotReport'=None # Shown in the row below, and the difference in the last
              ) -> pd.DataFrame:
-        "Many, Medium, Few and All, one row a report."
+        "Many, Medium, Few and All, one row a report; '-' where there is nothing to measure."
         reports = [self]+L(other)
         df = pd.DataFrame([o.accuracy for o in reports], index=[o.label or f'report {i}' for i,o in enumerate(reports)], dtype=float)
         if other is not None: df.loc['gain'] = df.iloc[1]-df.iloc[0]
         sizes = {k: f"{k.title()} ({int(m.sum())})" for k,m in self.groups.items()}
-        return df.rename(columns=sizes).round(2)
+        return df.rename(columns=sizes).round(2).astype(object).where(df.notna().values, '-')
 
     def plot(self, other:'ShotReport'=None, # Drawn beside it
              figsize=(9,3.6) # Inches

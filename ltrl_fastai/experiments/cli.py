@@ -88,7 +88,7 @@ def train(
     write_json(res, out/'result.json')
     first,*others = [r for _,r in reversed(results)]
     fig = first.plot(*others); fig.savefig(out/'.per_class.png', dpi=120); (out/'.per_class.png').replace(out/'per_class.png')
-    typer.echo(f"\nAccuracy on the balanced test set, in percent (number of classes), one seed:\n{first.table(*others).to_string(na_rep='-')}")
+    typer.echo(f"\nAccuracy on the balanced test set, in percent (number of classes), one seed:\n{first.table(*others).to_string()}")
     if rest: typer.echo("One seed decides little: repeat with --seed 1, --seed 2 ... before you believe a gain.")
     typer.echo(f"\nWritten: {out/'result.json'}, {out/'per_class.png'}\n{_next(s, rl)}")
 

@@ -56,7 +56,7 @@ class ShotReport:
              ) -> pd.DataFrame:
         "Many, Medium, Few and All, one row a report; '-' where there is nothing to measure."
         reports = [self]+L(other)
-        df = pd.DataFrame([o.accuracy for o in reports], index=[o.label or f'report {i}' for i,o in enumerate(reports)], dtype=float)
+        df = pd.DataFrame([o.accuracy for o in reports], index=[o.label or f'report {i+1}' for i,o in enumerate(reports)], dtype=float)
         if other is not None: df.loc['gain'] = df.iloc[1]-df.iloc[0]
         sizes = {k: f"{k.title()} ({int(m.sum())})" for k,m in self.groups.items()}
         return df.rename(columns=sizes).round(2).astype(object).where(df.notna().values, '-')
@@ -69,12 +69,12 @@ class ShotReport:
         n,x = len(order),np.arange(len(order))
         fig,(ax,axb) = plt.subplots(1, 2, figsize=figsize, width_ratios=(2.4,1), layout='constrained')
         axc = ax.twinx()
-        axc.fill_between(x, self.counts[order], step='mid', color='0.85', lw=0); axc.set(yscale='log', ylabel='training images'); axc.set_zorder(0)
+        axc.bar(x, self.counts[order], 1., color='0.85'); axc.set(yscale='log', ylabel='training images'); axc.set_zorder(0)
         ax.set_zorder(1); ax.patch.set_visible(False)
         reports = [self]+L(other)
         for i,o in enumerate(reports):
             acc = np.array([np.nan if a is None else a for a in o.per_class])[order]
-            c,label = _colours[i],o.label or f'report {i}'
+            c,label = _colours[i],o.label or f'report {i+1}'
             if n<=20: ax.bar(x+(i-(len(reports)-1)/2)*.8/len(reports), acc, .8/len(reports), color=c, label=label)
             else:
                 ax.plot(x, acc, '.', color=c, ms=3, alpha=.6)

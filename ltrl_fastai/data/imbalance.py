@@ -79,7 +79,8 @@ def LongTailSplitter(splitter, # Splits items into train and validation: `Grandp
     "A `splitter` for `DataBlock` whose training part is long-tailed, in the order of the sorted labels; the validation part stays as it is."
     def _inner(items):
         train,*rest = splitter(items)
-        labels = [get_y(items[i]) for i in train]
+        at = items.iloc if hasattr(items, 'iloc') else items
+        labels = [get_y(at[i]) for i in train]
         vocab = {o:i for i,o in enumerate(sorted(set(labels)))}
         y = np.array([vocab[o] for o in labels])
         idx = long_tail_indices(y, imbalanced_counts(n_max or int(np.bincount(y).min()), len(vocab), imbalance_factor, profile), seed)

@@ -28,9 +28,13 @@ class KnowledgeCorrection(Companion):
         if not grads: return
         for p in grads:
             if p.grad is None: p.grad = torch.zeros_like(p)
+        everything = list(grads) if self.granularity=='tensor' else [p for p in self.learn.model.parameters() if p.grad is not None]
         dots  = torch.stack([(_upcast(g)*_upcast(p.grad)).sum() for p,g in grads.items()])
-        norm2 = torch.stack([_upcast(p.grad).square().sum() for p in grads])
+        norm2 = torch.stack([_upcast(p.grad).square().sum() for p in everything])
         if self.granularity=='global': dots,norm2 = dots.sum()[None],norm2.sum()[None]
         coefs = conflict_coefficient(dots, norm2)
-        for (p,g),c in zip(grads.items(), coefs.expand(len(grads))): p.grad.mul_(1-c).add_(g)
+        for p,c in zip(everything, coefs.expand(len(everything))):
+            p.grad.mul_(1-c)
+            if p in grads: p.grad.add_(grads[p])
+        self.learn.loss_terms.grads = None
         self.learn.loss_terms.log('conflicts', (coefs<0).float().mean())

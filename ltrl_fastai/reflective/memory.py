@@ -87,9 +87,15 @@ class FeatureBank:
             f"features: expected {self.features[0].shape[1]} dimensions as in the batches before, got {feats.shape[1]}. Centres need inputs of one size.")
         self.features.append(feats.clone()); self.targets.append(check_targets(targets, self.n_classes))
 
+    def finite(self) -> tuple[Tensor, Tensor]: # `(N, D)`, `(N,)`
+        "All features and targets, but for rows that an overflow has left no numbers in: one of them would make its class's median NaN."
+        feats,targets = torch.cat(self.features),torch.cat(self.targets)
+        fine = feats.isfinite().all(1)
+        return feats[fine],targets[fine]
+
     def centers(self, previous:Tensor=None # `(C, D)` centres of classes that this epoch has not met
                ) -> Tensor: # `(C, D)`
         "Median feature per class; classes without a feature keep `previous`."
         if not len(self): return previous
         if previous is not None and previous.shape[1]!=self.features[0].shape[1]: previous = None # another model
-        return class_centers(torch.cat(self.features), torch.cat(self.targets), self.n_classes, previous)
+        return class_centers(*self.finite(), self.n_classes, previous)

@@ -55,8 +55,8 @@ class Companion(Callback):
 class LossTerms(Callback):
     "Adds terms to the loss of a batch, keeps their means per epoch in the Recorder's table, and their gradient apart where that is asked for."
     order,run_valid = Recorder.order+1,False
-    _stateattrs = ('terms','projected','sums','counts','grads','_full')
-    terms,projected,grads,_full = None,(),None,None
+    _stateattrs = ('terms','projected','sums','counts','grads','_full','_batch')
+    terms,projected,grads,_full,_batch = None,(),None,None,{}
 
     def before_fit(self):
         self.fit_loss = self.learn.loss_func # MixUp swaps it in `before_train`
@@ -68,8 +68,8 @@ class LossTerms(Callback):
         self._at = 2+(len(rec.metrics) if rec.train_metrics else 0)
         rec.metric_names = rec.metric_names[:self._at] + self.columns + rec.metric_names[self._at:]
 
-    def before_train(self): self.sums,self.counts,self.grads = {},{},None
-    def before_batch(self): self.terms,self.projected = {},[]
+    def before_train(self): self.sums,self.counts = {},{} # not `grads`: an accumulated step may reach over the end of an epoch
+    def before_batch(self): self.terms,self.projected,self._batch,self._full = {},[],{},None
 
     def add(self,
         name:str, # Shown as `{name}_loss` if that is among the columns
@@ -118,14 +118,17 @@ class LossTerms(Callback):
             "Let it change `loss_grad` by arithmetic, or give it an order below that of the callbacks that add terms.")
         params = [p for p in self.learn.model.parameters() if p.requires_grad]
         grads = torch.autograd.grad(self.projected, params, grad_outputs=factors, retain_graph=True, allow_unused=True)
-        self.grads = self.grads or {}
-        for p,g in zip(params, grads):
-            if g is not None: self.grads[p] = self.grads[p]+g if p in self.grads else g
+        self._batch = {p: g for p,g in zip(params, grads) if g is not None}
         self.learn.loss_grad = full - sum(f*o for f,o in zip(factors, self.projected))
 
+    def after_cancel_backward(self): self._batch = {} # what was not backpropagated of the main loss isn't of the terms
     def after_backward(self):
         if self._full is not None: self.learn.loss_grad,self._full = self._full.detach(),None
         self.projected = []
+        if not self._batch: return
+        self.grads = self.grads or {}
+        for p,g in self._batch.items(): self.grads[p] = self.grads[p]+g if p in self.grads else g
+        self._batch = {}
 
     def after_step(self): self.grads = None
 

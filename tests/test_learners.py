@@ -273,6 +273,60 @@ def test_without_fastais_default_callbacks(dls, mlp, quick_fit):
     assert learn.loss_terms.history[-1]['review_loss'] > 0
 
 
+class KeepTerms(KnowledgeCorrection):
+    "Splits the gradient and puts it back unprojected: must train as no correction at all"
+    def before_step(self):
+        for p, g in (self.learn.loss_terms.grads or {}).items(): p.grad.add_(g)
+        self.learn.loss_terms.grads = None
+
+
+@pytest.mark.parametrize('n_acc', [81, 108], ids=['fits the epoch', 'reaches over it'])
+def test_splitting_the_gradient_loses_nothing_under_accumulation(quick_fit, n_acc):
+    def weights(*cbs):
+        set_seed(0, reproducible=True)
+        dls = digits_lt(device='cpu', bs=27, tfms=dict(crop=0, flip=False))
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+        cbs = [KnowledgeReview(adapt=0., weight=5.), GradientAccumulation(n_acc), *cbs]
+        return torch.cat([p.detach().flatten() for p in quick_fit(learner(dls, net, cbs, opt_func=SGD), 5, .05).model.parameters()])
+    torch.testing.assert_close(weights(), weights(KeepTerms()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('ks', [dict(), dict(mode='replace')], ids=['add', 'replace'])
+def test_an_overflow_does_not_spoil_the_summary(dls, quick_fit, ks):
+    class Overflow(Callback):
+        order, run_valid, skipped = 1, False, 0
+        def before_batch(self):
+            if self.iter == 2 and self.epoch == 0: self.learn.xb = (self.x*float('inf'),)
+        def before_step(self):
+            if not all(p.grad.isfinite().all() for p in self.model.parameters()):
+                self.skipped += 1
+                raise CancelStepException
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    assert quick_fit(learner(dls, net, [KnowledgeSummary(**ks), Overflow()]), 3).overflow.skipped == 1
+
+
+def test_global_correction_reaches_parameters_of_the_main_loss_alone(quick_fit):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3, bias=False), nn.Parameter(torch.ones(3))
+        def forward(self, x): return self.a(x)
+    class Terms(Callback):
+        order, run_valid = 4, False
+        def after_loss(self):
+            self.learn.loss_grad = self.learn.loss_grad + 3*self.model.b.square().sum()
+            self.learn.loss_terms.add('opposite', -.5*F.cross_entropy(self.pred, self.y))
+    class Check(Callback):
+        order, run_valid = 20, False
+        def before_step(self):
+            g = torch.autograd.grad(F.cross_entropy(self.model.a(self.x), self.y), self.model.a.weight)[0]
+            c = -.5*(g*g).sum()/((g*g).sum()+3*36)  # of all parameters: the main gradient of b is (6, 6, 6)
+            torch.testing.assert_close(self.model.b.grad, torch.full((3,), 6.)*(1-c))
+            torch.testing.assert_close(self.model.a.weight.grad, g*(1-c)-.5*g)
+    ds = [(torch.randn(4), i % 3) for i in range(16)]
+    quick_fit(Learner(DataLoaders(*[DataLoader(ds, bs=16)]*2), Net(), loss_func=CrossEntropyLossFlat(), cbs=[KnowledgeCorrection('global'), Terms(), Check()]))
+
+
 def test_targets_out_of_range(quick_fit):
     ds = [(torch.rand(4), i % 5) for i in range(40)]
     learn = Learner(DataLoaders(*[DataLoader(ds, bs=8)]*2), nn.Linear(4, 3), loss_func=lambda p, y: p.sum(), cbs=ReflectiveLearning())

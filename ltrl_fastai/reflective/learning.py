@@ -37,12 +37,12 @@ class ReflectiveLearning(Companion):
             self._on[k] = v is not False
 
     def attach(self, learn):
-        for k in self.parts: self._refuse_twin(learn, self._classes[k])
+        for k,cb in self.parts.items():
+            if cb not in learn.cbs: self._refuse_twin(learn, self._classes[k])
         super().attach(learn)
-        learn.add_cbs([cb for k,cb in self.parts.items() if self._on[k]])
+        learn.add_cbs([cb for k,cb in self.parts.items() if self._on[k] and cb not in learn.cbs])
 
     def detach(self, learn):
-        self._on = {k: cb in learn.cbs for k,cb in self.parts.items()}
         learn.remove_cbs([cb for cb in self.parts.values() if cb in learn.cbs])
 
     def is_on(self, part:str) -> bool:
@@ -54,8 +54,9 @@ class ReflectiveLearning(Companion):
         "Switch parts on or off; what they remember stays with them."
         for k,v in on.items():
             if k not in self.parts: raise ValueError(f"switch: expected kr, ks or kc, got {k!r}")
-            if self._learn is None: self._on[k] = bool(v)
-            elif v and not self.is_on(k): self._learn.add_cb(self.parts[k])
+            self._on[k] = bool(v)
+            if self._learn is None: continue
+            if v and not self.is_on(k): self._learn.add_cb(self.parts[k])
             elif not v and self.is_on(k): self._learn.remove_cb(self.parts[k])
         return self
 

@@ -19,6 +19,7 @@ class Companion(Callback):
     def learn(self): return self._learn
     @learn.setter
     def learn(self, learn):
+        if learn is not None and self in learn.cbs: learn.cbs.remove(self) # added again: `add_cb` is about to append it
         old,self.__dict__['_learn'] = self._learn,learn
         if learn is not None and learn is not old:
             try: self.attach(learn)

@@ -381,6 +381,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'ltrl_fastai/reflective/terms.py'),
                                               'ltrl_fastai.reflective.terms.LossTerms.after_train': ( 'reflective/terms.html#lossterms.after_train',
                                                                                                       'ltrl_fastai/reflective/terms.py'),
+                                              'ltrl_fastai.reflective.terms.LossTerms.after_validate': ( 'reflective/terms.html#lossterms.after_validate',
+                                                                                                         'ltrl_fastai/reflective/terms.py'),
                                               'ltrl_fastai.reflective.terms.LossTerms.batch': ( 'reflective/terms.html#lossterms.batch',
                                                                                                 'ltrl_fastai/reflective/terms.py'),
                                               'ltrl_fastai.reflective.terms.LossTerms.before_backward': ( 'reflective/terms.html#lossterms.before_backward',

@@ -50,13 +50,15 @@ class ShotAccuracy(Metric):
         hits,totals = class_hits(preds, targets, len(self.mask))
         self.hits,self.totals = self.hits+hits,self.totals+totals
     @property
-    def value(self): return group_accuracy(self.hits, self.totals, self.mask) if torch.is_tensor(self.totals) else None
+    def value(self):
+        acc = group_accuracy(self.hits, self.totals, self.mask) if torch.is_tensor(self.totals) else None
+        return float('nan') if acc is None else acc # trackers and loggers want a number
     @property
     def name(self): return self._name
 
 def shot_accuracies(class_counts, # Training images of each class: `class_counts(dls)`
                     many:int=100, # Classes with more are 'many'
                     few:int=20 # Classes with fewer are 'few'
-                   ) -> L: # Of four metrics: many, medium, few, all
+                   ) -> L: # Of metrics: those of many, medium, few that have classes, and all
     "Many-, Medium-, Few-shot and overall accuracy as fastai metrics: `Learner(..., metrics=shot_accuracies(class_counts(dls)))`."
-    return L(ShotAccuracy(mask, name) for name,mask in shot_groups(class_counts, many, few).items())
+    return L(ShotAccuracy(mask, name) for name,mask in shot_groups(class_counts, many, few).items() if mask.any())

@@ -6,7 +6,7 @@
 __all__ = ['Companion', 'LossTerms']
 
 # %% ../../nbs/reflective/03_terms.ipynb #b95c050d
-import inspect
+import inspect, math
 from fastai.basics import *
 from .functional import check_logits, check_targets
 
@@ -57,17 +57,17 @@ class LossTerms(Callback):
     "Adds terms to the loss of a batch, keeps their means per epoch in the Recorder's table, and their gradient apart where that is asked for."
     order,run_valid = Recorder.order+1,False
     _stateattrs = ('terms','projected','sums','counts','grads','_full','_batch')
-    terms,projected,grads,_full,_batch = None,(),None,None,{}
+    terms,projected,grads,_full,_batch,_row = None,(),None,None,{},None
 
     def before_fit(self):
         self.fit_loss = self.learn.loss_func # MixUp swaps it in `before_train`
-        self.history = []
+        self.history,self._row = [],None
         self.sums,self.counts,self.grads = {},{},None
         self.columns = L(cb.columns for cb in self.learn.cbs.sorted('order') if isinstance(cb, Companion)).concat().unique()
         if not hasattr(self.learn, 'recorder') or not self.columns: return
         rec = self.learn.recorder
-        self._at = 2+(len(rec.metrics) if rec.train_metrics else 0)
-        rec.metric_names = rec.metric_names[:self._at] + self.columns + rec.metric_names[self._at:]
+        at = len(rec.metric_names) - bool(rec.add_time)
+        rec.metric_names = rec.metric_names[:at] + self.columns + rec.metric_names[at:]
 
     def before_train(self): self.sums,self.counts = {},{} # not `grads`: an accumulated step may reach over the end of an epoch
     def before_batch(self): self.terms,self.projected,self._batch,self._full = {},[],{},None
@@ -151,4 +151,9 @@ class LossTerms(Callback):
     def after_train(self):
         means = self.means()
         self.history.append(means)
-        if hasattr(self.learn, 'recorder') and self.columns and not self.learn.recorder.cancel_train: self.learn.recorder.log += [means[c] for c in self.columns]
+        self._row = [means[c] if means[c] is not None else math.nan for c in self.columns]
+
+    def after_validate(self):
+        "Write the means of the training part into the table, behind what was validated."
+        if self._row and hasattr(self.learn, 'recorder'): self.learn.recorder.log += self._row
+        self._row = None

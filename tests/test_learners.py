@@ -274,7 +274,7 @@ def test_without_fastais_default_callbacks(dls, mlp, quick_fit):
 
 def test_trackers_loggers_and_graphs_find_numbers_where_they_look(mlp, quick_fit, tmp_path):
     dls = digits_lt(device='cpu', imbalance_factor=2, bs=50)  # no Few
-    learn = learner(dls, mlp(), [ReflectiveLearning(), EarlyStoppingCallback(monitor='review_loss'), SaveModelCallback(monitor='summary_loss')], path=tmp_path)
+    learn = learner(dls, mlp(), [ReflectiveLearning(), EarlyStoppingCallback(monitor='review_loss', patience=2), SaveModelCallback(monitor='summary_loss')], path=tmp_path)
     quick_fit(learn, 3)
     names = list(learn.recorder.metric_names)
     assert 'few' not in names and names.index('valid_loss') == 2 and names[-1] == 'time'  # ShowGraphCallback takes the second value for valid_loss

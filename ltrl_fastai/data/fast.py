@@ -45,6 +45,12 @@ class ImageTensors:
             o = torch.as_tensor(np.array(o)) if not isinstance(o, Tensor) else o
             return o[None] if o.ndim==2 else o.permute(2,0,1) if o.shape[0]!=self.images.shape[1] and o.shape[-1]==self.images.shape[1] else o
         return ImageTensors(torch.stack([_one(o).as_subclass(Tensor) for o in items]), vocab=self.vocab, split_idx=1)
+    @contextmanager
+    def set_split_idx(self, i:int):
+        "For `learn.tta`: the transforms of split `i`, for a while."
+        old,self.split_idx = self.split_idx,i
+        try: yield self
+        finally: self.split_idx = old
     def new_empty(self):
         y = None if self.targets is None else self.targets[:0].clone()
         return ImageTensors(self.images[:0].clone(), y, self.vocab, self.split_idx) # a view would keep all images
@@ -129,6 +135,7 @@ def tensor_dataloaders(*datasets, # `ImageTensors`: training, validation, and mo
                        **kwargs # Passed on to the training `TensorDL`
                       ) -> DataLoaders:
     "`DataLoaders` over images in memory: training shuffled, the others in order."
+    datasets = [copy(o) for o in datasets] # the same images may be in two splits
     for i,o in enumerate(datasets): o.split_idx = min(i,1)
     dls = [TensorDL(o, bs=bs*(1+(i>0)), shuffle=i==0, after_batch=list(tfms), **(kwargs if i==0 else {})) for i,o in enumerate(datasets)]
     return cls(*dls, path=path, device=device or default_device())

@@ -38,7 +38,9 @@ class ShotReport:
         "From a learner's predictions on `dl`, or on its `ds_idx`-th data set; the training set says how many images a class has."
         counts = class_counts(learn.dls)
         with learn.no_bar(): preds,targets = learn.get_preds(ds_idx=ds_idx, dl=dl)
-        return cls.from_preds(preds, targets, counts, **{'vocab': getattr(learn.dls, 'vocab', None), **kwargs})
+        vocab = getattr(learn.dls, 'vocab', None)
+        if vocab is not None and len(vocab)!=len(counts): vocab = vocab[-1] if is_listy(vocab[-1]) and len(vocab[-1])==len(counts) else None # text has two
+        return cls.from_preds(preds, targets, counts, **{'vocab': vocab, **kwargs})
 
     @property
     def groups(self) -> dict: return shot_groups(self.counts, self.many, self.few)

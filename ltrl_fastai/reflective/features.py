@@ -45,6 +45,6 @@ def _with_dropout(model, head):
 class HeadInput:
     "Remembers the next input of `head`, as `.value`; the hook takes itself off when it fires."
     def __init__(self, head:nn.Module # See `find_head`
-                ): self.value,self.handle = None,head.register_forward_pre_hook(self._look)
-    def _look(self, module, args): self.value = args[0]; self.remove()
+                ): self.value,self.handle = None,head.register_forward_pre_hook(self._look, with_kwargs=True)
+    def _look(self, module, args, kwargs): self.value = [*args, *kwargs.values()][0]; self.remove()
     def remove(self): self.handle.remove()

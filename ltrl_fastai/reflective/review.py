@@ -40,7 +40,8 @@ class KnowledgeReview(Companion):
         self.teachers = self._dataset = None
 
     def before_train(self):
-        if self._dataset is not self.learn.dl.dataset: self.reset() # ids mean other samples now
+        grown = self.teachers is not None and len(self.teachers)!=self.learn.sample_ids.n_items
+        if grown or self._dataset is not self.learn.dl.dataset: self.reset() # ids mean other samples now
         self._dataset,self._recalled = self.learn.dl.dataset,None
         self.strength = None if self.teachers is None else self.weight*self.teachers.share_right**self.adapt # a first epoch has no teachers
 
@@ -69,4 +70,6 @@ class KnowledgeReview(Companion):
 
     def after_train(self):
         self._recalled = None
-        if self.teachers is not None: self.teachers.check_aligned()
+        if self.teachers is None: return
+        try: self.teachers.check_aligned()
+        except ValueError: self.reset(); raise # so that training can go on once the cause is mended

@@ -18,8 +18,8 @@ class KnowledgeSummary(Companion):
     "Softens labels by the cosine similarity of median class features, taken at the end of each epoch (LTRL eq. 5 to 8)."
     order,run_valid = GradientAccumulation.order-2,False
     needs,columns = (LossTerms,),('base_loss','summary_loss')
-    _stateattrs = ('bank','centers','similarity','_look','_module')
-    bank = centers = similarity = _look = _module = None
+    _stateattrs = ('bank','centers','similarity','_look','_module','_dataset')
+    bank = centers = similarity = _look = _module = _dataset = None
     def __init__(self,
         alpha:float=.99, # Weight of the one-hot label in the soft label, from 0 to 1
         weight:float=1., # Weight of the loss, with mode='add'
@@ -43,6 +43,8 @@ class KnowledgeSummary(Companion):
 
     def before_train(self):
         self._module = find_head(get_model(self.learn.model), self.head, getattr(self.dls, 'c', None) or None)
+        if self._dataset is not None and self._dataset is not getattr(self.learn.dl, 'dataset', None): self.reset() # classes may mean other things now
+        self._dataset = getattr(self.learn.dl, 'dataset', None)
         if self.bank is not None: self.bank.clear()
 
     def before_batch(self):
@@ -57,6 +59,8 @@ class KnowledgeSummary(Companion):
         feats,terms = self._look.value,self.learn.loss_terms
         if feats is None: raise ValueError(f"The head {type(self._module).__name__} was not called in the forward pass. Name the one that is: `KnowledgeSummary(head=...)`.")
         logits,y = terms.batch()
+        if len(feats)!=len(y): raise ValueError(f"The head {type(self._module).__name__} was given {len(feats)} features for a batch of {len(y)}, "
+            "where one of each sample was expected. Name a module that sees the whole batch: `KnowledgeSummary(head=...)`.")
         if self.bank is None or self.bank.n_classes!=logits.shape[1]: self.reset(); self.bank = FeatureBank(logits.shape[1])
         self.bank.add(feats, y)
         soft = self._soft(y)

@@ -8,6 +8,7 @@ __all__ = ['Companion', 'LossTerms']
 # %% ../../nbs/reflective/03_terms.ipynb #b95c050d
 import inspect, math
 from fastai.basics import *
+from fastai.callback.mixup import MixHandler
 from .functional import check_logits, check_targets
 
 # %% ../../nbs/reflective/03_terms.ipynb #b71eb09d
@@ -60,7 +61,6 @@ class LossTerms(Callback):
     terms,projected,grads,_full,_batch,_row = None,(),None,None,{},None
 
     def before_fit(self):
-        self.fit_loss = self.learn.loss_func # MixUp swaps it in `before_train`
         self.history,self._row = [],None
         self.sums,self.counts,self.grads = {},{},None
         self.columns = L(cb.columns for cb in self.learn.cbs.sorted('order') if isinstance(cb, Companion)).concat().unique()
@@ -134,6 +134,13 @@ class LossTerms(Callback):
     def after_step(self): self.grads = None
 
     # What the terms look at
+    @property
+    def fit_loss(self):
+        "The learner's loss function at this moment; that which MixUp has put its own in front of, if it has."
+        loss = self.learn.loss_func
+        while isinstance(getattr(loss, '__self__', None), MixHandler): loss = loss.__self__.old_lf
+        return loss
+
     def batch(self) -> tuple[Tensor, Tensor]: # logits `(B, C)`, targets `(B,)` int64
         "The logits and the class indices of the batch in hand, checked; tabular targets `(B, 1)` are flattened, as fastai's losses do."
         logits,y = self.learn.pred,self.learn.y

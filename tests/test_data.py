@@ -49,6 +49,8 @@ def test_images_of_several_sizes_and_missing_classes(tmp_path):
     folder(tmp_path/'b', [32]*7)
     with pytest.raises(ValueError, match='expected the 10 classes'): cifar10_lt(2, tmp_path/'b')
     with pytest.raises(FileNotFoundError, match='was not found at'): cifar10_lt(2, tmp_path)
+    for s in ('train', 'test'): (tmp_path/'c'/s).mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match='found no image'): cifar10_lt(2, tmp_path/'c')
 
 
 def test_the_decoded_copy_follows_the_folder(tmp_path):
@@ -56,4 +58,6 @@ def test_the_decoded_copy_follows_the_folder(tmp_path):
     assert len(load_cifar(10, tmp_path)[0][0]) == 10
     Image.new('RGB', (32, 32)).save(tmp_path/'train/c0/b.png')
     x, y = load_cifar(10, tmp_path)[0]
+    Image.new('RGB', (32, 32), (7, 7, 7)).save(tmp_path/'train/c0/b.png')  # another image, the same name
+    assert (load_cifar(10, tmp_path)[0][0][1] == 7).all()
     assert len(x) == 11 and torch.bincount(y).tolist() == [2]+[1]*9

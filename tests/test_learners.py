@@ -281,6 +281,47 @@ def test_trackers_loggers_and_graphs_find_numbers_where_they_look(mlp, quick_fit
     assert all(isinstance(o, float) for row in learn.recorder.values for o in row)
 
 
+def test_an_alignment_error_ends_with_its_cause(quick_fit):
+    class Labelled:
+        y = [i % 5 for i in range(103)]
+        def __len__(self): return len(self.y)
+        def __getitem__(self, i): return torch.tensor([float(i)]), torch.tensor(self.y[i])
+    ds = Labelled()
+    learn = Learner(DataLoaders(*[DataLoader(ds, bs=16)]*2), nn.Linear(1, 5), loss_func=CrossEntropyLossFlat(), cbs=KnowledgeReview())
+    quick_fit(learn)
+    ds.y[3] = 1
+    with pytest.raises(ValueError, match='another target'): quick_fit(learn)
+    quick_fit(learn, 2)
+    ds.y.append(0)  # a data set that grows starts a new memory
+    learn.dls = DataLoaders(*[DataLoader(ds, bs=16)]*2)
+    quick_fit(learn)
+    assert len(learn.knowledge_review.teachers) == 104
+
+
+def test_a_loss_that_is_swapped_in_is_the_one_that_is_reviewed(dls, mlp, quick_fit):
+    class Deferred(Callback):
+        def before_epoch(self):
+            if self.epoch == 1: self.learn.loss_func = BalancedSoftmaxLoss(self.dls.class_counts)
+    learn = quick_fit(Learner(dls, mlp(), loss_func=CrossEntropyLossFlat(), cbs=[KnowledgeReview(), Deferred(), MixUp()]), 2)
+    torch.testing.assert_close(learn.loss_terms.trained_logits(torch.zeros(1, 10))[0], dls.class_counts.log())
+
+
+def test_another_data_set_has_other_centres(mlp, quick_fit):
+    learn = quick_fit(learner(digits_lt(device='cpu'), mlp(), KnowledgeSummary()), 1)
+    learn.dls = digits_lt(device='cpu', data_seed=1)
+    quick_fit(learn, 1)
+    assert learn.loss_terms.history[0]['summary_loss'] is None
+
+
+def test_a_head_that_sees_parts_of_a_batch_is_named(dls, quick_fit):
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(64, 10)
+        def forward(self, x): return torch.cat([self.fc(input=o) for o in x.flatten(1).tensor_split(2)])
+    with pytest.raises(ValueError, match='Linear was given 16 features for a batch of 32'): quick_fit(learner(dls, Halves(), KnowledgeSummary()))
+
+
 class KeepTerms(KnowledgeCorrection):
     "Splits the gradient and puts it back unprojected: must train as no correction at all"
     def before_step(self):

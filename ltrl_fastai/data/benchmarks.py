@@ -37,7 +37,7 @@ def long_tailed(train:tuple, # uint8 images `(N, C, H, W)` and class indices `(N
                ) -> LongTailDataLoaders:
     "Make a balanced training set long-tailed, and keep the rest for validation."
     (x,y),c = train,len(vocab)
-    n_max = n_max or int(torch.bincount(y, minlength=c).min())
+    if n_max is None: n_max = int(torch.bincount(y, minlength=c).min())
     idx = long_tail_indices(y, imbalanced_counts(n_max, c, imbalance_factor, profile), data_seed)
     rest = np.setdiff1d(np.arange(len(y)), idx)
     if not len(rest): raise ValueError(f"n_max: the long-tailed training set takes all {len(y)} images, and none is left for validation. "
@@ -83,9 +83,10 @@ def _read_image(f):
 def _folder_tensors(path:Path) -> tuple: # images, targets, vocab
     "Decode all images below `path`, whose classes are their parents' names; kept in a file beside it"
     files = sorted(get_image_files(path))
+    if not files: raise FileNotFoundError(f"{path}: expected one folder of images per class, found no image.")
     vocab = sorted({f.parent.name for f in files})
     cache = path.parent/f'.{path.name}-uint8.pt'
-    listing = '\n'.join(str(f.relative_to(path)) for f in files)
+    listing = '\n'.join(f'{f.relative_to(path)} {(s := f.stat()).st_size} {s.st_mtime_ns}' for f in files)
     if cache.exists():
         kept = torch.load(cache, weights_only=True)
         if kept['listing']==listing: return kept['x'],kept['y'],vocab

@@ -63,7 +63,7 @@ def long_tail_subset(dataset, # Any dataset whose targets can be had: see `datas
     "A long-tailed subset of a map-style dataset; keeps `vocab` and knows its `targets`."
     y = np.asarray(dataset_targets(dataset) if targets is None else targets)
     sizes = np.bincount(y)
-    idx = long_tail_indices(y, imbalanced_counts(n_max or int(sizes.min()), len(sizes), imbalance_factor, profile), seed)
+    idx = long_tail_indices(y, imbalanced_counts(int(sizes.min()) if n_max is None else n_max, len(sizes), imbalance_factor, profile), seed)
     res = torch.utils.data.Subset(dataset, idx)
     res.targets = y[idx].tolist()
     if hasattr(dataset, 'vocab'): res.vocab = dataset.vocab
@@ -83,7 +83,7 @@ def LongTailSplitter(splitter, # Splits items into train and validation: `Grandp
         labels = [get_y(at[i]) for i in train]
         vocab = {o:i for i,o in enumerate(sorted(set(labels)))}
         y = np.array([vocab[o] for o in labels])
-        idx = long_tail_indices(y, imbalanced_counts(n_max or int(np.bincount(y).min()), len(vocab), imbalance_factor, profile), seed)
+        idx = long_tail_indices(y, imbalanced_counts(int(np.bincount(y).min()) if n_max is None else n_max, len(vocab), imbalance_factor, profile), seed)
         return L(L(train)[i] for i in idx),*rest
     return _inner
 
@@ -91,13 +91,15 @@ def LongTailSplitter(splitter, # Splits items into train and validation: `Grandp
 def dataset_targets(ds # A fastai `Datasets`, `TabularPandas`, torchvision dataset, `Subset`, or anything with `targets`
                    ) -> list: # Of integers
     "Class indices of all items of `ds`, without reading the inputs; raises `TypeError` if they can't be had so."
-    if hasattr(ds, 'targets'): res = ds.targets
+    if getattr(ds, 'targets', None) is not None: res = ds.targets
     elif isinstance(ds, torch.utils.data.Subset): y = dataset_targets(ds.dataset); res = [y[i] for i in ds.indices]
     elif hasattr(ds, 'tls') and len(ds.tls)>1: res = [o for o in ds.tls[-1]]
     elif hasattr(ds, 'ys'): res = ds.ys.values.ravel()
     elif isinstance(ds, (list,L)) and len(ds) and is_listy(ds[0]): res = [o[-1] for o in ds]
     else: raise TypeError(f"Where a {type(ds).__name__} keeps its targets is not known. Give it an attribute `targets` (a list of class indices), "
         "or count by hand: `torch.bincount(targets, minlength=n_classes)`.")
+    if len(res) and np.ndim(res[0])>0 and np.size(res[0])>1: raise TypeError(f"The targets of this {type(ds).__name__} are no single class indices (the first is {res[0]}): "
+        "counting classes is for single-label data.")
     return [int(o) for o in res]
 
 def class_counts(dls, # `DataLoaders`, or a dataset

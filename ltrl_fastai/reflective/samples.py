@@ -26,8 +26,8 @@ def epoch_ids(dl # A `DataLoader` that is being iterated
              ) -> list: # Dataset ids, in the order in which this process meets them
     "The order that `dl` drew for the running epoch."
     ids = getattr(dl, '_DataLoader__idxs', None)
-    if not is_listy(ids) and not isinstance(ids, (np.ndarray, Tensor)): raise ValueError(_wrong_loader.format(
-        what=f"`get_idxs` of `dls.train` gave {type(ids).__name__} instead of a list"))
+    if not (hasattr(ids, '__len__') and hasattr(ids, '__getitem__')): raise ValueError(_wrong_loader.format(
+        what=f"`get_idxs` of `dls.train` gave {type(ids).__name__} instead of a list or another sequence"))
     return [int(i) for i in ids]
 
 # %% ../../nbs/reflective/01_samples.ipynb #1f2823f4

@@ -322,6 +322,40 @@ def test_a_head_that_sees_parts_of_a_batch_is_named(dls, quick_fit):
     with pytest.raises(ValueError, match='Linear was given 16 features for a batch of 32'): quick_fit(learner(dls, Halves(), KnowledgeSummary()))
 
 
+def test_sorted_batches_of_text_have_ids_or_a_reason(quick_fit):
+    from fastai.text.data import SortedDL
+    ds = [(torch.tensor([float(i)]), i % 2) for i in range(50)]
+    class Match(Callback):
+        run_valid = False
+        def before_batch(self): assert (self.learn.sample_ids.ids == self.x[:, 0]).all()
+    def fit(shuffle):
+        dl = SortedDL(ds, bs=8, shuffle=shuffle, sort_func=lambda o: float(o[0]), num_workers=0)
+        quick_fit(Learner(DataLoaders(dl, dl), nn.Linear(1, 2), loss_func=CrossEntropyLossFlat(), cbs=[KnowledgeReview(), Match()]), 2)
+    fit(False)
+    with pytest.raises(ValueError, match='SortedDL.*dl_type=TfmdDL'): fit(True)
+
+
+def test_two_bookkeepers_are_refused(dls, mlp, quick_fit):
+    with pytest.raises(ValueError, match='two LossTerms'): quick_fit(learner(dls, mlp(), [KnowledgeReview(), LossTerms()]))
+
+
+class Late(Callback):
+    "Cancels every third batch after the correction was made"
+    order, run_valid = 20, False
+    def before_step(self):
+        if self.iter % 3 == 1: raise CancelBatchException
+
+
+def test_a_cancel_after_the_correction_counts_no_term_twice(quick_fit):
+    def weights(*cbs):
+        set_seed(0, reproducible=True)
+        dls = digits_lt(device='cpu', tfms=dict(crop=0, flip=False))
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+        learn = learner(dls, net, [KnowledgeReview(adapt=0., weight=3.), Late(), *cbs], opt_func=SGD)
+        return torch.cat([p.detach().flatten() for p in quick_fit(learn, 4, .05).model.parameters()])
+    torch.testing.assert_close(weights(), weights(KeepTerms()), rtol=1e-4, atol=1e-5)
+
+
 class KeepTerms(KnowledgeCorrection):
     "Splits the gradient and puts it back unprojected: must train as no correction at all"
     def before_step(self):

@@ -27,7 +27,8 @@ def epoch_ids(dl # A `DataLoader` that is being iterated
     "The order that `dl` drew for the running epoch."
     ids = getattr(dl, '_DataLoader__idxs', None)
     if not (hasattr(ids, '__len__') and hasattr(ids, '__getitem__')): raise ValueError(_wrong_loader.format(
-        what=f"`get_idxs` of `dls.train` gave {type(ids).__name__} instead of a list or another sequence"))
+        what=f"`{type(dl).__name__}.get_idxs` gave a {type(ids).__name__}, which can be read only once, where a list or another sequence was expected "
+             "(fastai's SortedDL, the default for text, does so when it shuffles: choose `dl_type=TfmdDL` with padding to a fixed length)"))
     return [int(i) for i in ids]
 
 # %% ../../nbs/reflective/01_samples.ipynb #1f2823f4

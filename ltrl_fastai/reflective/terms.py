@@ -61,6 +61,7 @@ class LossTerms(Callback):
     terms,projected,grads,_full,_batch,_row = None,(),None,None,{},None
 
     def before_fit(self):
+        if len(self.learn._grab_cbs(LossTerms))>1: raise ValueError("This learner has two LossTerms. The callbacks that need one bring it along: remove your own.")
         self.history,self._row = [],None
         self.sums,self.counts,self.grads = {},{},None
         self.columns = L(cb.columns for cb in self.learn.cbs.sorted('order') if isinstance(cb, Companion)).concat().unique()

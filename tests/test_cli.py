@@ -94,6 +94,16 @@ def test_killed_in_the_middle_leaves_no_half_result(tmp_path):
     run('train', '--epochs', '1', '--no-rl', '--out', 'a', cwd=tmp_path)
 
 
+def test_a_finished_run_is_kept_when_the_next_is_killed(tmp_path):
+    p = subprocess.Popen([ltrl, 'train', '--epochs', '20', '--out', 'a'], cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+    for line in p.stdout:
+        if 'bsce, 20 epochs' in line: break  # the second run begins
+    p.kill()
+    p.wait()
+    res = json.loads((tmp_path/'a/result.json').read_text())
+    assert len(res['history']) == 20 and res['reflective'] and 'baseline' not in res
+
+
 def test_help_is_quick_and_whole():
     r = run('train', '--help', cwd='.')
     for o in '--dataset --imbalance-factor --method --net --rl --no-rl --kr --ks --kc --preset --epochs --seed --out'.split(): assert o in r.stdout

@@ -335,6 +335,16 @@ def test_sorted_batches_of_text_have_ids_or_a_reason(quick_fit):
     with pytest.raises(ValueError, match='SortedDL.*dl_type=TfmdDL'): fit(True)
 
 
+def test_target_values_are_looked_at_once_a_fit(dls, mlp, quick_fit, monkeypatch):
+    "On a CPU always, on a device in the first batch: the rest of the fit waits for nothing"
+    import ltrl_fastai.reflective.terms as terms
+    reads, check = [], terms.check_targets
+    monkeypatch.setattr(terms, 'check_targets', lambda *args, read=None: reads.append(read) or check(*args, read=read))
+    learn = learner(dls, mlp(), KnowledgeReview())
+    for n in (1, 2): quick_fit(learn, n)
+    assert [i for i, o in enumerate(reads) if o] == [0, 13] and len(reads) == 39
+
+
 def test_two_bookkeepers_are_refused(dls, mlp, quick_fit):
     with pytest.raises(ValueError, match='two LossTerms'): quick_fit(learner(dls, mlp(), [KnowledgeReview(), LossTerms()]))
 

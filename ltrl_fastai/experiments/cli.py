@@ -78,14 +78,15 @@ def train(
     for s in todo:
         typer.echo(f"\n{s.dataset}, imbalance factor {s.imbalance_factor:g}, {s.net}, {label_of(s)}, {s.epochs} epochs, seed {s.seed}")
         results.append(train_run(s, bar=True))
-    (res,report),*rest = results
+        results[0][0]['identity'] = settings
+        write_json(results[0][0], out/'result.json') # a run that is done is kept, whatever becomes of the next
+    (res,_),*rest = results
     if rest:
-        base,base_report = rest[0]
+        base,_ = rest[0]
         keep = 'accuracy train_accuracy per_class history seconds'.split()
         res['baseline'] = dict(reflective=None, **{k: base[k] for k in keep})
         res['gain'] = {k: None if a is None else round(a-base['accuracy'][k], 6) for k,a in res['accuracy'].items()}
-    res['identity'] = settings
-    write_json(res, out/'result.json')
+        write_json(res, out/'result.json')
     first,*others = [r for _,r in reversed(results)]
     fig = first.plot(*others); fig.savefig(out/'.per_class.png', dpi=120); (out/'.per_class.png').replace(out/'per_class.png')
     typer.echo(f"\nAccuracy on the balanced test set, in percent (number of classes), one seed:\n{first.table(*others).to_string()}")

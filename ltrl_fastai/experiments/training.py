@@ -19,7 +19,7 @@ from ..reflective.learning import ReflectiveLearning
 
 # %% ../../nbs/experiments/00_training.ipynb #a70625ff
 datasets = {
-    'digits-lt':   dict(make=digits_lt,   defaults=dict(imbalance_factor=20.,  net='resnet8',  epochs=30, bs=32,  lr=.05), n_in=1),
+    'digits-lt':   dict(make=digits_lt,   defaults=dict(imbalance_factor=20.,  net='resnet8',  epochs=30, bs=32,  lr=.05), n_in=1, tfms=dict(crop=1, flip=False)),
     'cifar10-lt':  dict(make=cifar10_lt,  defaults=dict(imbalance_factor=100., net='resnet32', epochs=30, bs=128, lr=.2), n_in=3),
     'cifar100-lt': dict(make=cifar100_lt, defaults=dict(imbalance_factor=100., net='resnet32', epochs=30, bs=128, lr=.2), n_in=3),
 }
@@ -70,8 +70,7 @@ class RunSettings:
 
     def dls(self) -> DataLoaders:
         "The data, as settings say."
-        tfms = {k: v for k,v in dict(policy=self.policy, crop=self.crop, flip=self.flip).items() if v is not None}
-        if self.dataset=='digits-lt': tfms = {**dict(crop=1, flip=False), **tfms}
+        tfms = {**datasets[self.dataset].get('tfms', {}), **{k: getattr(self, k) for k in ('policy','crop','flip') if getattr(self, k) is not None}}
         kw = dict(path=self.data) if self.data is not None else {}
         kw.update({k: getattr(self, k) for k in ('n_max','n_valid') if getattr(self, k) is not None})
         return datasets[self.dataset]['make'](self.imbalance_factor, data_seed=self.data_seed, bs=self.bs, tfms=tfms, **kw)

@@ -19,9 +19,14 @@ presets = {
     'published': dict(kr=dict(on='logits', adapt=0., count_scale=True), ks=dict(mode='replace', smoothing=.1), kc=dict(granularity='tensor')),
 }
 
+def _toggle(part):
+    "A property that tells whether `part` is switched on, and switches it"
+    return property(lambda self: self.is_on(part), lambda self, v: self.switch(**{part: v}), doc=f"Is `{part}` switched on? Set it to switch.")
+
 class ReflectiveLearning(Companion):
     "Knowledge Review, Summary and Correction (LTRL, ECCV 2024): each can be switched on and off, before a fit or between two."
     _classes = dict(kr=KnowledgeReview, ks=KnowledgeSummary, kc=KnowledgeCorrection)
+    kr,ks,kc = map(_toggle, _classes)
     def __init__(self,
         kr:bool|dict|KnowledgeReview=True, # Review? Or arguments of `KnowledgeReview` that differ from the preset, or the callback itself
         ks:bool|dict|KnowledgeSummary=True, # Summarise? Likewise for `KnowledgeSummary`
@@ -38,7 +43,7 @@ class ReflectiveLearning(Companion):
 
     def attach(self, learn):
         for k,cb in self.parts.items():
-            if cb not in learn.cbs: self._refuse_twin(learn, self._classes[k])
+            if self._on[k] and cb not in learn.cbs: self._refuse_twin(learn, self._classes[k])
         super().attach(learn)
         learn.add_cbs([cb for k,cb in self.parts.items() if self._on[k] and cb not in learn.cbs])
 
@@ -66,6 +71,3 @@ class ReflectiveLearning(Companion):
         return {k: cb.config if self.is_on(k) else False for k,cb in self.parts.items()}
 
     def __repr__(self): return f"ReflectiveLearning({', '.join(f'{k}={self.is_on(k)}' for k in self.parts)}, preset={self.preset!r})"
-
-for _k in ('kr','ks','kc'): setattr(ReflectiveLearning, _k, property(partial(ReflectiveLearning.is_on, part=_k), lambda self, v, k=_k: self.switch(**{k: v}) and None,
-    doc=f"Is `{_k}` switched on? Set it to switch."))

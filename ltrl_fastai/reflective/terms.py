@@ -58,11 +58,11 @@ class LossTerms(Callback):
     "Adds terms to the loss of a batch, keeps their means per epoch in the Recorder's table, and their gradient apart where that is asked for."
     order,run_valid = Recorder.order+1,False
     _stateattrs = ('terms','projected','sums','counts','grads','_full','_batch')
-    terms,projected,grads,_full,_batch,_row = None,(),None,None,{},None
+    terms,projected,grads,_full,_batch,_row,_looked = None,(),None,None,{},None,False
 
     def before_fit(self):
         if len(self.learn._grab_cbs(LossTerms))>1: raise ValueError("This learner has two LossTerms. The callbacks that need one bring it along: remove your own.")
-        self.history,self._row = [],None
+        self.history,self._row,self._looked = [],None,False
         self.sums,self.counts,self.grads = {},{},None
         self.columns = L(cb.columns for cb in self.learn.cbs.sorted('order') if isinstance(cb, Companion)).concat().unique()
         if not hasattr(self.learn, 'recorder') or not self.columns: return
@@ -116,7 +116,7 @@ class LossTerms(Callback):
         if not self.projected or not self.split: return
         self._full = full = self.learn.loss_grad
         factors = torch.autograd.grad(full, self.projected, retain_graph=True, allow_unused=True)
-        if None in factors: raise RuntimeError("A callback has replaced `learn.loss_grad` after terms were added to it, so that they are lost. "
+        if any(f is None for f in factors): raise RuntimeError("A callback has replaced `learn.loss_grad` after terms were added to it, so that they are lost. "
             "Let it change `loss_grad` by arithmetic, or give it an order below that of the callbacks that add terms.")
         params = [p for p in self.learn.model.parameters() if p.requires_grad]
         grads = torch.autograd.grad(self.projected, params, grad_outputs=factors, retain_graph=True, allow_unused=True)
@@ -149,13 +149,14 @@ class LossTerms(Callback):
             "Reflective Learning is for single-label classification.")
         if y.ndim==2 and y.shape[1]==1: y = y[:,0]
         check_logits(logits, len(y))
-        return logits.as_subclass(Tensor),check_targets(y.as_subclass(Tensor), logits.shape[1])
+        y = check_targets(y.as_subclass(Tensor), logits.shape[1], read=None if self._looked else True)
+        self._looked = True # waiting for a device once a fit is enough
+        return logits.as_subclass(Tensor),y
 
     def trained_logits(self, logits:Tensor) -> Tensor:
         "`logits` as the loss sees them: through its `trained_logits`, if it has one (Balanced Softmax adds log n), else as they are."
         return getattr(self.fit_loss, 'trained_logits', noop)(logits)
 
-    def after_cancel_train(self): self.projected = []
     def after_train(self):
         means = self.means()
         self.history.append(means)

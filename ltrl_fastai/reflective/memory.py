@@ -64,6 +64,19 @@ class TeacherMemory:
             "Either items were skipped or reordered after the loader drew their ids (a transform that raises SkipItemException, a `create_batches` of its own): "
             "drop such items before training. Or the targets themselves are random: then use `ReflectiveLearning(kr=False)`.")
 
+    def state_dict(self) -> dict:
+        "Everything that is remembered, as tensors."
+        return {k: v if isinstance(v, Tensor) else torch.from_numpy(v) for k,v in vars(self).items()}
+
+    @classmethod
+    def from_state(cls, state:dict, # What `state_dict` gave
+                   device='cpu' # Where it is kept from now on
+                  ) -> 'TeacherMemory':
+        "The memory that `state` was taken of."
+        res = cls.__new__(cls)
+        vars(res).update({k: v.numpy().copy() if k=='visited' else v.to(device) for k,v in state.items()})
+        return res
+
     @property
     def share_right(self) -> Tensor:
         "Share of all dataset items whose teacher is right, a scalar on the device: how much there is to review."

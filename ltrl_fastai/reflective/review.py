@@ -39,6 +39,17 @@ class KnowledgeReview(Companion):
         "Forget all teachers."
         self.teachers = self._dataset = None
 
+    def state_dict(self) -> dict:
+        "What `Checkpoint` has to keep: all teachers."
+        return dict(teachers=None if self.teachers is None else self.teachers.state_dict())
+
+    def load_state_dict(self, state:dict, # What `state_dict` gave
+                        learn:Learner # Whose training data it is about
+                       ):
+        "Take teachers back; their samples are those of `learn`."
+        if state['teachers'] is None: return self.reset()
+        self.teachers,self._dataset = TeacherMemory.from_state(state['teachers'], learn.dls.device),learn.dls.train.dataset
+
     def before_train(self):
         grown = self.teachers is not None and len(self.teachers)!=self.learn.sample_ids.n_items
         if grown or self._dataset is not self.learn.dl.dataset: self.reset() # ids mean other samples now

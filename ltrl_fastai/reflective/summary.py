@@ -41,6 +41,19 @@ class KnowledgeSummary(Companion):
         "Forget all centres."
         self.bank = self.centers = self.similarity = None
 
+    def state_dict(self) -> dict:
+        "What `Checkpoint` has to keep between two epochs: the centres of all classes."
+        return dict(centers=self.centers)
+
+    def load_state_dict(self, state:dict, # What `state_dict` gave
+                        learn:Learner # Whose training data it is about
+                       ):
+        "Take centres back; their classes are those of `learn`."
+        self.reset()
+        if state['centers'] is None: return
+        self.centers = state['centers'].to(learn.dls.device)
+        self.similarity,self.bank,self._dataset = class_similarity(self.centers),FeatureBank(len(self.centers)),learn.dls.train.dataset
+
     def before_train(self):
         self._module = find_head(get_model(self.learn.model), self.head, getattr(self.dls, 'c', None) or None)
         if self._dataset is not None and self._dataset is not getattr(self.learn.dl, 'dataset', None): self.reset() # classes may mean other things now

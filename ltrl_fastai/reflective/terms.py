@@ -157,6 +157,9 @@ class LossTerms(Callback):
         "`logits` as the loss sees them: through its `trained_logits`, if it has one (Balanced Softmax adds log n), else as they are."
         return getattr(self.fit_loss, 'trained_logits', noop)(logits)
 
+    def state_dict(self) -> dict: return dict(history=self.history)
+    def load_state_dict(self, state, learn): self.history = state['history']
+
     def after_train(self):
         means = self.means()
         self.history.append(means)

@@ -18,8 +18,8 @@ class KnowledgeSummary(Companion):
     "Softens labels by the cosine similarity of median class features, taken at the end of each epoch (LTRL eq. 5 to 8)."
     order,run_valid = GradientAccumulation.order-2,False
     needs,columns = (LossTerms,),('base_loss','summary_loss')
-    _stateattrs = ('bank','centers','similarity','_look','_module','_dataset')
-    bank = centers = similarity = _look = _module = _dataset = None
+    _stateattrs = ('bank','centers','similarity','learned','_look','_module','_dataset','_right','_n')
+    bank = centers = similarity = learned = _look = _module = _dataset = None
     def __init__(self,
         alpha:float=.99, # Weight of the one-hot label in the soft label, from 0 to 1
         weight:float=1., # Weight of the loss, with mode='add'
@@ -27,23 +27,25 @@ class KnowledgeSummary(Companion):
         normalize:str='softmax', # Of a row of the similarity matrix: 'softmax' (published code) or 'none' (slides)
         temperature:float=1., # Of that softmax; lower is sharper
         on:str='trained', # Which prediction: 'trained', the distribution that the loss trains, or 'logits', the plain softmax
+        adapt:float=0., # Power of the share of samples that the last epoch predicted right, by which the weight (or, with 'replace', 1-alpha) is multiplied; 0 for a constant one
         smoothing:float=0., # Label smoothing until there are centres (0.1 in the published code)
         head:str|nn.Module=None # The classifier head, whose input is the feature; default: `find_head`
     ):
         if mode not in ('add','replace'): raise ValueError(f"mode: expected 'add' or 'replace', got {mode!r}")
         if on not in ('trained','logits'): raise ValueError(f"on: expected 'trained' or 'logits', got {on!r}")
         if weight<0: raise ValueError(f"weight: expected 0 or more, got {weight}")
+        if adapt<0: raise ValueError(f"adapt: expected 0 (a constant weight) or more, got {adapt}")
         if not 0<=smoothing<1: raise ValueError(f"smoothing: expected a share from 0 to below 1, got {smoothing}")
         soft_labels(tensor([0]), torch.zeros(1,1), alpha, normalize, temperature) # checks the rest
         store_attr()
 
     def reset(self):
         "Forget all centres."
-        self.bank = self.centers = self.similarity = None
+        self.bank = self.centers = self.similarity = self.learned = None
 
     def state_dict(self) -> dict:
         "What `Checkpoint` has to keep between two epochs: the centres of all classes."
-        return dict(centers=self.centers)
+        return dict(centers=self.centers, learned=self.learned)
 
     def load_state_dict(self, state:dict, # What `state_dict` gave
                         learn:Learner # Whose training data it is about
@@ -51,7 +53,7 @@ class KnowledgeSummary(Companion):
         "Take centres back; their classes are those of `learn`."
         self.reset()
         if state['centers'] is None: return
-        self.centers = state['centers'].to(learn.dls.device)
+        self.centers,self.learned = [state[k].to(learn.dls.device) for k in ('centers','learned')]
         self.similarity,self.bank,self._dataset = class_similarity(self.centers),FeatureBank(len(self.centers)),learn.dls.train.dataset
 
     def before_train(self):
@@ -59,6 +61,7 @@ class KnowledgeSummary(Companion):
         if self._dataset is not None and self._dataset is not getattr(self.learn.dl, 'dataset', None): self.reset() # classes may mean other things now
         self._dataset = getattr(self.learn.dl, 'dataset', None)
         if self.bank is not None: self.bank.clear()
+        self._right,self._n = 0.,0
 
     def before_batch(self):
         self.after_batch() # a crash or an interrupt may have left a hook
@@ -76,21 +79,34 @@ class KnowledgeSummary(Companion):
             "where one of each sample was expected. Name a module that sees the whole batch: `KnowledgeSummary(head=...)`.")
         if self.bank is None or self.bank.n_classes!=logits.shape[1]: self.reset(); self.bank = FeatureBank(logits.shape[1])
         self.bank.add(feats, y)
+        self._count(terms.trained_logits(logits.detach()), y)
         soft = self._soft(y)
         if soft is None: return
         view = terms.trained_logits(logits) if self.on=='trained' else logits
-        if self.mode=='add': terms.add('summary', self.weight*soft_cross_entropy(view, soft))
+        if self.mode=='add': terms.add('summary', self.weight*self.strength*soft_cross_entropy(view, soft))
         else: terms.add('summary', soft_cross_entropy(view, soft - F.one_hot(y, self.bank.n_classes)), correct=False)
 
     def _soft(self, y):
         "Soft labels of `y`, or None before there is anything to soften them by"
         c = self.bank.n_classes
-        if self.similarity is not None: return soft_labels(y, self.similarity, self.alpha, self.normalize, self.temperature)
+        if self.similarity is not None:
+            onehot,soft = F.one_hot(y, c),soft_labels(y, self.similarity, self.alpha, self.normalize, self.temperature)
+            return soft if not self.adapt or self.mode=='add' else onehot + self.strength*(soft-onehot)
         if self.smoothing: return (1-self.smoothing)*F.one_hot(y, c) + self.smoothing/c
+
+    @property
+    def strength(self):
+        "How much of the softening is in force: the share of samples that the last epoch predicted right, to the power `adapt`."
+        return 1. if self.learned is None else self.learned**self.adapt
+
+    def _count(self, view, y):
+        "Take part of an epoch's share of samples that are predicted right"
+        self._right,self._n = self._right+(view.argmax(1)==y).sum(),self._n+len(y)
 
     def after_train(self):
         "Take the class centres of this epoch; a class that it has not met keeps its last one."
         if self.bank is None or not len(self.bank): return
+        self.learned = self._right/self._n
         self.centers = self.bank.centers(self.centers)
         self.similarity = class_similarity(self.centers)
         self.bank.clear()

@@ -1,0 +1,122 @@
+"`ltrl compare` and `ltrl report` as a user has them: killed, repeated, changed, misused."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ltrl = str(Path(sys.executable).parent/'ltrl')
+env = {**os.environ, 'MPLBACKEND': 'Agg', 'COLUMNS': '200'}
+
+
+def run(*args, cwd, code=0):
+    r = subprocess.run([ltrl, *args], cwd=cwd, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert r.returncode == code, r.stdout+r.stderr
+    assert 'Traceback' not in r.stderr and 'Warning' not in r.stderr, r.stderr
+    return r.stdout+r.stderr
+
+
+def results(folder): return {f.stem: json.loads(f.read_text()) for f in (folder/'runs').glob('*.json')}
+def numbers(res): return {k: {o: v[o] for o in ('accuracy', 'history', 'per_class', 'train_accuracy')} for k, v in res.items()}
+
+
+@pytest.fixture(scope='module')
+def done(tmp_path_factory):
+    "Four runs of three epochs"
+    cwd = tmp_path_factory.mktemp('compare')
+    return run('compare', '--set', 'epochs=3', '--seeds', '2', '--out', 'a', cwd=cwd), cwd
+
+
+def test_table_files_and_pairs(done):
+    said, cwd = done
+    assert '4 computed, 0 were there already' in said and '4/4' in said and '### digits-lt IF 20 bsce' in said
+    assert sorted(o.name for o in (cwd/'a').iterdir() if o.suffix) == ['compare.json', 'runs.csv', 'summary.csv', 'summary.md', 'summary.png']
+    res = {(o['variant'], o['seed']): o for o in results(cwd/'a').values()}
+    assert set(res) == {(v, s) for v in ('bsce', 'bsce + RL') for s in (0, 1)}
+    for s in (0, 1):  # partners share weights, batches and images
+        a, b = res['bsce', s], res['bsce + RL', s]
+        assert a['history']['train_loss'][0] == b['history']['train_loss'][0] and a['identity']['data'] == b['identity']['data']
+    gains = [res['bsce + RL', s]['accuracy']['all']-res['bsce', s]['accuracy']['all'] for s in (0, 1)]
+    assert f'{sum(gains)/2:+.1f} (' in (cwd/'a/summary.md').read_text()
+    assert all(o['command'] == 'ltrl compare --set epochs=3 --seeds 2 --out a' for o in res.values())
+
+
+def test_nothing_is_computed_twice(done):
+    _, cwd = done
+    times = {f: f.stat().st_mtime_ns for f in (cwd/'a/runs').iterdir()}
+    assert '0 computed, 4 were there already' in run('compare', '--set', 'epochs=3', '--seeds', '2', '--out', 'a', cwd=cwd)
+    assert '2 computed, 4 were there already' in run('compare', '--set', 'epochs=3', '--seeds', '3', '--out', 'a', cwd=cwd)
+    assert all(f.stat().st_mtime_ns == t for f, t in times.items())
+
+
+def test_what_was_made_of_other_code_is_computed_again_and_said_so(done):
+    _, cwd = done
+    run('compare', '--set', 'epochs=3', '--seeds', '1', '--out', 'b', cwd=cwd)
+    before = results(cwd/'b')
+    for f in (cwd/'b/runs').glob('*-rl-*.json'):
+        res = json.loads(f.read_text())
+        res['identity']['code']['ltrl'] = '0'*8
+        res['accuracy']['all'] = 99.
+        f.write_text(json.dumps(res))
+    said = run('compare', '--set', 'epochs=3', '--seeds', '1', '--out', 'b', cwd=cwd)
+    assert 'bsce + RL, seed 0, is computed again: the code changed' in said and '1 computed, 1 were there already' in said
+    assert numbers(results(cwd/'b')) == numbers(before)
+
+
+def test_killed_in_the_middle_goes_on_to_the_same_numbers(tmp_path):
+    args = ['compare', '--set', 'epochs=30', '--seeds', '1', '--jobs', '1', '--out']
+    p = subprocess.Popen([ltrl, *args, 'a'], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        end = time.time()+120
+        while not (list((tmp_path/'a').glob('.unfinished/*-rl-*.pt'))): # the first run is done, the second has begun
+            assert time.time() < end and p.poll() is None
+            time.sleep(.02)
+    finally: p.send_signal(signal.SIGKILL); p.wait()
+    assert len(results(tmp_path/'a')) == 1 and len(list((tmp_path/'a').glob('.unfinished/*-rl-*.pt'))) == 1
+    said = run(*args, 'a', cwd=tmp_path) # at once: the worker has died with its parent, so that nobody holds the folder
+    assert '1 computed, 1 were there already' in said and not list((tmp_path/'a/.unfinished').iterdir())
+    run(*args, 'b', cwd=tmp_path)
+    assert numbers(results(tmp_path/'a')) == numbers(results(tmp_path/'b'))
+
+
+def test_a_sweep_reads_no_test_image(tmp_path):
+    said = run('compare', '--set', 'epochs=1', '--seeds', '1', '--sweep', 'tau=1,2', '--out', 'a', cwd=tmp_path)
+    res = results(tmp_path/'a')
+    assert len(res) == 3 and all('accuracy' not in o and o['valid_accuracy']['all'] > 0 for o in res.values())
+    assert 'scored on validation images' in said and 'RL (tau=2)' in said and 'Accuracy on validation images' in said
+    again = run('compare', '--set', 'epochs=1', '--seeds', '1', '--sweep', 'tau=1', '--test', '--out', 'a', cwd=tmp_path)
+    assert 'it has not read the test set' in again and '2 computed' in again
+
+
+def test_report_shows_it_again(done):
+    _, cwd = done
+    said = run('report', 'a', cwd=cwd)
+    assert '### digits-lt IF 20 bsce' in said and 'slides' in said
+    assert 'does not exist' in run('report', 'nowhere', cwd=cwd, code=2)
+    (cwd/'empty').mkdir(exist_ok=True)
+    assert 'no result in it' in run('report', 'empty', cwd=cwd, code=2)
+
+
+def test_report_of_a_single_training(tmp_path):
+    run('train', '--epochs', '1', '--out', 'a', cwd=tmp_path)
+    assert 'bsce + RL' in run('report', 'a', cwd=tmp_path)
+
+
+def test_mistakes_are_said_before_anything_is_trained(tmp_path):
+    for args, text in {('--methods', 'bsec'): "Did you mean 'bsce'?", ('--protocol', 'frosen'): "Did you mean 'frozen'?", ('--seeds', 'x'): "'5' is 0 to 4", ('--sweep', 'weight=1,2'): 'kr.weight or ks.weight',
+                       ('--set', 'tau=0'): 'above 0', ('--ablate', 'kx'): 'expected one of kr, ks, kc', ('--rl', 'maybe'): 'both, on, off', ('--rl', 'off', '--ablate', 'kr'): 'nothing of Reflective Learning',
+                       ('--jobs', '0'): 'at least 1', ('--imbalance-factor', '10,x'): 'expected numbers', ('--set', 'net=resnet9'): 'resnet8', ('--imbalance-factor', '20,1000'): 'At most 120',
+                       ('--dataset', 'cifar100-lt', '--data', 'nowhere'): 'was not found at nowhere'}.items():
+        assert text in run('compare', *args, '--out', 'a', cwd=tmp_path, code=2), args
+    assert not (tmp_path/'a').exists()
+    (tmp_path/'file').write_text('')
+    assert 'is a file' in run('compare', '--out', 'file', cwd=tmp_path, code=2)
+
+
+def test_a_run_that_fails_stops_no_other(tmp_path):
+    said = run('compare', '--set', 'epochs=2', '--rl', 'off', '--seeds', '1', '--sweep', 'lr=.05,1e6', '--out', 'a', cwd=tmp_path, code=1)
+    assert '1 computed, 0 were there already, 1 failed' in said and 'training has diverged' in said and 'bsce (lr=0.05)' in said

@@ -15,7 +15,7 @@ from .plan import PlannedRun, hash_of
 from .training import RunSettings, train_run, write_json
 
 # %% ../../nbs/experiments/03_runner.ipynb #6534b907
-_passed = 'reflective data methods evaluation/metrics.py experiments/training.py experiments/checkpoint.py'.split()
+_passed = 'reflective data methods evaluation/metrics.py evaluation/diagnosis.py experiments/training.py experiments/checkpoint.py'.split()
 
 def code_hash(source:str # Of a Python file
              ) -> str:

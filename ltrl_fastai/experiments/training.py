@@ -16,6 +16,7 @@ from ..methods.losses import BalancedSoftmaxLoss
 from ..methods.nets import create_net
 from ..evaluation.metrics import shot_accuracies
 from ..evaluation.report import ShotReport
+from ..evaluation.diagnosis import Diagnosis, diagnosis_of
 from ..reflective.learning import ReflectiveLearning
 from .checkpoint import Checkpoint, plain
 
@@ -58,6 +59,7 @@ class RunSettings:
     flip:bool=None # Mirror?
     size:int=None # Pixels of a side that images are shrunk to
     data:str=None # Where the data set is, if not where fastai keeps it
+    diagnose:bool=False # Keep how predictions drift, what is right and where gradients conflict, by class and epoch? Changes no weight
     reflective:dict=None # Arguments of `ReflectiveLearning`; None trains without it
 
     def __post_init__(self):
@@ -86,7 +88,7 @@ class RunSettings:
         dls = self.dls()
         counts = dls.class_counts
         net = create_net(self.net, dls.c, n_in=dls.train_ds.x.shape[1])
-        cbs = [] if self.reflective is None else [ReflectiveLearning(**self.reflective)]
+        cbs = ([] if self.reflective is None else [ReflectiveLearning(**self.reflective)]) + ([Diagnosis()] if self.diagnose else [])
         return Learner(dls, net, loss_func=methods[self.method](counts), opt_func=partial(SGD, mom=.9), wd=self.wd, moms=(.9,.9,.9), metrics=shot_accuracies(counts), cbs=cbs)
 
     def check(self):
@@ -170,11 +172,12 @@ def train_run(settings:RunSettings, # What to train
     valid = ShotReport.from_learner(learn, label=label_of(settings))
     report = ShotReport.from_learner(learn, dl=learn.dls.test, label=label_of(settings)) if test else None
     train = ShotReport.from_learner(learn, dl=learn.dls.valid.new(eval_view(learn.dls.train_ds)))
+    look = dict(diagnosis=diagnosis_of(learn, valid.groups, learn.dls.valid.new(eval_view(learn.dls.train_ds)))) if settings.diagnose else {}
     rl = first(learn._grab_cbs(ReflectiveLearning))
     res = dict(dataset=settings.dataset, imbalance_factor=settings.imbalance_factor, method=settings.method,
         reflective=None if rl is None else dict(preset=rl.preset, **rl.config), seed=settings.seed, epochs=settings.epochs,
         **(dict(accuracy=_percent(report.accuracy)) if test else {}), valid_accuracy=_percent(valid.accuracy), train_accuracy=_plain(100*train.hits.sum().item()/train.totals.sum().item()),
-        per_class=[_plain(v) for v in (report or valid).per_class], class_counts=valid.counts.tolist(), history=hist,
+        per_class=[_plain(v) for v in (report or valid).per_class], class_counts=valid.counts.tolist(), history=hist, **look,
         seconds=round(time.time()-start, 1), versions=versions(), command=command(),
         settings={k: v for k,v in dataclasses.asdict(settings).items() if k not in ('reflective','data')})
     return res,report or valid

@@ -16,12 +16,19 @@ class KnowledgeCorrection(Companion):
     "Projects the gradient of the added loss terms where it conflicts with that of the main loss (LTRL eq. 10). Costs a second backward pass."
     order,run_valid = MixedPrecision.order-2,False
     needs,columns,splits_gradient = (LossTerms,),('conflicts',),True
+    _stateattrs,conflict_rates,_conflicts = ('_conflicts',),[],{}
     def __init__(self,
         granularity:str='tensor' # 'tensor': each parameter tensor by itself (published code); 'global': one vector (slides)
     ):
         if granularity not in ('tensor','global'): raise ValueError(f"granularity: expected 'tensor' or 'global', got {granularity!r}")
         store_attr()
 
+    def state_dict(self) -> dict: return dict(conflict_rates=self.conflict_rates)
+    def load_state_dict(self, state, learn): self.conflict_rates = state['conflict_rates']
+
+    def before_train(self):
+        self._conflicts = {}
+        if self.epoch==0: self.conflict_rates = [] # a dict an epoch: share of steps in conflict, by parameter name
     def before_step(self):
         "Put the corrected gradient of the terms back into `p.grad`."
         grads = self.learn.loss_terms.grads
@@ -37,4 +44,14 @@ class KnowledgeCorrection(Companion):
             p.grad.mul_(1-c)
             if p in grads: p.grad.add_(grads[p])
         self.learn.loss_terms.grads = None
-        self.learn.loss_terms.log('conflicts', (coefs<0).float().mean())
+        hits = (coefs<0).float()
+        self.learn.loss_terms.log('conflicts', hits.mean())
+        if self.granularity=='tensor': self._conflicts[tuple(grads)] = self._conflicts.get(tuple(grads), 0)+torch.stack([hits, torch.ones_like(hits)])
+
+    def after_train(self):
+        "Keep the share of steps in which each parameter was in conflict in this epoch, by its name."
+        names,sums = {p: n for n,p in self.learn.model.named_parameters()},{}
+        for params,o in self._conflicts.items():
+            for p,v in zip(params, o.T.tolist()): sums[names[p]] = np.add(sums.get(names[p], 0), v)
+        self.conflict_rates.append({k: float(h/n) for k,(h,n) in sums.items()})
+        self._conflicts = {}

@@ -52,7 +52,8 @@ def review_loss(logits:Tensor, # `(B, C)` what the net says now
                 tau:float=2., # Temperature, > 0
                 count_scale:bool=False, # Divide the student by the in-batch count of its class (published code)
                 seen:Tensor=None, # `(B,)` bool, False where there is no teacher yet; default: all have one
-                cci:bool=True # Review only what the teacher got right?
+                cci:bool=True, # Review only what the teacher got right?
+                distance:str='kl' # 'kl', or 'logits': half the mean squared difference of the logits themselves, whatever tau
                ) -> Tensor: # Scalar, in at least float32
     "KL divergence from each sample's last prediction to its present one, over the samples whose last prediction was right (LTRL eq. 1 to 4)."
     check_logits(logits, len(targets)); check_logits(teacher_logits, len(targets), logits.shape[1], 'teacher_logits')
@@ -62,8 +63,10 @@ def review_loss(logits:Tensor, # `(B, C)` what the net says now
     if count_scale: student = student/batch_class_counts(targets, logits.shape[1])[:,None]
     mask = review_mask(teacher, targets, seen, cci)
     teacher = torch.where(mask[:,None], teacher, 0.)  # a row that does not count may hold anything
-    kl = F.kl_div(F.log_softmax(student/tau, 1), F.log_softmax(teacher/tau, 1), reduction='none', log_target=True).sum(1)
-    return tau**2 * torch.where(mask, kl, 0.).sum() / mask.sum().clamp(min=1)
+    if distance=='kl': each = tau**2 * F.kl_div(F.log_softmax(student/tau, 1), F.log_softmax(teacher/tau, 1), reduction='none', log_target=True).sum(1)
+    elif distance=='logits': each = (student-teacher).square().mean(1)/2
+    else: raise ValueError(f"distance: expected 'kl' or 'logits', got {distance!r}")
+    return torch.where(mask, each, 0.).sum() / mask.sum().clamp(min=1)
 
 def review_mask(teacher_logits:Tensor, # `(B, C)` teachers
                 targets:Tensor, # `(B,)` class indices

@@ -78,6 +78,12 @@ class TeacherMemory:
         return res
 
     @property
+    def log_frequency(self) -> Tensor: # `(C,)` in float32
+        "Log of how many items of each class were met, over the mean of all classes; a class that was not met counts as met once."
+        n = torch.zeros(self.logits.shape[1]+1, device=self.targets.device).index_add_(0, self.targets+1, torch.ones_like(self.targets, dtype=torch.float))[1:]
+        return (n.clamp(min=1)/n.mean()).log()
+
+    @property
     def share_right(self) -> Tensor:
         "Share of all dataset items whose teacher is right, a scalar on the device: how much there is to review."
         return self.right.float().mean()

@@ -25,14 +25,17 @@ class KnowledgeReview(Companion):
         weight:float=1., # Weight of the loss; the published code takes 1 for one head, 3 for three experts
         adapt:float=2., # Power of the share of right teachers that the weight is multiplied by; 0 for a constant weight
         on:str='trained', # What is reviewed: 'trained', the distribution that the loss trains, or 'logits', the plain softmax
+        prior:float=0., # How many times the log of the class frequencies is added to it
         count_scale:bool=False, # Divide logits by the in-batch count of their class (published code; with on='logits')
-        cci:bool=True # Review only what was predicted right?
+        cci:bool=True, # Review only what was predicted right?
+        distance:str='kl' # 'kl' between the two distributions, or 'logits': match the logits themselves
     ):
         if not tau>0: raise ValueError(f"tau: expected a temperature above 0, got {tau}")
         if weight<0: raise ValueError(f"weight: expected 0 or more, got {weight}")
         if adapt<0: raise ValueError(f"adapt: expected 0 (a constant weight) or more, got {adapt}")
         if on not in ('trained','logits'): raise ValueError(f"on: expected 'trained' or 'logits', got {on!r}")
         if count_scale and on!='logits': raise ValueError("count_scale: the published variant scales the plain logits, so it needs on='logits'")
+        if distance not in ('kl','logits'): raise ValueError(f"distance: expected 'kl' or 'logits', got {distance!r}")
         store_attr()
 
     def reset(self):
@@ -54,13 +57,18 @@ class KnowledgeReview(Companion):
         grown = self.teachers is not None and len(self.teachers)!=self.learn.sample_ids.n_items
         if grown or self._dataset is not self.learn.dl.dataset: self.reset() # ids mean other samples now
         self._dataset,self._recalled = self.learn.dl.dataset,None
-        self.strength = None if self.teachers is None else self.weight*self.teachers.share_right**self.adapt # a first epoch has no teachers
+        if self.teachers is None: self.strength = None; return # a first epoch has no teachers
+        self.strength = self.weight*self.teachers.share_right**self.adapt
+        self.shift = self.prior*self.teachers.log_frequency if self.prior else 0.
 
     def after_pred(self):
         "Recall what the samples of this batch were last predicted to be."
         ids = self.learn.sample_ids
         known = self.weight>0 and self.strength is not None and self.teachers.any_visited(ids.host_ids)
-        self._recalled = self.teachers.recall(ids.ids) if known else None
+        self._recalled = None
+        if not known: return
+        teacher,seen = self.teachers.recall(ids.ids)
+        self._recalled = teacher,self.teachers.right[ids.ids] if self.cci else seen
 
     def after_loss(self):
         "Add the review loss, and remember this prediction."
@@ -68,9 +76,10 @@ class KnowledgeReview(Companion):
         logits,y = terms.batch()
         view = terms.trained_logits if self.on=='trained' else noop
         if self._recalled is not None:
-            teacher,seen = self._recalled
+            teacher,which = self._recalled
             check_logits(logits, len(y), teacher.shape[1])
-            loss = review_loss(view(logits), view(teacher.to(logits)), y, self.tau, self.count_scale, seen, self.cci)
+            student,teacher = [view(o)+self.shift for o in (logits, teacher.to(logits))]
+            loss = review_loss(student, teacher, y, self.tau, self.count_scale, which, False, self.distance)
             terms.add('review', self.strength*loss)
         now = logits.detach()
         right = view(now).argmax(1)==y

@@ -58,11 +58,11 @@ class LossTerms(Callback):
     "Adds terms to the loss of a batch, keeps their means per epoch in the Recorder's table, and their gradient apart where that is asked for."
     order,run_valid = Recorder.order+1,False
     _stateattrs = ('terms','projected','sums','counts','grads','_full','_batch')
-    terms,projected,grads,_full,_batch,_row,_looked = None,(),None,None,{},None,False
+    terms,projected,grads,_full,_batch,_row,_looked,history = None,(),None,None,{},None,False,()
 
     def before_fit(self):
         if len(self.learn._grab_cbs(LossTerms))>1: raise ValueError("This learner has two LossTerms. The callbacks that need one bring it along: remove your own.")
-        self.history,self._row,self._looked = [],None,False
+        self._row,self._looked = None,False
         self.sums,self.counts,self.grads = {},{},None
         self.columns = L(cb.columns for cb in self.learn.cbs.sorted('order') if isinstance(cb, Companion)).concat().unique()
         if not hasattr(self.learn, 'recorder') or not self.columns: return
@@ -70,7 +70,9 @@ class LossTerms(Callback):
         at = len(rec.metric_names) - bool(rec.add_time)
         rec.metric_names = rec.metric_names[:at] + self.columns + rec.metric_names[at:]
 
-    def before_train(self): self.sums,self.counts = {},{} # not `grads`: an accumulated step may reach over the end of an epoch
+    def before_train(self):
+        self.sums,self.counts = {},{} # not `grads`: an accumulated step may reach over the end of an epoch
+        if self.epoch==0: self.history = [] # not in `before_fit`, which predicting calls too
     def before_batch(self): self.terms,self.projected,self._batch,self._full = {},[],{},None
 
     def add(self,

@@ -107,10 +107,22 @@ def test_report_of_a_single_training(tmp_path):
 
 
 def test_mistakes_are_said_before_anything_is_trained(tmp_path):
-    for args, text in {('--methods', 'bsec'): "Did you mean 'bsce'?", ('--protocol', 'frosen'): "Did you mean 'frozen'?", ('--seeds', 'x'): "'5' is 0 to 4", ('--sweep', 'weight=1,2'): 'kr.weight or ks.weight',
-                       ('--set', 'tau=0'): 'above 0', ('--ablate', 'kx'): 'expected one of kr, ks, kc', ('--rl', 'maybe'): 'both, on, off', ('--rl', 'off', '--ablate', 'kr'): 'nothing of Reflective Learning',
-                       ('--jobs', '0'): 'at least 1', ('--imbalance-factor', '10,x'): 'expected numbers', ('--set', 'net=resnet9'): 'resnet8', ('--imbalance-factor', '20,1000'): 'At most 120',
-                       ('--dataset', 'cifar100-lt', '--data', 'nowhere'): 'was not found at nowhere'}.items():
+    mistakes = {
+        ('--methods', 'bsec'): "Did you mean 'bsce'?",
+        ('--protocol', 'frosen'): "Did you mean 'frozen'?",
+        ('--seeds', 'x'): "'5' is 0 to 4",
+        ('--sweep', 'weight=1,2'): 'kr.weight or ks.weight',
+        ('--set', 'tau=0'): 'above 0',
+        ('--ablate', 'kx'): 'expected one of kr, ks, kc',
+        ('--rl', 'maybe'): 'both, on, off',
+        ('--rl', 'off', '--ablate', 'kr'): 'nothing of Reflective Learning',
+        ('--jobs', '0'): 'at least 1',
+        ('--imbalance-factor', '10,x'): 'expected numbers',
+        ('--set', 'net=resnet9'): 'resnet8',
+        ('--imbalance-factor', '20,1000'): 'At most 120',
+        ('--dataset', 'cifar100-lt', '--data', 'nowhere'): 'was not found at nowhere',
+    }
+    for args, text in mistakes.items():
         assert text in run('compare', *args, '--out', 'a', cwd=tmp_path, code=2), args
     assert not (tmp_path/'a').exists()
     (tmp_path/'file').write_text('')

@@ -29,7 +29,7 @@ class Diagnosis(Companion):
     def after_loss(self):
         ids = self.learn.sample_ids
         logits,y = self.learn.loss_terms.batch()
-        now,(n,c) = logits.detach().float(),logits.shape
+        now,c = logits.detach().float(),logits.shape[1]
         if self.last is None: self.last = TeacherMemory(ids.n_items, c, device=now.device)
         if self._sums is None: self._sums = now.new_zeros(4, c) # KL and its number, right and its number
         before,seen = self.last.recall(ids.ids)

@@ -33,9 +33,9 @@ def train(
     method:Annotated[str, _opt(_what, "The loss: softmax (cross-entropy) or bsce (Balanced Softmax).")]='bsce',
     net:Annotated[str|None, _opt(_what, "resnet8, resnet20, resnet32, ... (for CIFAR), or a torchvision classifier. Default: resnet8 for digits, resnet32 for CIFAR.")]=None,
     rl:Annotated[bool|None, _opt(_rl, "Train with Reflective Learning, or without. Default: both, on the same seed, and compare.", '--rl/--no-rl')]=None,
-    kr:Annotated[bool, _opt(_rl, "Knowledge Review: stay close to last epoch's right predictions.", '--kr/--no-kr')]=True,
-    ks:Annotated[bool, _opt(_rl, "Knowledge Summary: soften labels by class similarity.", '--ks/--no-ks')]=True,
-    kc:Annotated[bool, _opt(_rl, "Knowledge Correction: project away conflicting gradients. Costs a second backward pass.", '--kc/--no-kc')]=True,
+    kr:Annotated[bool|None, _opt(_rl, "Knowledge Review: stay close to last epoch's right predictions. Default: as the preset says.", '--kr/--no-kr')]=None,
+    ks:Annotated[bool|None, _opt(_rl, "Knowledge Summary: soften labels by class similarity.", '--ks/--no-ks')]=None,
+    kc:Annotated[bool|None, _opt(_rl, "Knowledge Correction: project away conflicting gradients. Costs a second backward pass.", '--kc/--no-kc')]=None,
     preset:Annotated[str, _opt(_rl, "default (ours), paper (as on the slides) or published (as the released code).")]='default',
     epochs:Annotated[int|None, _opt(_how, "Default: 30.")]=None,
     lr:Annotated[float|None, _opt(_how, "Largest learning rate of the one-cycle schedule. Default: 0.05 for digits, 0.2 for CIFAR.")]=None,
@@ -59,11 +59,11 @@ def train(
     _quiet()
     from ltrl_fastai.experiments.training import RunSettings, train_run, write_json, label_of
     from ltrl_fastai.reflective.learning import ReflectiveLearning
-    if rl is False and not (kr and ks and kc and preset=='default'): fail(ValueError(
+    if rl is False and ({kr,ks,kc}!={None} or preset!='default'): fail(ValueError(
         "--no-rl trains without Reflective Learning, so its parts and preset can't be chosen. Leave out --no-rl."))
     common = dict(dataset=dataset, imbalance_factor=imbalance_factor, method=method, net=net, epochs=epochs, lr=lr, bs=bs, policy=policy,
                   n_max=n_max, seed=seed, data_seed=data_seed, data=str(data) if data else None)
-    refl = dict(kr=kr, ks=ks, kc=kc, preset=preset)
+    refl = dict(**{k: v for k,v in dict(kr=kr, ks=ks, kc=kc).items() if v is not None}, preset=preset)
     runs = ([None] if rl is False else []) + ([refl] if rl is not False else []) + ([None] if rl is None else [])
     try:
         if rl is not False: ReflectiveLearning(**refl)
@@ -114,7 +114,7 @@ def _next(s, rl):
     if s.dataset=='digits-lt': return ("Next: `ltrl train --dataset cifar100-lt --epochs 30` for real photographs, or `ltrl train --help`; "
         "in Python, `learn.add_cbs(ReflectiveLearning())`.")
     other = 'the other side of the comparison, `--no-rl`' if rl else 'the same with `--rl`' if rl is False else 'another seed'
-    return f"Next: {other}; or one part at a time: `--no-kr`, `--no-ks`, `--no-kc`."
+    return f"Next: {other}; or other parts: `--ks`, `--kc`, `--no-kr`."
 
 # %% ../../nbs/experiments/06_cli.ipynb #d738781d
 def _listed(s): return [o.strip() for o in s.split(',') if o.strip()]
@@ -133,7 +133,7 @@ def compare(
     grid:Annotated[bool, _opt(_rl, "All combinations of the sweeps.", '--grid')]=False,
     set_:Annotated[list[str]|None, _opt(_how, "A value for all runs: epochs=10, size=16, tau=4, kr.on=logits, preset=paper. Several times for several.", '--set')]=None,
     redraw:Annotated[bool, _opt(_how, "Draw the training images anew for each seed. Default: the same images for all seeds.", '--redraw')]=False,
-    test:Annotated[bool|None, _opt(_how, "Read the test set at the end of each run, or score on validation images. Default: test, but validation for sweeps.", '--test/--no-test')]=None,
+    test:Annotated[bool|None, _opt(_how, "Read the test set at the end of each run, or score on validation images. Default: test; for sweeps, validation.", '--test/--no-test')]=None,
     jobs:Annotated[int|None, _opt(_how, "Runs at a time. Default: one for each core, or one on a GPU.")]=None,
     data:Annotated[Path|None, _opt(_where, "Where the data set is. Default: where fastai keeps it.")]=None,
 ):

@@ -10,12 +10,12 @@ __all__ = ['protocols', 'parse_value', 'resolve', 'parse_setting', 'Variant', 'v
 from fastai.basics import *
 import dataclasses, hashlib, inspect
 from itertools import combinations, product
-from ..reflective.learning import ReflectiveLearning, presets
+from ..reflective.learning import ReflectiveLearning
 from .training import RunSettings, one_of
 
 # %% ../../nbs/experiments/02_plan.ipynb #7dbe1d85
 protocols = {
-    'frozen':   dict(dataset='cifar100-frozen-lt', epochs=20, lr=.03), # P1: an MLP on features of an ImageNet net
+    'frozen':   dict(dataset='cifar100-frozen-lt', epochs=20, lr=.1), # P1: an MLP on features of an ImageNet net
     'overfit':  dict(dataset='cifar100-lt', net='resnet8', size=16, crop=0, flip=False, epochs=30, lr=.4), # P2o: from scratch, more than 95% of the training images known
     'underfit': dict(dataset='cifar100-lt', net='resnet8', size=16, epochs=30, lr=.4), # P2u: the same net and schedule with crop and flip, less than half of them known
 }
@@ -95,22 +95,27 @@ def variants(rl:str='both', # 'both' with and without Reflective Learning, 'on',
     def add(label, r, s):
         plain = Variant(label if r is None else ', '.join(f'{k}={v}' for k,v in s.items() if sets.get(k)!=v), None, s)
         if rl!='on' and not any(o.reflective is None and o.settings==s for o in res): res.append(plain)
-        if rl!='off' and r is not None and not any(o.reflective==r and o.settings==s for o in res): res.append(Variant(label, r, s))
+        if rl!='off' and not any(_same(o.reflective, r) and o.settings==s for o in res): res.append(Variant(label, r, s))
     if not sweeps or ablate: add('RL', refl, sets)
     for off in _subsets(ablate):
-        on = [k for k in ReflectiveLearning._classes if k not in off]
-        add(' + '.join(map(str.upper, on)) or 'nothing', {**refl, **{k: False for k in off}}, sets)
+        on = {k: k not in off and (refl.get(k) or True) for k in ReflectiveLearning._classes}
+        add(' + '.join(k.upper() for k,v in on.items() if v), {**refl, **on}, sets)
     for change in sweeps:
         r,s = refl,sets
         for where,value in change: r,s = _merge(r, s, where, value)
         add(f"RL ({', '.join(_show(*o) for o in change)})", r, s)
     return res
 
+def _same(a, b):
+    "Do both arguments of `ReflectiveLearning` mean the same?"
+    return a is not None and b is not None and ReflectiveLearning(**a).config==ReflectiveLearning(**b).config
+
 def _subsets(parts):
     "What to switch off, for the rows of the slides' table 8 between none and all"
+    if not parts: return []
     free = [k for k in ('kr','ks') if k in parts]
     off = [list(o) for n in range(len(free), -1, -1) for o in combinations(free, n)]
-    return [o+(['kc'] if 'kc' in parts else []) for o in off if len(o)<2 and (o or 'kc' in parts)]
+    return [o+['kc']*('kc' in parts) for o in off if len(o)<2] + [[]]*('kc' in parts)
 
 # %% ../../nbs/experiments/02_plan.ipynb #12d5b05f
 @dataclasses.dataclass

@@ -89,10 +89,12 @@ class Watch:
         last = None
         for (group,variant),c in self.cells.items():
             epochs = first(o.settings.epochs for o in self.plan if (o.group,o.variant)==(group,variant))
-            t.add_row('' if group==last else group, variant, f"{c['done']}/{c['n']}", f"{sum(c['accs'])/len(c['accs']):.1f}" if c['accs'] else '', ', '.join(f'{e}/{epochs}' for e in c['running'].values()))
+            mean = f"{sum(c['accs'])/len(c['accs']):.1f}" if c['accs'] else ''
+            t.add_row('' if group==last else group, variant, f"{c['done']}/{c['n']}", mean, ', '.join(f'{e}/{epochs}' for e in c['running'].values()))
             last = group
         done = self.known+self.finished+self.failed
-        return Group(t, f"{done} of {len(self.plan)} runs{f', {self.failed} failed' if self.failed else ''}; {show_time(self.left.seconds) if done<len(self.plan) else 'nothing'} left")
+        left = show_time(self.left.seconds) if done<len(self.plan) else 'nothing'
+        return Group(t, f"{done} of {len(self.plan)} runs{f', {self.failed} failed' if self.failed else ''}; {left} left")
 
     def __enter__(self):
         if self.console.is_terminal: self.live = Live(self.table(), console=self.console, refresh_per_second=4); self.live.start()

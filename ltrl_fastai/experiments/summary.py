@@ -39,11 +39,11 @@ def _unpack(res):
 
 def runs_table(results:list # As `load_results` gives
               ) -> pd.DataFrame: # Accuracies in percent
-    "A row a run: its place, accuracy by shot on the test images (on validation images, where the test set was not read), accuracy in training, gains over its partner of the same seed, seconds."
+    "A row a run: accuracy by shot on the test images (or on validation images, where the test set was not read) and in training, gains over its partner, seconds."
     rows,on = [],'accuracy' if all('accuracy' in o for o in results) else 'valid_accuracy'
     key = lambda o, **kw: json.dumps({**o['identity']['settings'], **kw}, sort_keys=True)
-    for o in results: rows.append(dict(group=o['group'], variant=o['variant'], seed=o['seed'], on='test' if on=='accuracy' else 'validation', **{k: o[on][k] for k in shots}, train=o['train_accuracy'],
-        seconds=o['seconds'], key=key(o), partner=key(o, reflective=None), reflective=o['reflective'] is not None))
+    for o in results: rows.append(dict(**{k: o[k] for k in ('group','variant','seed')}, on='test' if on=='accuracy' else 'validation', **{k: o[on][k] for k in shots},
+        train=o['train_accuracy'], seconds=o['seconds'], key=key(o), partner=key(o, reflective=None), reflective=o['reflective'] is not None))
     df = pd.DataFrame(rows)
     base = df[~df.reflective].set_index('key')
     base = base[~base.index.duplicated()]
@@ -101,6 +101,8 @@ def _gain(r, k):
     m,lo,hi = (r[f'gain_{k}{o}'] for o in ('','_lo','_hi'))
     return '-' if math.isnan(m) else f'{m:+.1f}' if math.isnan(lo) else f'{m:+.1f} ({lo:+.1f} to {hi:+.1f})'
 
+def _row(cells, width): return '| ' + ' | '.join(c.ljust(w) if i==0 else c.rjust(w) for i,(c,w) in enumerate(zip(cells, width))) + ' |'
+
 def markdown(summary:pd.DataFrame # As `summarise` gives
             ) -> str:
     "A table for each data set and method."
@@ -113,11 +115,11 @@ def markdown(summary:pd.DataFrame # As `summarise` gives
             rows.append([r.variant, str(r.runs), *[_pm(r[k], r[f'{k}_sd']) for k in shots], _gain(r,'all'), _gain(r,'few'), _num(r.train), _num(r.cost, '.2f'),
                          '-' if s is None else f"{s['all']}" + ('' if s['gain'] is None else f" ({s['gain']:+})")])
         width = [max(len(o[i]) for o in [head,*rows]) for i in range(len(head))]
-        line = lambda cells: '| ' + ' | '.join(c.ljust(w) if i==0 else c.rjust(w) for i,(c,w) in enumerate(zip(cells, width))) + ' |'
-        out += [f'### {group}', '', line(head), '|' + '|'.join('-'*(w+1) + ('-' if i==0 else ':') for i,w in enumerate(width)) + '|', *map(line, rows), '']
+        rule = '|' + '|'.join('-'*(w+1) + ('-' if i==0 else ':') for i,w in enumerate(width)) + '|'
+        out += [f'### {group}', '', _row(head, width), rule, *[_row(o, width) for o in rows], '']
     where = 'test images' if (summary.on=='test').all() else 'validation images'
-    return '\n'.join(out) + (f"\nAccuracy on {where} in percent: mean ± standard deviation over runs. Gains are paired by seed, over the same settings without Reflective Learning. "
-        "'training' is accuracy on the training images, 'time' that of a run over its partner's.\n")
+    return '\n'.join(out) + (f"\nAccuracy on {where} in percent: mean ± standard deviation over runs. "
+        "Gains are paired by seed, over the same settings without Reflective Learning. 'training' is accuracy on the training images, 'time' that of a run over its partner's.\n")
 
 # %% ../../nbs/experiments/05_summary.ipynb #00f6bcfa
 def plot_gains(summary:pd.DataFrame, # As `summarise` gives

@@ -176,7 +176,8 @@ def train_run(settings:RunSettings, # What to train
     rl = first(learn._grab_cbs(ReflectiveLearning))
     res = dict(dataset=settings.dataset, imbalance_factor=settings.imbalance_factor, method=settings.method,
         reflective=None if rl is None else dict(preset=rl.preset, **rl.config), seed=settings.seed, epochs=settings.epochs,
-        **(dict(accuracy=_percent(report.accuracy)) if test else {}), valid_accuracy=_percent(valid.accuracy), train_accuracy=_plain(100*train.hits.sum().item()/train.totals.sum().item()),
+        **(dict(accuracy=_percent(report.accuracy)) if test else {}), valid_accuracy=_percent(valid.accuracy),
+        train_accuracy=_plain(100*train.hits.sum().item()/train.totals.sum().item()),
         per_class=[_plain(v) for v in (report or valid).per_class], class_counts=valid.counts.tolist(), history=hist, **look,
         seconds=round(time.time()-start, 1), versions=versions(), command=command(),
         settings={k: v for k,v in dataclasses.asdict(settings).items() if k not in ('reflective','data')})
@@ -185,8 +186,9 @@ def train_run(settings:RunSettings, # What to train
 def label_of(settings:RunSettings) -> str:
     "A short name of a run: its method and the parts of Reflective Learning."
     if settings.reflective is None: return settings.method
-    off = [k for k in ('kr','ks','kc') if settings.reflective.get(k) is False]
-    return f"{settings.method} + " + ('RL' if not off else ' + '.join(k.upper() for k in ('kr','ks','kc') if k not in off) or 'nothing')
+    rl,usual = ReflectiveLearning(**settings.reflective),ReflectiveLearning(preset=settings.reflective.get('preset', 'default'))
+    on = [k for k in rl.parts if rl.is_on(k)]
+    return f"{settings.method} + " + ('RL' if on==[k for k in rl.parts if usual.is_on(k)] else ' + '.join(map(str.upper, on)) or 'nothing')
 
 def eval_view(ds):
     "The training images, to be looked at without augmentation."

@@ -89,4 +89,5 @@ def create_net(name:str, # 'resnet32', 'resnet8', ... (CIFAR), 'mlp256', ... (fo
     if name.startswith('resnet') and digits.isdigit() and (int(digits)-2)%6==0 and int(digits)>=8: return CifarResNet(n_classes, int(digits), n_in=n_in, **kwargs)
     import difflib
     near = difflib.get_close_matches(name, [*known, 'resnet8', 'resnet20', 'resnet32'], n=4)
-    raise ValueError(f"net: expected a CIFAR ResNet (resnet8, resnet20, resnet32, ...), mlp256 for features, or a torchvision classifier, got {name!r}.{f' Did you mean {near}?' if near else ''}")
+    raise ValueError(f"net: expected a CIFAR ResNet (resnet8, resnet20, resnet32, ...), mlp256 for features, or a torchvision classifier, got {name!r}."
+        f"{f' Did you mean {near}?' if near else ''}")

@@ -13,10 +13,12 @@ from .summary import KnowledgeSummary
 from .correction import KnowledgeCorrection
 
 # %% ../../nbs/reflective/08_learning.ipynb #561372e4
-presets = {
-    'default': dict(kr={}, ks={}, kc={}),
-    'paper': dict(kr=dict(on='logits', adapt=0.), ks=dict(on='logits', normalize='none'), kc=dict(granularity='global')),
-    'published': dict(kr=dict(on='logits', adapt=0., count_scale=True), ks=dict(mode='replace', smoothing=.1), kc=dict(granularity='tensor')),
+_as_published = dict(weight=1., adapt=0.)
+presets = { # Arguments of each part; False leaves it off unless it is asked for
+    'default': dict(kr={}, ks=False, kc=False),
+    'paper': dict(kr=dict(**_as_published, on='logits', prior=0.), ks=dict(**_as_published, mode='add', alpha=.99, on='logits', normalize='none'), kc=dict(granularity='global')),
+    'published': dict(kr=dict(**_as_published, on='logits', prior=0., count_scale=True), ks=dict(**_as_published, mode='replace', alpha=.99, temperature=1., smoothing=.1),
+                      kc=dict(granularity='tensor')),
 }
 
 def _toggle(part):
@@ -28,18 +30,19 @@ class ReflectiveLearning(Companion):
     _classes = dict(kr=KnowledgeReview, ks=KnowledgeSummary, kc=KnowledgeCorrection)
     kr,ks,kc = map(_toggle, _classes)
     def __init__(self,
-        kr:bool|dict|KnowledgeReview=True, # Review? Or arguments of `KnowledgeReview` that differ from the preset, or the callback itself
-        ks:bool|dict|KnowledgeSummary=True, # Summarise? Likewise for `KnowledgeSummary`
-        kc:bool|dict|KnowledgeCorrection=True, # Correct? Likewise for `KnowledgeCorrection`
+        kr:bool|dict|KnowledgeReview=None, # Review? Or arguments of `KnowledgeReview` that differ from the preset, or the callback itself; default: as the preset says
+        ks:bool|dict|KnowledgeSummary=None, # Summarise? Likewise for `KnowledgeSummary`
+        kc:bool|dict|KnowledgeCorrection=None, # Correct? Likewise for `KnowledgeCorrection`
         preset:str='default' # 'default', 'paper' (as on the slides) or 'published' (as the released code)
     ):
         if preset not in presets: raise ValueError(f"preset: expected one of {list(presets)}, got {preset!r}")
         self.preset,self.parts,self._on = preset,{},{}
         for k,v in dict(kr=kr, ks=ks, kc=kc).items():
             cls = self._classes[k]
-            if not isinstance(v, (bool,dict,cls)): raise TypeError(f"{k}: expected True, False, a dict of arguments or a {cls.__name__}, got {v!r}")
-            self.parts[k] = v if isinstance(v, cls) else cls(**{**presets[preset][k], **(v if isinstance(v, dict) else {})})
-            self._on[k] = v is not False
+            if v is not None and not isinstance(v, (bool,dict,cls)): raise TypeError(f"{k}: expected True, False, a dict of arguments or a {cls.__name__}, got {v!r}")
+            usual = presets[preset][k]
+            self.parts[k] = v if isinstance(v, cls) else cls(**{**(usual or {}), **(v if isinstance(v, dict) else {})})
+            self._on[k] = (usual if v is None else v) is not False
 
     def attach(self, learn):
         for k,cb in self.parts.items():

@@ -22,10 +22,10 @@ class KnowledgeReview(Companion):
     teachers,_recalled,_dataset = None,None,None
     def __init__(self,
         tau:float=2., # Temperature of both distributions
-        weight:float=1., # Weight of the loss; the published code takes 1 for one head, 3 for three experts
-        adapt:float=2., # Power of the share of right teachers that the weight is multiplied by; 0 for a constant weight
+        weight:float=6., # Weight of the loss; the published code takes 1 for one head, 3 for three experts
+        adapt:float=6., # Power of the share of right teachers that the weight is multiplied by; 0 for a constant weight
         on:str='trained', # What is reviewed: 'trained', the distribution that the loss trains, or 'logits', the plain softmax
-        prior:float=0., # How many times the log of the class frequencies is added to it
+        prior:float=1., # How many times the log of the class frequencies is added to it; 0 in the slides
         count_scale:bool=False, # Divide logits by the in-batch count of their class (published code; with on='logits')
         cci:bool=True, # Review only what was predicted right?
         distance:str='kl' # 'kl' between the two distributions, or 'logits': match the logits themselves

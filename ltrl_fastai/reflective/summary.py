@@ -21,13 +21,13 @@ class KnowledgeSummary(Companion):
     _stateattrs = ('bank','centers','similarity','learned','_look','_module','_dataset','_right','_n')
     bank = centers = similarity = learned = _look = _module = _dataset = None
     def __init__(self,
-        alpha:float=.99, # Weight of the one-hot label in the soft label, from 0 to 1
+        alpha:float=.97, # Weight of the one-hot label in the soft label, from 0 to 1
         weight:float=1., # Weight of the loss, with mode='add'
-        mode:str='add', # 'add' a loss (slides), or 'replace' the label in the loss (published code)
+        mode:str='replace', # 'add' a loss (slides), or 'replace' the label in the loss (published code)
         normalize:str='softmax', # Of a row of the similarity matrix: 'softmax' (published code) or 'none' (slides)
-        temperature:float=1., # Of that softmax; lower is sharper
+        temperature:float=.1, # Of that softmax; lower is sharper
         on:str='trained', # Which prediction: 'trained', the distribution that the loss trains, or 'logits', the plain softmax
-        adapt:float=0., # Power of the share of samples that the last epoch predicted right, by which the weight (or, with 'replace', 1-alpha) is multiplied; 0 for a constant one
+        adapt:float=6., # Power of the share of samples that the last epoch predicted right, by which the weight (or, with 'replace', 1-alpha) is multiplied; 0 for a constant one
         smoothing:float=0., # Label smoothing until there are centres (0.1 in the published code)
         head:str|nn.Module=None # The classifier head, whose input is the feature; default: `find_head`
     ):

@@ -133,7 +133,7 @@ def compare(
     grid:Annotated[bool, _opt(_rl, "All combinations of the sweeps.", '--grid')]=False,
     set_:Annotated[list[str]|None, _opt(_how, "A value for all runs: epochs=10, size=16, tau=4, kr.on=logits, preset=paper. Several times for several.", '--set')]=None,
     redraw:Annotated[bool, _opt(_how, "Draw the training images anew for each seed. Default: the same images for all seeds.", '--redraw')]=False,
-    test:Annotated[bool|None, _opt(_how, "Read the test set at the end of each run, or score on validation images. Default: test; for sweeps, validation.", '--test/--no-test')]=None,
+    test:Annotated[bool|None, _opt(_how, "Read the test set at the end of each run, or score on validation images. Default: test; validation for sweeps.", '--test/--no-test')]=None,
     jobs:Annotated[int|None, _opt(_how, "Runs at a time. Default: one for each core, or one on a GPU.")]=None,
     data:Annotated[Path|None, _opt(_where, "Where the data set is. Default: where fastai keeps it.")]=None,
 ):

@@ -11,7 +11,10 @@ from ltrl_fastai.reflective.learning import *
 from ltrl_fastai.data.imbalance import *
 from ltrl_fastai.data.fast import *
 from ltrl_fastai.data.benchmarks import *
+from ltrl_fastai.data.frozen import *
 from ltrl_fastai.methods.losses import *
 from ltrl_fastai.methods.nets import *
 from ltrl_fastai.evaluation.metrics import *
 from ltrl_fastai.evaluation.report import *
+from ltrl_fastai.evaluation.diagnosis import *
+from ltrl_fastai.experiments.checkpoint import Checkpoint

@@ -14,10 +14,12 @@ def shown(cell):
 
 
 def outputs(cell):
-    "Plain text of a cell's outputs"
+    "A cell's outputs: Markdown as it is, plain text between fences"
     for o in cell.get('outputs', []):
-        text = o.get('text') if o['output_type'] == 'stream' and o.get('name') == 'stdout' else o.get('data', {}).get('text/plain')
-        if text: yield ''.join(text).rstrip()
+        data = o.get('data', {})
+        text = o.get('text') if o['output_type'] == 'stream' and o.get('name') == 'stdout' else data.get('text/plain')
+        if 'text/markdown' in data: yield ''.join(data['text/markdown']).rstrip()
+        elif text: yield f"```\n{''.join(text).rstrip()}\n```"
 
 
 def readme(notebook):
@@ -29,7 +31,7 @@ def readme(notebook):
             flags, source = shown(cell)
             if 'hide' in flags: continue
             if 'echo: false' not in flags: parts.append(f'```python\n{source}\n```')
-            parts += [f'```\n{o}\n```' for o in outputs(cell)]
+            parts += outputs(cell)
     return '\n\n'.join(parts)+'\n'
 
 

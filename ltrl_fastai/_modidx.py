@@ -348,6 +348,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'ltrl_fastai/experiments/summary.py'),
                                                  'ltrl_fastai.experiments.summary.plot_gains': ( 'experiments/summary.html#plot_gains',
                                                                                                  'ltrl_fastai/experiments/summary.py'),
+                                                 'ltrl_fastai.experiments.summary.result_folders': ( 'experiments/summary.html#result_folders',
+                                                                                                     'ltrl_fastai/experiments/summary.py'),
                                                  'ltrl_fastai.experiments.summary.runs_table': ( 'experiments/summary.html#runs_table',
                                                                                                  'ltrl_fastai/experiments/summary.py'),
                                                  'ltrl_fastai.experiments.summary.show_gain': ( 'experiments/summary.html#show_gain',

@@ -96,6 +96,8 @@ def test_report_shows_it_again(done):
     _, cwd = done
     said = run('report', 'a', cwd=cwd)
     assert '### digits-lt IF 20 bsce' in said and 'slides' in said
+    all_ = run('report', '.', cwd=cwd)  # each comparison by itself
+    assert all_.count('### digits-lt IF 20 bsce') == len(list(cwd.glob('*/runs'))) and '## a\n' in all_
     assert 'does not exist' in run('report', 'nowhere', cwd=cwd, code=2)
     (cwd/'empty').mkdir(exist_ok=True)
     assert 'no result in it' in run('report', 'empty', cwd=cwd, code=2)

@@ -133,7 +133,7 @@ def compare(
     grid:Annotated[bool, _opt(_rl, "All combinations of the sweeps.", '--grid')]=False,
     set_:Annotated[list[str]|None, _opt(_how, "A value for all runs: epochs=10, size=16, tau=4, kr.on=logits, preset=paper. Several times for several.", '--set')]=None,
     redraw:Annotated[bool, _opt(_how, "Draw the training images anew for each seed. Default: the same images for all seeds.", '--redraw')]=False,
-    test:Annotated[bool|None, _opt(_how, "Read the test set at the end of each run, or score on validation images. Default: test; validation for sweeps.", '--test/--no-test')]=None,
+    test:Annotated[bool|None, _opt(_how, "Read the test set at the end of each run, or score on validation images. Default: test; sweeps: validation.", '--test/--no-test')]=None,
     jobs:Annotated[int|None, _opt(_how, "Runs at a time. Default: one for each core, or one on a GPU.")]=None,
     data:Annotated[Path|None, _opt(_where, "Where the data set is. Default: where fastai keeps it.")]=None,
 ):
@@ -150,7 +150,7 @@ def compare(
     _quiet()
     from rich.console import Console
     from ltrl_fastai.experiments.plan import protocols, parse_seeds, parse_setting, variants, make_plan
-    from ltrl_fastai.experiments.training import command, write_json, versions, one_of
+    from ltrl_fastai.experiments.training import command, versions, one_of
     from ltrl_fastai.experiments.runner import run_plan, run_file, read_result, default_jobs, Failed
     from ltrl_fastai.experiments.progress import Watch
     test = not sweep if test is None else test
@@ -164,11 +164,10 @@ def compare(
         if jobs is not None and jobs<1: raise ValueError(f"--jobs: expected at least 1, got {jobs}")
         for o in {json.dumps({**r.partner, 'seed': 0, 'lr': 0}, sort_keys=True): r for r in plan}.values(): o.settings.check()
     except (ValueError, TypeError, OSError, ImportError) as e: fail(e)
-    write_json(dict(command=command(), test=test, versions=versions(), runs=[o.name for o in plan]), out/'compare.json')
     jobs,error = jobs or default_jobs(), None
     typer.echo(f"{len(plan)} runs, {jobs} at a time, scored on {'test' if test else 'validation'} images; results are in {out/'runs'}")
     with Watch(plan, jobs, lambda run: read_result(run_file(out, run)), Console()) as watch:
-        try: run_plan(plan, out, jobs, test, watch, command())
+        try: run_plan(plan, out, jobs, test, watch, command(), dict(command=command(), test=test, versions=versions()))
         except Failed as e: error = e
         except ValueError as e: fail(e)
         except RuntimeError as e: fail(e)
@@ -190,9 +189,11 @@ def _quiet():
     import matplotlib; matplotlib.use('Agg')
 
 def _report(folder, write=True):
-    from ltrl_fastai.experiments.summary import load_results, runs_table, summarise, markdown, write_summary
-    results = load_results(folder)
-    typer.echo(markdown(write_summary(results, folder) if write else summarise(runs_table(results))))
+    from ltrl_fastai.experiments.summary import load_results, result_folders, runs_table, summarise, markdown, write_summary
+    for o in result_folders(folder):
+        if not write: typer.echo(f"## {o}\n")
+        results = load_results(o)
+        typer.echo(markdown(write_summary(results, folder) if write else summarise(runs_table(results))))
     if write: typer.echo(f"Written: {folder/'summary.md'}, summary.csv, runs.csv and summary.png.")
 
 @app.command()

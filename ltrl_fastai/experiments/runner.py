@@ -8,7 +8,7 @@ __all__ = ['code_hash', 'code_identity', 'data_identity', 'Identities', 'run_fil
 
 # %% ../../nbs/experiments/03_runner.ipynb #e7c55ef0
 from fastai.basics import *
-import ast, contextlib, dataclasses, hashlib, importlib.metadata, inspect, multiprocessing, threading, traceback
+import ast, contextlib, dataclasses, hashlib, importlib.metadata, inspect, multiprocessing, signal, threading, traceback
 from multiprocessing.connection import wait
 import filelock
 from .plan import PlannedRun, hash_of
@@ -122,6 +122,7 @@ def finish(todo:Todo, # What to compute
 
 def _work(conn, folder, threads, command):
     "The life of a worker"
+    signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the parent, which ends its workers
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(threads)
@@ -151,7 +152,8 @@ def run_plan(plan:list, # Of `PlannedRun`
              jobs:int=None, # Runs at a time; default: `default_jobs`
              test:bool=True, # Read the test set at the end of each run? If not, results are of validation images alone
              watch=None, # Called with what happens: `watch(event, todo, *details)`; events are 'known', 'again', 'start', 'epoch', 'done', 'failed'
-             command:str=None # That started it, for the results
+             command:str=None, # That started it, for the results
+             about:dict=None # Of the plan, for `compare.json`; default: none is written
             ) -> list: # The results, in the order of the plan
     "Compute what is missing of a plan; raises `Failed` when all others are done, if some runs fail."
     if jobs is not None and jobs<1: raise ValueError(f"jobs: expected at least 1, got {jobs}")
@@ -161,6 +163,7 @@ def run_plan(plan:list, # Of `PlannedRun`
     try: lock.acquire(timeout=3) # workers of a parent that was killed have a moment to end
     except filelock.Timeout: raise RuntimeError(f"{folder}: another process is computing runs in this folder. Wait for it, or choose another folder.") from None
     with lock:
+        if about is not None: write_json({**about, 'runs': [o.name for o in plan]}, folder/'compare.json')
         todo = look(plan, folder, test)
         for o in todo:
             if o.done: watch('known', o)

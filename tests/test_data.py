@@ -1,5 +1,6 @@
 "CIFAR in torchvision's own format, and what is wrong with a folder is said."
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from ltrl_fastai.all import cifar10_lt, cifar100_lt, load_cifar
+from ltrl_fastai.all import Lite0, cifar10_lt, cifar100_lt, load_cifar
 
 
 def write_cifar100(folder, n=3):
@@ -61,3 +62,16 @@ def test_the_decoded_copy_follows_the_folder(tmp_path):
     Image.new('RGB', (32, 32), (7, 7, 7)).save(tmp_path/'train/c0/b.png')  # another image, the same name
     assert (load_cifar(10, tmp_path)[0][0][1] == 7).all()
     assert len(x) == 11 and torch.bincount(y).tolist() == [2]+[1]*9
+
+
+def test_frozen_features_of_the_pretrained_net(monkeypatch):
+    torch.manual_seed(0)
+    x = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    flat = torch.full((1, 3, 32, 32), 127, dtype=torch.uint8)
+    with torch.no_grad():
+        feats = (net := Lite0())(x)
+        assert feats.shape == (4, 1280) and feats.isfinite().all() and feats.min() >= 0  # after a ReLU6
+        assert torch.allclose(net(x[2:3]), feats[2:3], atol=1e-3) and (feats[0]-feats[1]).abs().max() > .1
+        assert not torch.allclose(net(flat), net(flat-120), atol=1e-2)
+    monkeypatch.setitem(sys.modules, 'efficientnet_lite_pytorch', None)
+    with pytest.raises(ImportError, match=r"pip install 'ltrl_fastai\[frozen\]'"): Lite0()

@@ -1,6 +1,8 @@
 "Everything that a notebook or a script wants: `from ltrl_fastai.all import *`, after `from fastai.vision.all import *`."
 from ltrl_fastai.reflective.functional import *
+from ltrl_fastai.reflective.ranks import *
 from ltrl_fastai.reflective.samples import *
+from ltrl_fastai.reflective.stores import *
 from ltrl_fastai.reflective.memory import *
 from ltrl_fastai.reflective.terms import *
 from ltrl_fastai.reflective.features import *

@@ -41,10 +41,11 @@ def check_logits(logits:Tensor, n:int, n_classes:int=None, name:str='logits'):
 # %% ../../nbs/reflective/00_functional.ipynb #ad1311a5
 def batch_class_counts(targets:Tensor, # `(B,)` class indices
                        n_classes:int, # How many classes there are
-                      ) -> Tensor: # `(B,)` int64
+                       of:Tensor=None # `(B',)` classes of those who ask; default: `targets`
+                      ) -> Tensor: # `(B',)` int64
     "For each sample, how many samples of its class are in this batch."
     counts = torch.zeros(n_classes, dtype=torch.long, device=targets.device)
-    return counts.index_add_(0, targets, torch.ones_like(targets))[targets]
+    return counts.index_add_(0, targets, torch.ones_like(targets))[targets if of is None else of]
 
 def review_loss(logits:Tensor, # `(B, C)` what the net says now
                 teacher_logits:Tensor, # `(B, C)` what it said at the last visit, as stored; no gradient flows into it
@@ -53,7 +54,8 @@ def review_loss(logits:Tensor, # `(B, C)` what the net says now
                 count_scale:bool=False, # Divide the student by the in-batch count of its class (published code)
                 seen:Tensor=None, # `(B,)` bool, False where there is no teacher yet; default: all have one
                 cci:bool=True, # Review only what the teacher got right?
-                distance:str='kl' # 'kl', or 'logits': half the mean squared difference of the logits themselves, whatever tau
+                distance:str='kl', # 'kl', or 'logits': half the mean squared difference of the logits themselves, whatever tau
+                among:Tensor=None # How many samples to average over; default: as many as are reviewed
                ) -> Tensor: # Scalar, in at least float32
     "KL divergence from each sample's last prediction to its present one, over the samples whose last prediction was right (LTRL eq. 1 to 4)."
     check_logits(logits, len(targets)); check_logits(teacher_logits, len(targets), logits.shape[1], 'teacher_logits')
@@ -66,7 +68,7 @@ def review_loss(logits:Tensor, # `(B, C)` what the net says now
     if distance=='kl': each = tau**2 * F.kl_div(F.log_softmax(student/tau, 1), F.log_softmax(teacher/tau, 1), reduction='none', log_target=True).sum(1)
     elif distance=='logits': each = (student-teacher).square().mean(1)/2
     else: raise ValueError(f"distance: expected 'kl' or 'logits', got {distance!r}")
-    return torch.where(mask, each, 0.).sum() / mask.sum().clamp(min=1)
+    return torch.where(mask, each, 0.).sum() / (mask.sum().clamp(min=1) if among is None else among)
 
 def review_mask(teacher_logits:Tensor, # `(B, C)` teachers
                 targets:Tensor, # `(B,)` class indices

@@ -1,0 +1,84 @@
+"Training by several processes, and the same by one. test_ranks.py starts it: `torch.distributed.run --nproc_per_node=2 ranks_worker.py FOLDER`."
+import os
+import sys
+from functools import partial
+
+import torch
+from fastai.basics import SGD, DataLoader, DataLoaders, Learner, nn, set_seed
+from fastai.callback.training import GradientAccumulation
+from ltrl_fastai.all import BalancedSoftmaxLoss, ReflectiveLearning, WithIds, allow_cpu_ranks
+from torch.utils.data import TensorDataset
+
+n, n_classes, bs = 50, 6, 8
+variants = {
+    'everything': dict(rl=dict(kr=True, ks=True, kc=True)),
+    'global': dict(rl=dict(kr=True, ks=dict(mode='add'), kc=dict(granularity='global'))),
+    'published': dict(rl=dict(preset='published')),
+    'topk': dict(rl=dict(kr=dict(store=dict(kind='topk', k=3)), kc=True)),
+    'accumulated': dict(rl=dict(kr=True, ks=True, kc=True), accumulate=2),
+    'repeats': dict(rl=dict(kr=True, kc=True), repeats=True),
+    'carried': dict(rl=dict(kr=True, kc=True), carried=True),
+}
+
+
+def drawn(repeats):
+    "A function that draws the next epoch's order: every item once; or twice, the second time two batches later and by the other of two ranks"
+    gen = torch.Generator().manual_seed(3)
+    def draw():
+        order = torch.randperm(n, generator=gen).tolist()
+        return order + order[2*bs:] + order[:2*bs] if repeats else order
+    return draw
+
+
+def together(draw, world):
+    "The order in which one process has to see what `world` ranks see at a time"
+    def _draw():
+        ids = draw()
+        ids += ids[:-len(ids) % world]
+        parts = [ids[i*len(ids)//world:(i+1)*len(ids)//world] for i in range(world)]
+        return [i for t in range(0, len(parts[0]), bs) for o in parts for i in o[t:t+bs]]
+    return _draw
+
+
+def learner(name, world):
+    "A float64 learner; `world` ranks in one process, or, with 0, as many as there are"
+    v = variants[name]
+    set_seed(0, reproducible=True)
+    y = (torch.rand(n)**2*n_classes).long()
+    x = torch.randn(n_classes, 12, dtype=torch.float64)[y] + torch.randn(n, 12, dtype=torch.float64)
+    net = nn.Sequential(nn.Linear(12, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, n_classes)).double()
+    counts = torch.bincount(y, minlength=n_classes).clamp(min=1)
+    ds = TensorDataset(x, y)
+    draw = drawn(v.get('repeats'))
+    train = DataLoader(WithIds(ds) if v.get('carried') else ds, bs=bs*(world or 1), get_idxs=together(draw, world) if world else draw)
+    cbs = [GradientAccumulation(v['accumulate']*bs*(world or 1))] if 'accumulate' in v else []
+    learn = Learner(DataLoaders(train, DataLoader(ds, bs=64), device='cpu'), net, loss_func=BalancedSoftmaxLoss(counts), opt_func=partial(SGD, mom=.9), lr=.1,
+                    cbs=[ReflectiveLearning(**v['rl']), *cbs])
+    return learn
+
+
+def outcome(learn):
+    "All that has to be the same"
+    res = {f'model.{k}': v for k, v in learn.model.state_dict().items()}
+    for cb in learn.cbs:
+        if cb.name == 'knowledge_review':
+            res.update(seen=cb.teachers.seen, right=cb.teachers.right, share=cb.teachers.share_right, teachers=cb.teachers.store.get(torch.arange(n))[0].double())
+        if cb.name == 'knowledge_summary': res.update(centers=cb.centers, learned=torch.as_tensor(cb.learned))
+        if cb.name == 'knowledge_correction': res.update({f'conflicts.{k}': torch.tensor([o[k] for o in cb.conflict_rates[1:]]) for k in cb.conflict_rates[-1]})
+    res.update({f'history.{k}': torch.tensor([float('nan') if o[k] is None else o[k] for o in learn.loss_terms.history]) for k in learn.loss_terms.history[0]})
+    return res
+
+
+def fit(learn):
+    with learn.no_bar(), learn.no_logging(): learn.fit(4)
+    return outcome(learn)
+
+
+if __name__ == '__main__':
+    allow_cpu_ranks()
+    for name in variants:
+        if variants[name].get('repeats') and os.environ['WORLD_SIZE'] != '2': continue
+        learn = learner(name, 0)
+        with learn.distrib_ctx(sync_bn=False, cpu=True): res = fit(learn)
+        torch.save(res, f"{sys.argv[1]}/{name}-{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()

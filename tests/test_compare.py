@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from ltrl_fastai.experiments.training import RunSettings, train_run
 
 ltrl = str(Path(sys.executable).parent/'ltrl')
 env = {**os.environ, 'MPLBACKEND': 'Agg', 'COLUMNS': '200'}
@@ -134,3 +136,35 @@ def test_mistakes_are_said_before_anything_is_trained(tmp_path):
 def test_a_run_that_fails_stops_no_other(tmp_path):
     said = run('compare', '--set', 'epochs=2', '--rl', 'off', '--seeds', '1', '--sweep', 'lr=.05,1e6', '--out', 'a', cwd=tmp_path, code=1)
     assert '1 computed, 0 were there already, 1 failed' in said and 'training has diverged' in said and 'bsce (lr=0.05)' in said
+
+
+def test_folders_in_folders_and_folders_of_any_name_stay_apart(tmp_path):
+    one = ('--rl', 'off', '--set', 'epochs=1', '--seeds', '1', '--jobs', '1')
+    run('compare', *one, '--out', 'runs/bsce', cwd=tmp_path)
+    run('compare', *one, '--methods', 'softmax', '--out', 'runs', cwd=tmp_path)
+    assert 'softmax' in (tmp_path/'runs/summary.csv').read_text() and 'bsce' in (tmp_path/'runs/bsce/summary.csv').read_text()
+    said = run('report', '.', cwd=tmp_path)
+    assert '## runs\n' in said and '## runs/bsce\n' in said
+    (tmp_path/'runs/compare.json').write_text('[]')
+    assert 'compare.json is no plan' in run('report', 'runs', cwd=tmp_path, code=2)
+
+
+def test_results_of_other_code_are_not_paired_with_those_of_this(done):
+    _, cwd = done
+    run('compare', '--set', 'epochs=3', '--seeds', '1', '--out', 'c', cwd=cwd)
+    file = next((cwd/'c/runs').glob('*-rl-*.json'))
+    res = json.loads(file.read_text())
+    file.write_text(json.dumps({**res, 'identity': {**res['identity'], 'code': {**res['identity']['code'], 'ltrl': 'other'}}}))
+    said = run('report', 'c', cwd=cwd)
+    assert '| bsce ' in said and 'bsce + RL' not in said
+
+
+def test_time_of_earlier_sittings_counts(tmp_path):
+    cp = tmp_path/'run.pt'
+    settings = RunSettings(epochs=1, n_max=20)
+    train_run(settings, bar=False, checkpoint=cp)
+    kept = torch.load(cp, weights_only=True)
+    assert 0 < kept['seconds'] < 60
+    torch.save({**kept, 'seconds': 1000.}, cp)
+    res, _ = train_run(settings, bar=False, checkpoint=cp)
+    assert 1000 < res['seconds'] < 1060

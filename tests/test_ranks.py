@@ -31,5 +31,5 @@ def test_ranks_learn_what_one_process_learns(trained, name):
     for rank in range(world):
         got = torch.load(folder/f'{name}-{rank}.pt', weights_only=True)
         assert got.keys() == want.keys()
-        for k, v in want.items(): torch.testing.assert_close(got[k], v, rtol=1e-5, atol=1e-6, equal_nan=True, check_dtype=False, msg=lambda m: f'rank {rank}, {k}: {m}')
+        for k, v in want.items(): torch.testing.assert_close(got[k], v, rtol=1e-5, atol=1e-6, equal_nan=True, check_dtype=False, msg=lambda m, k=k: f'{k}: {m}')
     assert want['history.review_loss'][1:].gt(0).all()

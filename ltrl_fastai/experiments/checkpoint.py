@@ -39,18 +39,19 @@ class Checkpoint(Callback):
     order,run_valid = 200,False
     _stateattrs = ('_others','_kept')
     _others = _kept = None
+    seconds = 0. # Of earlier sittings
     def __init__(self,
         file:str|Path, # Where; replaced as a whole
         identity=None, # Plain types that tell this fit from others: a file of another one is refused
         every:int=1 # Epochs between two checkpoints
     ):
-        self.file,self.identity,self.every = Path(file),identity,every
+        self.file,self.identity,self.every,self._began = Path(file),identity,every,time.time()
 
     def state(self) -> dict:
         "Of everything, as plain types and tensors."
         learn,rec = self.learn,self.learn.recorder
         return plain(dict(identity=self.identity, n_epoch=learn.n_epoch, done=learn.epoch+1, model=get_model(learn.model).state_dict(), opt=learn.opt.state_dict(),
-            random=random_state(learn.dls.loaders), train_iter=learn.train_iter,
+            random=random_state(learn.dls.loaders), train_iter=learn.train_iter, seconds=self.seconds+time.time()-self._began,
             recorder=dict(lrs=rec.lrs, iters=rec.iters, losses=rec.losses, values=rec.values, smooth=(rec.smooth_loss.count, rec.smooth_loss.val)),
             schedules=[cb.hps for cb in self._of(ParamScheduler)], callbacks={cb.name: cb.state_dict() for cb in self._with_state()}))
 
@@ -74,6 +75,7 @@ class Checkpoint(Callback):
         return kept
 
     def before_fit(self):
+        self.seconds,self._began = 0.,time.time()
         if not self.file.exists(): return
         self._kept = self.load()
         self._others,self.learn.cbs = self.learn.cbs,L(self) # nobody else hears of epochs that are done
@@ -95,7 +97,7 @@ class Checkpoint(Callback):
         rec.lrs,rec.iters,rec.losses,rec.values = was['lrs'],was['iters'],was['losses'],[L(o) for o in was['values']]
         rec.smooth_loss.count,rec.smooth_loss.val = was['smooth']
         if rec.values: learn.final_record = rec.values[-1]
-        learn.train_iter = kept['train_iter']
+        learn.train_iter,self.seconds = kept['train_iter'],kept['seconds']
         for cb,hps in zip(self._of(ParamScheduler), kept['schedules']): cb.hps = hps
         for cb in self._with_state():
             if cb.name in kept['callbacks']: cb.load_state_dict(kept['callbacks'][cb.name], learn)

@@ -170,7 +170,7 @@ def compare(
         try: run_plan(plan, out, jobs, test, watch, command(), dict(command=command(), test=test, versions=versions()))
         except Failed as e: error = e
         except ValueError as e: fail(e)
-        except RuntimeError as e: fail(e)
+        except (RuntimeError, OSError) as e: fail(e)
         except KeyboardInterrupt:
             typer.echo("\nInterrupted. What is done is kept; the same command goes on.", err=True)
             raise typer.Exit(130) from None
@@ -190,11 +190,11 @@ def _quiet():
 
 def _report(folder, write=True):
     from ltrl_fastai.experiments.summary import load_results, result_folders, runs_table, summarise, markdown, write_summary
-    for o in result_folders(folder):
-        if not write: typer.echo(f"## {o}\n")
-        results = load_results(o)
-        typer.echo(markdown(write_summary(results, folder) if write else summarise(runs_table(results))))
-    if write: typer.echo(f"Written: {folder/'summary.md'}, summary.csv, runs.csv and summary.png.")
+    if write:
+        typer.echo(markdown(write_summary(load_results(folder), folder)))
+        typer.echo(f"Written: {folder/'summary.md'}, summary.csv, runs.csv and summary.png.")
+        return
+    for o in result_folders(folder): typer.echo(f"## {o}\n\n{markdown(summarise(runs_table(load_results(o))))}")
 
 @app.command()
 def report(

@@ -11,7 +11,7 @@ from fastai.basics import *
 import dataclasses, hashlib, inspect
 from itertools import combinations, product
 from ..reflective.learning import ReflectiveLearning
-from .training import RunSettings, one_of
+from .training import RunSettings, check_type, one_of
 
 # %% ../../nbs/experiments/02_plan.ipynb #7dbe1d85
 protocols = {
@@ -53,7 +53,16 @@ def parse_setting(s:str # 'name=value' or, with `many`, 'name=value,value,...'
     name,eq,values = s.partition('=')
     if not eq or not values: raise ValueError(f"{s!r}: expected {'name=value,value,...' if many else 'name=value'}, such as {'tau=1,2,4' if many else 'tau=2'}")
     where = resolve(name.strip())
-    return (where,[parse_value(o.strip()) for o in values.split(',')]) if many else (where,parse_value(values.strip()))
+    res = [parse_value(o.strip()) for o in (values.split(',') if many else [values])]
+    for o in res: check_type(name.strip(), o, _kind(where))
+    return where,(res if many else res[0])
+
+def _kind(where):
+    "The annotated type of what is set there"
+    part,name = where
+    if part=='rl': return str
+    if part is None: return next(f.type for f in dataclasses.fields(RunSettings) if f.name==name)
+    return inspect.signature(ReflectiveLearning._classes[part].__init__).parameters[name].annotation
 
 # %% ../../nbs/experiments/02_plan.ipynb #ffde7f3f
 @dataclasses.dataclass
@@ -103,7 +112,8 @@ def variants(rl:str='both', # 'both' with and without Reflective Learning, 'on',
     for change in sweeps:
         r,s = refl,sets
         for where,value in change: r,s = _merge(r, s, where, value)
-        add(f"RL ({', '.join(_show(*o) for o in change)})", r, s)
+        more = [k.upper() for k,o in r.items() if k in ReflectiveLearning._classes and o and not refl.get(k) and not ReflectiveLearning(preset=r.get('preset', 'default')).is_on(k)]
+        add(f"{' + '.join(['RL',*more])} ({', '.join(_show(*o) for o in change)})", r, s) # a value for a part that is off switches it on
     return res
 
 def _same(a, b):
@@ -159,8 +169,11 @@ def make_plan(methods:list, # Names of methods
               **settings # Fields of `RunSettings` for all
              ) -> list: # Of `PlannedRun`, seed by seed, so that an early look is a fair one
     "Every combination; each is checked before anything is trained."
+    if not methods: raise ValueError("methods: expected at least one, as in softmax,bsce.")
+    for name,given in (('imbalance_factor', list(factors)!=[None]), ('data_seed', paired_data)):
+        if given and any(name in o.settings for o in ways): raise ValueError(f"{name}: it is swept over or set, and given for all runs too. Leave one of the two.")
     res = []
-    for seed,factor,method,way in product(seeds, factors, methods, ways):
+    for seed,factor,method,way in product(*map(dict.fromkeys, (seeds, factors, methods)), ways):
         kw = {**settings, **way.settings, **({} if factor is None else dict(imbalance_factor=factor))}
         if paired_data: kw['data_seed'] = seed
         if way.reflective is not None: ReflectiveLearning(**way.reflective) # refuses what can't be

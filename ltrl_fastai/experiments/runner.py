@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['code_hash', 'code_identity', 'data_identity', 'Identities', 'run_file', 'work_folder', 'why_again', 'read_result',
-           'Todo', 'look', 'Tell', 'finish', 'cores', 'default_jobs', 'Failed', 'run_plan', 'without_main']
+           'Todo', 'look', 'Tell', 'finish', 'warm_up', 'cores', 'default_jobs', 'Failed', 'run_plan', 'without_main']
 
 # %% ../../nbs/experiments/03_runner.ipynb #e7c55ef0
 from fastai.basics import *
@@ -72,7 +72,8 @@ def read_result(file:Path) -> dict|None:
     try: res = json.loads(Path(file).read_text(encoding='utf-8'))
     except FileNotFoundError: return None
     except ValueError as e: raise ValueError(f"{file} is no result of a run ({e}). Remove it.") from None
-    if not isinstance(res, dict) or 'history' not in res: raise ValueError(f"{file} is no result of a run. Remove it.")
+    lacks = [k for k in ('settings','seed','history','train_accuracy','seconds') if not isinstance(res, dict) or k not in res]
+    if lacks: raise ValueError(f"{file} is no result of a run (it lacks {', '.join(lacks)}). Remove it.")
     return res
 
 @dataclasses.dataclass
@@ -120,6 +121,10 @@ def finish(todo:Todo, # What to compute
     for o in work_folder(folder).glob(f'*{name}-*'): o.unlink()
     return res
 
+def warm_up():
+    "Train a little, so that what is loaded and set up on first use is not counted as time of the first run."
+    train_run(RunSettings(epochs=1, n_max=20, reflective={}), bar=False)
+
 def _work(conn, folder, threads, command):
     "The life of a worker"
     signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the parent, which ends its workers
@@ -128,6 +133,7 @@ def _work(conn, folder, threads, command):
     torch.set_num_threads(threads)
     def send(o):
         with contextlib.suppress(BrokenPipeError): conn.send(o)
+    warm_up()
     send(('ready',))
     while True:
         try: todo = conn.recv()
@@ -163,8 +169,8 @@ def run_plan(plan:list, # Of `PlannedRun`
     try: lock.acquire(timeout=3) # workers of a parent that was killed have a moment to end
     except filelock.Timeout: raise RuntimeError(f"{folder}: another process is computing runs in this folder. Wait for it, or choose another folder.") from None
     with lock:
-        if about is not None: write_json({**about, 'runs': [o.name for o in plan]}, folder/'compare.json')
         todo = look(plan, folder, test)
+        if about is not None: write_json({**about, 'runs': [o.name for o in plan], 'made_of': [hash_of(o.identity) for o in todo]}, folder/'compare.json')
         for o in todo:
             if o.done: watch('known', o)
             elif o.why: watch('again', o, o.why)
@@ -193,7 +199,9 @@ def _run_workers(missing, folder, jobs, watch, command):
                 except EOFError:
                     p,todo = procs.pop(conn),busy.pop(conn, None)
                     p.join()
-                    if todo is None: raise RuntimeError(f"A worker ended before it was ready (exit code {p.exitcode}).") from None
+                    if todo is None:
+                        if not procs: raise RuntimeError(f"A worker ended before it was ready (exit code {p.exitcode}), and no other is left.") from None
+                        continue
                     failed[todo.run.name] = f"its process was killed (exit code {p.exitcode}; out of memory?)"
                     watch('failed', todo, failed[todo.run.name], '')
                     continue

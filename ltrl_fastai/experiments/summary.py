@@ -9,6 +9,7 @@ __all__ = ['shots', 'slides', 'result_folders', 'load_results', 'runs_table', 'i
 # %% ../../nbs/experiments/05_summary.ipynb #ae5bec50
 from fastai.basics import *
 import scipy.stats
+from .plan import hash_of
 from .runner import read_result
 from .training import write_text
 
@@ -20,9 +21,11 @@ def result_folders(folder:Path # Of `ltrl compare` or of `ltrl train`, or one th
     "The folders that one of our commands wrote, at `folder` or below it; raises `FileNotFoundError` if there is none."
     folder = Path(folder)
     if not folder.exists(): raise FileNotFoundError(f"{folder} does not exist. Expected a folder that `ltrl compare` or `ltrl train` wrote.")
-    res = sorted({f.parent.parent for f in folder.rglob('runs/*.json')} | {f.parent for f in folder.rglob('result.json')})
+    res = sorted({f.parent.parent for f in _run_files(folder.rglob)} | {f.parent for f in folder.rglob('result.json')})
     if not res: raise FileNotFoundError(f"{folder}: no result in it. Expected `runs/*.json` (of `ltrl compare`) or `result.json` (of `ltrl train`).")
     return res
+
+def _run_files(glob): return sorted(f for f in glob('runs/*.json') if f.name not in ('compare.json','result.json')) # a folder may be called runs
 
 def load_results(folder:Path # Of `ltrl compare` or of `ltrl train`
                 ) -> list: # Of results, in the order of their plan
@@ -30,12 +33,17 @@ def load_results(folder:Path # Of `ltrl compare` or of `ltrl train`
     folder = Path(folder)
     if folder not in (found := result_folders(folder)): raise FileNotFoundError(
         f"{folder} has results in folders below it ({', '.join(map(str, found[:3]))} ...). Take them one by one.")
-    files,plan = sorted(folder.glob('runs/*.json')) or [folder/'result.json'],folder/'compare.json'
+    files,plan = _run_files(folder.glob) or [folder/'result.json'],folder/'compare.json'
     if plan.exists(): # what is not in it is of an earlier plan
-        order = {name: i for i,name in enumerate(json.loads(plan.read_text(encoding='utf-8'))['runs'])}
+        try:
+            kept = json.loads(plan.read_text(encoding='utf-8'))
+            order,made_of = {name: i for i,name in enumerate(kept['runs'])},dict(zip(kept['runs'], kept.get('made_of', [])))
+        except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{plan} is no plan of `ltrl compare` ({type(e).__name__}: {e}). Remove it to see all results in the folder.") from None
         files = sorted((f for f in files if f.stem in order), key=lambda f: order[f.stem])
-    if not files: raise FileNotFoundError(f"{folder}: none of its planned runs is done yet.")
-    return [o for f in files for o in _unpack(read_result(f))]
+    found = [(f,read_result(f)) for f in files]
+    if plan.exists(): found = [(f,o) for f,o in found if f.stem not in made_of or hash_of(o.get('identity'))==made_of[f.stem]] # not what other code has made
+    if not found: raise FileNotFoundError(f"{folder}: none of its planned runs is done yet.")
+    return [o for _,res in found for o in _unpack(res)]
 
 def _unpack(res):
     "The runs in a file: `ltrl train` writes a second one as the baseline of the first"

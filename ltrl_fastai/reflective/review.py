@@ -42,7 +42,8 @@ class KnowledgeReview(Companion):
         self.store_args = dict(kind=store) if isinstance(store, str) else dict(store)
         if set(self.store_args)-{'kind','k','folder'} or self.store_args.get('kind') not in store_kinds: raise ValueError(
             f"store: expected one of {', '.join(store_kinds)}, or dict(kind=..., k=..., folder=...), got {store!r}")
-        if distance=='logits' and self.store_args['kind']=='topk': raise ValueError("store: 'topk' keeps probabilities of most classes only together, so distance='logits' can't be had with it")
+        if distance=='logits' and self.store_args['kind']=='topk': raise ValueError(
+            "store: 'topk' keeps probabilities of most classes only together, so distance='logits' can't be had with it")
         store_attr()
 
     def reset(self):
@@ -104,7 +105,8 @@ class KnowledgeReview(Companion):
         n,c = self.learn.sample_ids.n_items,logits.shape[1]
         rank = self.learn.loss_terms.ranks.rank
         res = TeacherMemory(n, c, logits.dtype, logits.device, make_store(n=n, n_classes=c, dtype=logits.dtype, device=logits.device, rank=rank, **self.store_args))
-        if self.store_args['kind']=='auto' and res.store.lossy and not rank: print(f"Knowledge Review keeps the last predictions of {n:,} samples, {c:,} classes: {res.store}.")
+        if self.store_args['kind']=='auto' and res.store.lossy and not rank:
+            print(f"Knowledge Review keeps the last predictions of {n:,} samples, {c:,} classes: {res.store}.")
         return res
 
     def after_train(self):

@@ -58,7 +58,7 @@ def _list_order(dl, on=True):
 
 # %% ../../nbs/reflective/02_samples.ipynb #6d4d5c5d
 class SampleIds(Callback):
-    "Tells the dataset ids of the training batch in hand: `learn.sample_ids.ids` (int64, on the batch's device) and, of the batches of all ranks together, `.all_ids` and `.host_ids` (a list; None if only the device knows)."
+    "Tells the dataset ids of the training batch in hand as `learn.sample_ids.ids`; those of all ranks together as `.all_ids` (int64, on the device) and `.host_ids` (a list, or None)."
     order,_stateattrs = -3,('ids','all_ids','host_ids','_epoch','_order')
     ids = all_ids = host_ids = _epoch = _order = None
     @property
@@ -95,7 +95,8 @@ class SampleIds(Callback):
         "Note the order of the epoch, drawn by now, since a batch is here"
         _list_order(self.learn.dl, False)
         mine = tensor(epoch_ids(self.learn.dl), dtype=torch.long).to(find_device(self.xb))
-        if len(set(ranks.objects(len(mine))))>1: raise ValueError("The ranks have drawn orders of different lengths, where all need as many batches. Use the loaders that `learn.distrib_ctx()` makes.")
+        if len(set(ranks.objects(len(mine))))>1: raise ValueError(
+            "The ranks have drawn orders of different lengths, where all need as many batches. Use the loaders that `learn.distrib_ctx()` makes.")
         self._epoch = ranks.gather(mine[None])
         self._order = self._epoch.tolist()
 

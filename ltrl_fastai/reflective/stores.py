@@ -8,7 +8,7 @@ __all__ = ['store_kinds', 'DenseStore', 'TopKStore', 'DiskStore', 'free_memory',
 # %% ../../nbs/reflective/03_stores.ipynb #5f96e531
 import os, tempfile, uuid, weakref
 from pathlib import Path
-import numpy as np, torch, torch.nn.functional as F
+import numpy as np, torch
 from torch import Tensor
 from .functional import _upcast
 
@@ -159,7 +159,8 @@ class DiskStore:
         try: _reserve(fd, self.n*self.row_bytes)
         except OSError as e:
             os.close(fd); file.unlink()
-            raise OSError(e.errno, f"No room for {self.n*self.row_bytes/2**30:.1f} GiB of last predictions in {self.folder} ({e.strerror}). Choose another folder: `KnowledgeReview(store=dict(kind='disk', folder=...))`.") from e
+            raise OSError(e.errno, f"No room for {self.n*self.row_bytes/2**30:.1f} GiB of last predictions in {self.folder} ({e.strerror}). "
+                "Choose another folder: `KnowledgeReview(store=dict(kind='disk', folder=...))`.") from e
         return file.name,fd
 
     def pack(self, logits, view=None, tau=1.) -> tuple:
@@ -199,7 +200,8 @@ class DiskStore:
 
     def state_dict(self) -> dict:
         "Names the file, which is left as it is from now on."
-        if self._temporary is not None: raise ValueError("These teachers are in a temporary folder, so no checkpoint can find them again. Name one: `KnowledgeReview(store=dict(kind='disk', folder=...))`.")
+        if self._temporary is not None: raise ValueError(
+            "These teachers are in a temporary folder, so no checkpoint can find them again. Name one: `KnowledgeReview(store=dict(kind='disk', folder=...))`.")
         self.freeze()
         return dict(kind='disk', n=self.n, n_classes=self.n_classes, folder=str(self.folder), frozen=self.frozen)
 
@@ -209,7 +211,8 @@ class DiskStore:
         self.n,self.n_classes,self.folder,self.frozen = state['n'],state['n_classes'],Path(state['folder']),list(state['frozen'])
         self.device,self._temporary,self.rank = torch.device(device),None,rank
         file = self.folder/self.frozen[-1]
-        if not file.exists() or file.stat().st_size!=self.n*self.row_bytes: raise ValueError(f"{file}, where the last predictions of this checkpoint are kept, is not there or not whole. Take an older checkpoint, or start anew.")
+        if not file.exists() or file.stat().st_size!=self.n*self.row_bytes: raise ValueError(
+            f"{file}, where the last predictions of this checkpoint are kept, is not there or not whole. Take an older checkpoint, or start anew.")
         for o in self.folder.glob('teachers-*.f16'):
             if self._mine(o.name) and o.name not in self.frozen: o.unlink() # of the run that was interrupted
         self._start(self.frozen, os.open(file, os.O_RDONLY))

@@ -15,20 +15,27 @@ from .terms import Companion, LossTerms
 class KnowledgeCorrection(Companion):
     "Projects the gradient of the added loss terms where it conflicts with that of the main loss (LTRL eq. 10). Costs a second backward pass."
     order,run_valid = MixedPrecision.order-2,False
-    needs,columns,splits_gradient = (LossTerms,),('conflicts',),True
-    _stateattrs,conflict_rates,_conflicts = ('_conflicts',),[],{}
+    needs,columns = (LossTerms,),('conflicts',)
+    _stateattrs,conflict_rates,_conflicts,_steps = ('_conflicts','_steps'),[],{},0
     def __init__(self,
-        granularity:str='tensor' # 'tensor': each parameter tensor by itself (published code); 'global': one vector (slides)
+        granularity:str='tensor', # 'tensor': each parameter tensor by itself (published code); 'global': one vector (slides)
+        every:int=1 # Correct every so many steps only, as many times over: 1 is exact, 5 costs a fifth
     ):
+        if every!=int(every) or every<1: raise ValueError(f"every: expected a number of steps from 1 on, got {every!r}")
         if granularity not in ('tensor','global'): raise ValueError(f"granularity: expected 'tensor' or 'global', got {granularity!r}")
         store_attr()
 
-    def state_dict(self) -> dict: return dict(conflict_rates=self.conflict_rates)
-    def load_state_dict(self, state, learn): self.conflict_rates = state['conflict_rates']
+    @property
+    def splits_gradient(self) -> bool:
+        "Does `LossTerms` have to keep the gradient of the terms apart in this step?"
+        return self._steps%self.every==0
+
+    def state_dict(self) -> dict: return dict(conflict_rates=self.conflict_rates, steps=self._steps)
+    def load_state_dict(self, state, learn): self.conflict_rates,self._steps = state['conflict_rates'],state['steps']
 
     def before_train(self):
         self._conflicts = {}
-        if self.epoch==0: self.conflict_rates = [] # a dict an epoch: share of steps in conflict, by parameter name
+        if self.epoch==0: self.conflict_rates,self._steps = [],0 # a dict an epoch: share of steps in conflict, by parameter name
     def before_step(self):
         "Put the corrected gradient of the terms back into `p.grad`."
         grads = self.learn.loss_terms.take_grads()
@@ -41,11 +48,13 @@ class KnowledgeCorrection(Companion):
         if self.granularity=='global': dots,norm2 = dots.sum()[None],norm2.sum()[None]
         coefs = conflict_coefficient(dots, norm2)
         for p,c in zip(everything, coefs.expand(len(everything))):
-            p.grad.mul_(1-c)
+            p.grad.mul_(1-self.every*c)
             if p in grads: p.grad.add_(grads[p])
         hits = (coefs<0).float()
         self.learn.loss_terms.log('conflicts', hits.mean())
         if self.granularity=='tensor': self._conflicts[tuple(grads)] = self._conflicts.get(tuple(grads), 0)+torch.stack([hits, torch.ones_like(hits)])
+
+    def after_step(self): self._steps += 1
 
     def after_train(self):
         "Keep the share of steps in which each parameter was in conflict in this epoch, by its name."

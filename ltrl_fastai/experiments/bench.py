@@ -25,10 +25,9 @@ class Stepper:
     def __init__(self, learn:Learner # Whose training loader has whole batches only
                 ):
         self.learn = learn
-        learn.create_opt(); learn.n_epoch = 10**6
-        with learn.no_bar(), learn.no_logging():
-            learn.add_cb(_Silent())
-            learn('before_fit')
+        learn.remove_cbs(L(cb for cb in learn.cbs if isinstance(cb, ProgressCallback)))
+        learn.logger,learn.n_epoch = noop,10**6
+        learn.create_opt(); learn('before_fit')
         self.epoch,self.batches = -1,iter(())
         for _ in range(len(learn.dls.train)): self.step()
 
@@ -48,10 +47,6 @@ class Stepper:
         self.learn.one_batch(*o)
         _wait(self.learn)
         return time.perf_counter()-t
-
-class _Silent(Callback):
-    "Has no table to write"
-    def before_fit(self): self.learn.logger = noop
 
 def _wait(learn):
     if torch.device(learn.dls.device).type=='cuda': torch.cuda.synchronize()
@@ -85,7 +80,8 @@ def bench_step(net:str='resnet32', # See `create_net`
     t = {k: np.array(v) for k,v in times.items()}
     f,b = np.array(passes).T
     cycle = lambda o: o.reshape(-1, every).mean(1)
-    res = dict(net=net, bs=bs, size=size, n_classes=n_classes, steps=rounds, plain_s=float(np.median(t['plain'])), kr_ks=_median(t['kr_ks']/t['plain']), full=_median(t['full']/t['plain']),
+    res = dict(net=net, bs=bs, size=size, n_classes=n_classes, steps=rounds, plain_s=_median(t['plain']),
+               kr_ks=_median(t['kr_ks']/t['plain']), full=_median(t['full']/t['plain']),
                bound=_median((f+2*b)/(f+b)), fast=_median(cycle(t['fast'])/cycle(t['plain'])))
     return {k: round(v, 4) if isinstance(v, float) else v for k,v in res.items()}
 
@@ -118,13 +114,16 @@ def in_process(f, *args):
     if error: raise RuntimeError(f"{f.__name__}: {error}")
     return res,peak
 
-def _resident(): return int(Path('/proc/self/statm').read_text().split()[1])*resource.getpagesize() if Path('/proc/self/statm').exists() else _peak()
-def _peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform=='darwin' else 1024)
+def _memory(what:str) -> int:
+    "Bytes of this process's memory: 'VmRSS' now, 'VmHWM' at most so far. (Not `getrusage`, whose maximum a new process takes over from its parent.)"
+    try: status = Path('/proc/self/status').read_text()
+    except OSError: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform=='darwin' else 1024)
+    return next(int(o.split()[1])*1024 for o in status.splitlines() if o.startswith(what))
 
 def _child(conn, threads, f, *args):
     torch.set_num_threads(threads)
-    before = _resident()
-    try: conn.send((f(*args), _peak()-before, None))
+    before = _memory('VmRSS')
+    try: conn.send((f(*args), _memory('VmHWM')-before, None))
     except Exception as e: conn.send((None, 0, f'{type(e).__name__}: {e}'))
 
 def bench_teachers(kind:str, n:int, n_classes:int, folder=None, bs:int=256) -> dict:
@@ -252,15 +251,17 @@ def bench(only:list=parts, # Which of `parts`
         said = predictions(*((800,2000,32) if quick else ()))
         errors = {k: kl_error(k, said) for k in ('disk','topk')}
         step = _resnet50_step(256)
-        res['memory'] = dict(inat_gb=round(inat_peak/1e9, 3), imagenet_lt_gb=round(lt_peak/1e9, 3), kl_error=round(errors['disk']['error'], 6), inat_store='disk', imagenet_lt_store='half',
-            topk_gb=round(topk_peak/1e9, 3), topk_kl_error=round(errors['topk']['error'], 4), kl=round(errors['disk']['kl'], 4),
-            batch_ms={k: round(1e3*o['batch_s'], 2) for k,o in dict(disk=disk, half=half, topk=topk).items()}, share_of_resnet50_step={k: round(o['batch_s']/step, 6) for k,o in dict(disk=disk, half=half).items()})
+        res['memory'] = dict(inat_gb=round(inat_peak/1e9, 3), imagenet_lt_gb=round(lt_peak/1e9, 3), kl_error=round(errors['disk']['error'], 6), inat_store='disk',
+            imagenet_lt_store='half', topk_gb=round(topk_peak/1e9, 3), topk_kl_error=round(errors['topk']['error'], 4), kl=round(errors['disk']['kl'], 4),
+            batch_ms={k: round(1e3*o['batch_s'], 2) for k,o in dict(disk=disk, half=half, topk=topk).items()},
+            share_of_resnet50_step={k: round(o['batch_s']/step, 6) for k,o in dict(disk=disk, half=half).items()})
         echo(f"memory: {res['memory']}")
     if 'centers' in only:
         res['centers'] = {}
         for k,o in dict(imagenet_lt=imagenet_lt, inat=inat).items():
             got,peak = in_process(bench_centers, less(o['n']), o['n_classes'])
-            res['centers'].update({f'{k}_s': round(got['centers_s'], 2), f'{k}_gb': round(peak/1e9, 2), f'{k}_similarity_s': round(got['similarity_s'], 2), f'{k}_dtype': got['dtype']})
+            res['centers'].update({f'{k}_s': round(got['centers_s'], 2), f'{k}_gb': round(peak/1e9, 2), f'{k}_similarity_s': round(got['similarity_s'], 2),
+                f'{k}_dtype': got['dtype']})
         echo(f"centers: {res['centers']}")
     if 'loader' in only: res['loader'] = bench_loader(less(2048)); echo(f"loader: {res['loader']}")
     return res

@@ -194,7 +194,12 @@ def _report(folder, write=True):
         typer.echo(markdown(write_summary(load_results(folder), folder)))
         typer.echo(f"Written: {folder/'summary.md'}, summary.csv, runs.csv and summary.png.")
         return
-    for o in result_folders(folder): typer.echo(f"## {o}\n\n{markdown(summarise(runs_table(load_results(o))))}")
+    for o in result_folders(folder):
+        try: shown = markdown(summarise(runs_table(load_results(o))))
+        except (FileNotFoundError, ValueError) as e: # of one folder of several
+            if o==folder: raise
+            shown = f"{e}\n"
+        typer.echo(f"## {o}\n\n{shown}")
 
 @app.command()
 def report(

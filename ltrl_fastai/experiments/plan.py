@@ -17,7 +17,7 @@ from .training import RunSettings, check_type, one_of
 protocols = {
     'frozen':   dict(dataset='cifar100-frozen-lt', epochs=20, lr=.1), # P1: an MLP on features of an ImageNet net
     'overfit':  dict(dataset='cifar100-lt', net='resnet8', size=16, crop=0, flip=False, epochs=30, lr=.4), # P2o: from scratch, more than 95% of the training images known
-    'underfit': dict(dataset='cifar100-lt', net='resnet8', size=16, epochs=30, lr=.4), # P2u: the same net and schedule with crop and flip, less than half of them known
+    'underfit': dict(dataset='cifar100-lt', net='resnet8', size=16, epochs=30, lr=.4), # P2u: the same net and schedule with crop and flip, about half of them known
 }
 
 # %% ../../nbs/experiments/02_plan.ipynb #884b7b4e
@@ -54,7 +54,7 @@ def parse_setting(s:str # 'name=value' or, with `many`, 'name=value,value,...'
     if not eq or not values: raise ValueError(f"{s!r}: expected {'name=value,value,...' if many else 'name=value'}, such as {'tau=1,2,4' if many else 'tau=2'}")
     where = resolve(name.strip())
     res = [parse_value(o.strip()) for o in (values.split(',') if many else [values])]
-    for o in res: check_type(name.strip(), o, _kind(where))
+    for o in res: check_type(name.strip(), o, _kind(where), where[0] is None)
     return where,(res if many else res[0])
 
 def _kind(where):
@@ -172,7 +172,7 @@ def make_plan(methods:list, # Names of methods
     if not methods: raise ValueError("methods: expected at least one, as in softmax,bsce.")
     for name,given in (('imbalance_factor', list(factors)!=[None]), ('data_seed', paired_data)):
         if given and any(name in o.settings for o in ways): raise ValueError(f"{name}: it is swept over or set, and given for all runs too. Leave one of the two.")
-    res = []
+    res,known = [],set()
     for seed,factor,method,way in product(*map(dict.fromkeys, (seeds, factors, methods)), ways):
         kw = {**settings, **way.settings, **({} if factor is None else dict(imbalance_factor=factor))}
         if paired_data: kw['data_seed'] = seed
@@ -180,5 +180,7 @@ def make_plan(methods:list, # Names of methods
         s = RunSettings(method=method, seed=seed, reflective=way.reflective, **kw)
         group = f"{s.dataset} IF {s.imbalance_factor:g} {s.method}"
         variant = f'{s.method} + {way.label}' if way.reflective is not None else f'{s.method} ({way.label})' if way.label else s.method
-        res.append(PlannedRun(group, variant, s))
+        run = PlannedRun(group, variant, s)
+        if (group,hash_of(run.identity)) not in known: res.append(run) # a value that is the default
+        known.add((group,hash_of(run.identity)))
     return res

@@ -17,7 +17,7 @@ class TimeLeft:
     def __init__(self, kinds:list, # Of (kind, epochs) of each run that is to be computed
                  jobs:int=1 # Runs at a time
                 ):
-        self.epochs,self.jobs = Counter(),jobs
+        self.epochs,self.jobs,self.runs = Counter(),jobs,len(kinds)
         for k,n in kinds: self.epochs[k] += n
         self.took,self.n = Counter(),Counter()
     def epoch(self, kind, seconds:float, skipped:int=0 # Epochs that were there from an earlier start
@@ -33,7 +33,7 @@ class TimeLeft:
         "None while nothing is known."
         if not self.n: return None
         mean = sum(self.took.values())/sum(self.n.values())
-        return sum(n*(self.took[k]/self.n[k] if self.n[k] else mean) for k,n in self.epochs.items())/self.jobs
+        return sum(n*(self.took[k]/self.n[k] if self.n[k] else mean) for k,n in self.epochs.items())/max(1, min(self.jobs, self.runs))
 
 def show_time(seconds:float|None) -> str:
     "'40 s', '3 min' or '2 h 5 min'."
@@ -66,6 +66,7 @@ class Watch:
     def __call__(self, event, todo, *rest):
         run,kind = todo.run,(todo.run.group,todo.run.variant)
         cell,epochs,line = self._cell(run),run.settings.epochs,None
+        if event in ('known','done','failed'): self.left.runs -= 1
         if event=='known': self.known += 1; self._take(run); self.left.drop(kind, epochs)
         elif event=='again': self.again.append(f"{run.variant}, seed {run.settings.seed}, is computed again: {rest[0]}")
         elif event=='start': cell['running'][run.name] = 0

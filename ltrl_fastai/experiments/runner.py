@@ -12,10 +12,11 @@ import ast, contextlib, dataclasses, hashlib, importlib.metadata, inspect, multi
 from multiprocessing.connection import wait
 import filelock
 from .plan import PlannedRun, hash_of
+from .checkpoint import UnreadableCheckpoint
 from .training import RunSettings, train_run, write_json
 
 # %% ../../nbs/experiments/03_runner.ipynb #6534b907
-_passed = 'reflective data methods evaluation/metrics.py evaluation/diagnosis.py experiments/training.py experiments/checkpoint.py'.split()
+_passed = 'reflective data methods evaluation/metrics.py evaluation/report.py evaluation/diagnosis.py experiments/training.py experiments/checkpoint.py'.split()
 
 def code_hash(source:str # Of a Python file
              ) -> str:
@@ -47,11 +48,12 @@ class Identities:
     "The identity of each run of a plan; data that several of them share are read once."
     def __init__(self): self.data = {}
     def __call__(self, run:PlannedRun, # Of the plan
-                 test:bool # Does it read the test set?
+                 test:bool, # Does it read the test set?
+                 threads:int=1 # That it is computed on
                 ) -> dict: # Of plain types
         key = tuple(getattr(run.settings, k) for k in _data_fields)
         if key not in self.data: self.data[key] = data_identity(run.settings)
-        return dict(settings=run.identity, data=self.data[key], code=code_identity(), test=test)
+        return dict(settings=run.identity, data=self.data[key], code=code_identity(), test=test, device=default_device().type, threads=threads)
 
 # %% ../../nbs/experiments/03_runner.ipynb #908db053
 def run_file(folder:Path, run:PlannedRun) -> Path: return Path(folder)/'runs'/f'{run.name}.json'
@@ -65,6 +67,7 @@ def why_again(old:dict, # The identity that a result was made of
     code,was = new['code'],old.get('code', {})
     return ', '.join((['settings changed'] if old.get('settings')!=new['settings'] else []) + (['the data changed'] if old.get('data')!=new['data'] else []) +
         [f"{'the code' if k=='ltrl' else k} changed" + ('' if k=='ltrl' else f" ({was.get(k)} to {v})") for k,v in code.items() if was.get(k)!=v] +
+        [f"the {k} changed ({old[k]} to {new[k]})" for k in ('device','threads') if k in old and old[k]!=new[k]] +
         (['it has not read the test set' if new['test'] else 'it has read the test set'] if old.get('test')!=new['test'] else []))
 
 def read_result(file:Path) -> dict|None:
@@ -86,12 +89,13 @@ class Todo:
 
 def look(plan:list, # Of `PlannedRun`
          folder:Path, # Of the comparison
-         test:bool=True # Is the test set to be read?
+         test:bool=True, # Is the test set to be read?
+         threads:int=1 # Of each run
         ) -> list: # Of `Todo`
     "What is there of a plan, and what is not."
     ident,res = Identities(),[]
     for run in plan:
-        new,old = ident(run, test),read_result(run_file(folder, run))
+        new,old = ident(run, test, threads),read_result(run_file(folder, run))
         why = '' if old is None else why_again(old.get('identity'), new)
         res.append(Todo(run, new, why, old is not None and not why))
     return res
@@ -114,7 +118,18 @@ def finish(todo:Todo, # What to compute
     "Compute one run, or the rest of it, and write its result; nothing is left behind but that."
     file,name = run_file(folder, todo.run),todo.run.name
     cp = work_folder(folder)/f'{name}-{hash_of(todo.identity)}.pt' # not that of other code or data
-    res,_ = train_run(todo.run.settings, bar=False, test=todo.identity['test'], checkpoint=cp, cbs=Tell(send))
+    def train(): return train_run(todo.run.settings, bar=False, test=todo.identity['test'], checkpoint=cp, cbs=Tell(send))[0]
+    before = torch.get_num_threads()
+    torch.set_num_threads(todo.identity['threads'])
+    try: res = train()
+    except UnreadableCheckpoint as e:
+        print(f"{name}: {e} It is begun anew.")
+        for o in work_folder(folder).glob(f'*{cp.name}*'): o.unlink()
+        res = train()
+    except FloatingPointError: # will not do better next time
+        for o in work_folder(folder).glob(f'*{cp.name}*'): o.unlink()
+        raise
+    finally: torch.set_num_threads(before)
     res = dict(group=todo.run.group, variant=todo.run.variant, **res, identity=todo.identity)
     if command: res['command'] = command
     write_json(res, file)
@@ -125,12 +140,12 @@ def warm_up():
     "Train a little, so that what is loaded and set up on first use is not counted as time of the first run."
     train_run(RunSettings(epochs=1, n_max=20, reflective={}), bar=False)
 
-def _work(conn, folder, threads, command):
+def _work(conn, folder, command):
     "The life of a worker"
     signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the parent, which ends its workers
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     def send(o):
         with contextlib.suppress(BrokenPipeError): conn.send(o)
     warm_up()
@@ -169,24 +184,24 @@ def run_plan(plan:list, # Of `PlannedRun`
     try: lock.acquire(timeout=3) # workers of a parent that was killed have a moment to end
     except filelock.Timeout: raise RuntimeError(f"{folder}: another process is computing runs in this folder. Wait for it, or choose another folder.") from None
     with lock:
-        todo = look(plan, folder, test)
+        jobs = jobs or default_jobs()
+        todo = look(plan, folder, test, max(1, cores()//jobs))
         if about is not None: write_json({**about, 'runs': [o.name for o in plan], 'made_of': [hash_of(o.identity) for o in todo]}, folder/'compare.json')
         for o in todo:
             if o.done: watch('known', o)
             elif o.why: watch('again', o, o.why)
         missing = [o for o in todo if not o.done]
-        failed = _run_workers(missing, folder, min(jobs or default_jobs(), len(missing)), watch, command) if missing else {}
-        if failed: raise Failed(f"{len(failed)} of {len(plan)} runs failed; the others are kept. " + ' '.join(f"{n}: {e}." for n,e in list(failed.items())[:3]))
+        failed = _run_workers(missing, folder, min(jobs, len(missing)), watch, command) if missing else {}
+        if failed: raise Failed(f"{len(failed)} of {len(plan)} runs failed; the others are kept. " + ' '.join(f"{n}: {e.rstrip('.')}." for n,e in list(failed.items())[:3]))
         return [read_result(run_file(folder, o.run)) for o in todo]
 
 def _run_workers(missing, folder, jobs, watch, command):
     "Hand runs to workers until none is left; gives the errors of those that failed"
     ctx,queue,failed,busy,procs = multiprocessing.get_context('spawn'),list(missing),{},{},{}
-    threads = max(1, cores()//jobs)
     with without_main():
         for _ in range(jobs):
             ours,theirs = ctx.Pipe()
-            p = ctx.Process(target=_work, args=(theirs, folder, threads, command), daemon=True); p.start(); theirs.close()
+            p = ctx.Process(target=_work, args=(theirs, folder, command), daemon=True); p.start(); theirs.close()
             procs[ours] = p
     def hand(conn):
         if not queue: conn.close(); procs.pop(conn).join(); return

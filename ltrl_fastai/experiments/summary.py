@@ -38,7 +38,8 @@ def load_results(folder:Path # Of `ltrl compare` or of `ltrl train`
         try:
             kept = json.loads(plan.read_text(encoding='utf-8'))
             order,made_of = {name: i for i,name in enumerate(kept['runs'])},dict(zip(kept['runs'], kept.get('made_of', [])))
-        except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{plan} is no plan of `ltrl compare` ({type(e).__name__}: {e}). Remove it to see all results in the folder.") from None
+        except (ValueError, KeyError, TypeError) as e: raise ValueError(
+            f"{plan} is no plan of `ltrl compare` ({type(e).__name__}: {e}). Remove it to see all results in the folder.") from None
         files = sorted((f for f in files if f.stem in order), key=lambda f: order[f.stem])
     found = [(f,read_result(f)) for f in files]
     if plan.exists(): found = [(f,o) for f,o in found if f.stem not in made_of or hash_of(o.get('identity'))==made_of[f.stem]] # not what other code has made

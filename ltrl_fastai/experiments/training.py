@@ -40,9 +40,10 @@ def one_of(name:str, value, known):
     raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}.{f' Did you mean {near[0]!r}?' if near else ''}")
 
 _kinds = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a text'}
-def check_type(name:str, value, kind):
-    "Raise `ValueError` if `value` is not of `kind`, one of int, float, bool and str; None is, and an int is a float."
-    if value is None or kind not in _kinds: return
+def check_type(name:str, value, kind, none:bool=True # Is None all right?
+              ):
+    "Raise `ValueError` if `value` is not of `kind`, one of int, float, bool and str; an int is a float."
+    if value is None and none or kind not in _kinds: return
     fits = isinstance(value, bool)==(kind is bool) and isinstance(value, (int,float) if kind is float else kind)
     if not fits: raise ValueError(f"{name}: expected {_kinds[kind]}, got {value!r}.")
 
@@ -173,12 +174,9 @@ def train_run(settings:RunSettings, # What to train
     with contextlib.ExitStack() as stack:
         if not bar: stack.enter_context(learn.no_bar()); stack.enter_context(learn.no_logging())
         elif not sys.stdout.isatty(): stack.enter_context(learn.no_bar()); learn.logger = partial(_log_row, learn)
-        cbs = L(cbs) + ([] if checkpoint is None else [Checkpoint(checkpoint, identity=plain(dataclasses.asdict(settings)))])
+        cbs = L(cbs) + [_Diverged(settings.lr)] + ([] if checkpoint is None else [Checkpoint(checkpoint, identity=plain(dataclasses.asdict(settings)))])
         learn.fit_one_cycle(settings.epochs, settings.lr, pct_start=min(.25, 5/settings.epochs), cbs=cbs)
     hist = history(learn)
-    if hist['train_loss'][-1] is None:
-        when = hist['train_loss'].index(None)
-        raise FloatingPointError(f"The training loss is no number any more in epoch {when}: training has diverged. Lower the learning rate (lr={settings.lr}).")
     valid = ShotReport.from_learner(learn, label=label_of(settings))
     report = ShotReport.from_learner(learn, dl=learn.dls.test, label=label_of(settings)) if test else None
     train = ShotReport.from_learner(learn, dl=learn.dls.valid.new(eval_view(learn.dls.train_ds)))
@@ -192,6 +190,14 @@ def train_run(settings:RunSettings, # What to train
         seconds=round(time.time()-start+sum(cb.seconds for cb in cbs if isinstance(cb, Checkpoint)), 1), versions=versions(), command=command(),
         settings={k: v for k,v in dataclasses.asdict(settings).items() if k not in ('reflective','data')})
     return res,report or valid
+
+class _Diverged(Callback):
+    "Ends a fit whose loss is no number any more"
+    order,run_valid = Recorder.order+1,False
+    def __init__(self, lr): self.lr_max = lr
+    def after_train(self):
+        if not math.isfinite(self.learn.smooth_loss): raise FloatingPointError(
+            f"The training loss is no number any more in epoch {self.epoch}: training has diverged. Lower the learning rate (lr={self.lr_max}).")
 
 def label_of(settings:RunSettings) -> str:
     "A short name of a run: its method and the parts of Reflective Learning."

@@ -58,7 +58,7 @@ def _list_order(dl, on=True):
 
 # %% ../../nbs/reflective/02_samples.ipynb #6d4d5c5d
 class SampleIds(Callback):
-    "Tells the dataset ids of the training batch in hand as `learn.sample_ids.ids`; those of all ranks together as `.all_ids` (int64, on the device) and `.host_ids` (a list, or None)."
+    "Tells the dataset ids of the training batch as `learn.sample_ids.ids`; those of all ranks together as `.all_ids` (int64, on the device) and `.host_ids` (a list, or None)."
     order,_stateattrs = -3,('ids','all_ids','host_ids','_epoch','_order')
     ids = all_ids = host_ids = _epoch = _order = None
     @property

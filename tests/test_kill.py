@@ -34,7 +34,8 @@ torch.save(dict(model=learn.model.state_dict(), losses=torch.stack(learn.recorde
 
 def start(folder, store):
     folder.mkdir(exist_ok=True)
-    return subprocess.Popen([sys.executable, '-c', program, str(folder), store], stdout=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONWARNINGS': 'ignore', 'OMP_NUM_THREADS': '1'})
+    return subprocess.Popen([sys.executable, '-c', program, str(folder), store],
+                            stdout=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONWARNINGS': 'ignore', 'OMP_NUM_THREADS': '1'})
 
 
 @pytest.mark.parametrize('store,kills', [('dense', 14), ('disk', 6)])

@@ -122,6 +122,8 @@ def _memory(what:str) -> int:
 
 def _child(conn, threads, f, *args):
     torch.set_num_threads(threads)
+    ids = torch.arange(9)
+    TeacherMemory(9, 9).remember(ids, torch.randn(9,9), ids, ids>0) # loads what is loaded on first use
     before = _memory('VmRSS')
     try: conn.send((f(*args), _memory('VmHWM')-before, None))
     except Exception as e: conn.send((None, 0, f'{type(e).__name__}: {e}'))

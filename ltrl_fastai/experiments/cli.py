@@ -57,8 +57,9 @@ def train(
       ltrl train --dataset cifar100-lt --imbalance-factor 100 --method bsce --rl --epochs 200
     """
     _quiet()
-    from ltrl_fastai.experiments.training import RunSettings, train_run, write_json, label_of
+    from ltrl_fastai.experiments.training import RunSettings, keep_freed_memory, train_run, write_json, label_of
     from ltrl_fastai.reflective.learning import ReflectiveLearning
+    keep_freed_memory()
     if rl is False and ({kr,ks,kc}!={None} or preset!='default'): fail(ValueError(
         "--no-rl trains without Reflective Learning, so its parts and preset can't be chosen. Leave out --no-rl."))
     common = dict(dataset=dataset, imbalance_factor=imbalance_factor, method=method, net=net, epochs=epochs, lr=lr, bs=bs, policy=policy,
@@ -226,15 +227,17 @@ def bench(
     """
     _quiet()
     from ltrl_fastai.experiments.bench import bench as measure, parts
-    from ltrl_fastai.experiments.training import command, one_of, versions, write_json
+    from ltrl_fastai.experiments.training import command, keep_freed_memory, one_of, versions, write_json
     import os, platform, torch
     try:
         chosen = [one_of('--only', o, parts) for o in _listed(only)]
         if out and out.is_dir(): raise IsADirectoryError(f"--out: {out} is a folder, where a file was expected.")
         if device=='cuda' and not torch.cuda.is_available(): raise ValueError("--device: there is no CUDA device here.")
+        kept = keep_freed_memory()
         res = measure(chosen, quick, folder, device, echo=lambda o: typer.echo(o, err=True))
     except (ValueError, OSError, RuntimeError) as e: fail(e)
-    res = dict(**res, quick=quick, device=device, threads=torch.get_num_threads(), machine=platform.machine(), cores=os.cpu_count(), versions=versions(), command=command())
+    res = dict(**res, quick=quick, device=device,
+        threads=torch.get_num_threads(), keep_freed_memory=kept, machine=platform.machine(), cores=os.cpu_count(), versions=versions(), command=command())
     typer.echo(json.dumps(res, indent=1))
     if out: write_json(res, out); typer.echo(f"Written: {out}", err=True)
 

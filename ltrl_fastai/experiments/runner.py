@@ -13,7 +13,7 @@ from multiprocessing.connection import wait
 import filelock
 from .plan import PlannedRun, hash_of
 from .checkpoint import UnreadableCheckpoint
-from .training import RunSettings, train_run, write_json
+from .training import RunSettings, keep_freed_memory, train_run, write_json
 
 # %% ../../nbs/experiments/03_runner.ipynb #6534b907
 _passed = 'reflective data methods evaluation/metrics.py evaluation/report.py evaluation/diagnosis.py experiments/training.py experiments/checkpoint.py'.split()
@@ -145,7 +145,7 @@ def _work(conn, folder, command):
     signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the parent, which ends its workers
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1); keep_freed_memory()
     def send(o):
         with contextlib.suppress(BrokenPipeError): conn.send(o)
     warm_up()

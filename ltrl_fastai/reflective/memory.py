@@ -120,12 +120,16 @@ class FeatureBank:
                 ):
         self.n_classes,self.n_items,self.most = n_classes,n_items,most
         self.clear()
-    def clear(self): self.features,self.targets = [],[]
+    def clear(self): self.blocks,self.targets,self._used = [],[],0
     def __len__(self): return sum(len(t) for t in self.targets)
+    @property
+    def features(self) -> list:
+        "What was added, in blocks of `(n, D)`."
+        return [*self.blocks[:-1], self.blocks[-1][:self._used]] if self.blocks else []
     @property
     def nbytes(self) -> int:
         "Of memory taken by the features."
-        return sum(o.nbytes for o in self.features)
+        return sum(o.nbytes for o in self.blocks)
 
     def add(self,
         features:Tensor, # `(B, ...)`, flattened to `(B, D)`
@@ -133,11 +137,24 @@ class FeatureBank:
     ):
         "Keep a copy of a batch of features, without its graph; one that is not finite counts for no class."
         feats = features.detach().flatten(1)
-        if self.features and feats.shape[1]!=self.features[0].shape[1]: raise ValueError(
-            f"features: expected {self.features[0].shape[1]} dimensions as in the batches before, got {feats.shape[1]}. Centres need inputs of one size.")
+        if self.blocks and feats.shape[1]!=self.blocks[0].shape[1]: raise ValueError(
+            f"features: expected {self.blocks[0].shape[1]} dimensions as in the batches before, got {feats.shape[1]}. Centres need inputs of one size.")
         fine = feats.isfinite().all(1) # an overflow would make its class's median NaN
         if self.n_items*feats.shape[1]*feats.element_size()>self.most: feats = feats.clamp(*_half).half()
-        self.features.append(feats.clone()); self.targets.append(torch.where(fine, check_targets(targets, self.n_classes), self.n_classes))
+        self.targets.append(torch.where(fine, check_targets(targets, self.n_classes), self.n_classes))
+        self._put(feats)
+
+    def _put(self, feats):
+        "Copy rows into blocks of some 64 MB: many small pieces would take more memory than they hold"
+        while len(feats):
+            if not self.blocks or self._used==len(self.blocks[-1]):
+                left = self.n_items-sum(map(len, self.blocks))
+                rows = max(len(feats), min(left, 2**26//max(1, feats[0].nbytes)))
+                self.blocks.append(feats.new_empty(rows, feats.shape[1])); self._used = 0
+            block = self.blocks[-1]
+            k = min(len(feats), len(block)-self._used)
+            block[self._used:self._used+k] = feats[:k]
+            feats,self._used = feats[k:],self._used+k
 
     def centers(self, previous:Tensor=None, # `(C, D)` centres of classes that this epoch has not met
                 ranks:Ranks=None, # Who has the other features
@@ -146,7 +163,7 @@ class FeatureBank:
         "Median feature per class, over all ranks; classes without a feature keep `previous`."
         if not len(self): return previous
         ranks = ranks or Ranks()
-        dims = self.features[0].shape[1]
+        dims = self.blocks[0].shape[1]
         if previous is not None and previous.shape[1]!=dims: previous = None # another model
         targets = ranks.gather_uneven(torch.cat(self.targets))
         step = max(1, at_once//(4*len(targets)))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip('accelerate')
-import ranks_worker as worker  # noqa: E402
+import ranks_worker as worker
 
 here = Path(__file__).parent
 

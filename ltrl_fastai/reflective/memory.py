@@ -120,12 +120,17 @@ class FeatureBank:
                 ):
         self.n_classes,self.n_items,self.most = n_classes,n_items,most
         self.clear()
-    def clear(self): self.blocks,self.targets,self._used = [],[],0
-    def __len__(self): return sum(len(t) for t in self.targets)
+    def clear(self): self.blocks,self._classes,self._used = [],[],0
+    def __len__(self): return sum(map(len, self.targets))
     @property
     def features(self) -> list:
         "What was added, in blocks of `(n, D)`."
-        return [*self.blocks[:-1], self.blocks[-1][:self._used]] if self.blocks else []
+        return self._filled(self.blocks)
+    @property
+    def targets(self) -> list:
+        "Their classes, in blocks of `(n,)`; `n_classes` for what was not finite."
+        return self._filled(self._classes)
+    def _filled(self, blocks): return [*blocks[:-1], blocks[-1][:self._used]] if blocks else []
     @property
     def nbytes(self) -> int:
         "Of memory taken by the features."
@@ -141,20 +146,20 @@ class FeatureBank:
             f"features: expected {self.blocks[0].shape[1]} dimensions as in the batches before, got {feats.shape[1]}. Centres need inputs of one size.")
         fine = feats.isfinite().all(1) # an overflow would make its class's median NaN
         if self.n_items*feats.shape[1]*feats.element_size()>self.most: feats = feats.clamp(*_half).half()
-        self.targets.append(torch.where(fine, check_targets(targets, self.n_classes), self.n_classes))
-        self._put(feats)
+        self._put(feats, torch.where(fine, check_targets(targets, self.n_classes), self.n_classes))
 
-    def _put(self, feats):
-        "Copy rows into blocks of some 64 MB: many small pieces would take more memory than they hold"
+    def _put(self, feats, targets):
+        "Copy rows into blocks of some 64 MB: many small pieces, left between what comes and goes, would take up to twice the memory that they hold"
         while len(feats):
             if not self.blocks or self._used==len(self.blocks[-1]):
                 left = self.n_items-sum(map(len, self.blocks))
                 rows = max(len(feats), min(left, 2**26//max(1, feats[0].nbytes)))
-                self.blocks.append(feats.new_empty(rows, feats.shape[1])); self._used = 0
+                self.blocks.append(feats.new_empty(rows, feats.shape[1])); self._classes.append(targets.new_empty(rows))
+                self._used = 0
             block = self.blocks[-1]
             k = min(len(feats), len(block)-self._used)
-            block[self._used:self._used+k] = feats[:k]
-            feats,self._used = feats[k:],self._used+k
+            block[self._used:self._used+k],self._classes[-1][self._used:self._used+k] = feats[:k],targets[:k]
+            feats,targets,self._used = feats[k:],targets[k:],self._used+k
 
     def centers(self, previous:Tensor=None, # `(C, D)` centres of classes that this epoch has not met
                 ranks:Ranks=None, # Who has the other features

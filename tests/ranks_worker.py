@@ -21,12 +21,12 @@ variants = {
 }
 
 
-def drawn(repeats):
-    "A function that draws the next epoch's order: every item once; or twice, the second time two batches later and by the other of two ranks"
+def drawn(passes):
+    "A function that draws the next epoch's order: every item as often as there are passes; with one for each rank, each is two batches ahead of the one before"
     gen = torch.Generator().manual_seed(3)
     def draw():
         order = torch.randperm(n, generator=gen).tolist()
-        return order + order[2*bs:] + order[:2*bs] if repeats else order
+        return [i for k in range(passes) for i in order[2*bs*k:]+order[:2*bs*k]]
     return draw
 
 
@@ -49,7 +49,7 @@ def learner(name, world):
     net = nn.Sequential(nn.Linear(12, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, n_classes)).double()
     counts = torch.bincount(y, minlength=n_classes).clamp(min=1)
     ds = TensorDataset(x, y)
-    draw = drawn(v.get('repeats'))
+    draw = drawn((world or int(os.environ['WORLD_SIZE'])) if v.get('repeats') else 1)
     train = DataLoader(WithIds(ds) if v.get('carried') else ds, bs=bs*(world or 1), get_idxs=together(draw, world) if world else draw)
     cbs = [GradientAccumulation(v['accumulate']*bs*(world or 1))] if 'accumulate' in v else []
     learn = Learner(DataLoaders(train, DataLoader(ds, bs=64), device='cpu'), net, loss_func=BalancedSoftmaxLoss(counts), opt_func=partial(SGD, mom=.9), lr=.1,
@@ -77,7 +77,6 @@ def fit(learn):
 if __name__ == '__main__':
     allow_cpu_ranks()
     for name in variants:
-        if variants[name].get('repeats') and os.environ['WORLD_SIZE'] != '2': continue
         learn = learner(name, 0)
         with learn.distrib_ctx(sync_bn=False, cpu=True): res = fit(learn)
         torch.save(res, f"{sys.argv[1]}/{name}-{os.environ['RANK']}.pt")

@@ -26,7 +26,6 @@ def trained(request, tmp_path_factory):
 @pytest.mark.parametrize('name', worker.variants)
 def test_ranks_learn_what_one_process_learns(trained, name):
     world, folder = trained
-    if worker.variants[name].get('repeats') and world != 2: pytest.skip('made for two ranks')
     want = worker.fit(worker.learner(name, world))
     for rank in range(world):
         got = torch.load(folder/f'{name}-{rank}.pt', weights_only=True)

@@ -671,6 +671,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                               'ltrl_fastai/reflective/review.py'),
                                                'ltrl_fastai.reflective.review.KnowledgeReview.before_train': ( 'reflective/review.html#knowledgereview.before_train',
                                                                                                                'ltrl_fastai/reflective/review.py'),
+                                               'ltrl_fastai.reflective.review.KnowledgeReview.full_weight': ( 'reflective/review.html#knowledgereview.full_weight',
+                                                                                                              'ltrl_fastai/reflective/review.py'),
                                                'ltrl_fastai.reflective.review.KnowledgeReview.load_state_dict': ( 'reflective/review.html#knowledgereview.load_state_dict',
                                                                                                                   'ltrl_fastai/reflective/review.py'),
                                                'ltrl_fastai.reflective.review.KnowledgeReview.reset': ( 'reflective/review.html#knowledgereview.reset',

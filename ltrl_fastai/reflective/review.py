@@ -24,7 +24,7 @@ class KnowledgeReview(Companion):
     teachers,_recalled,_dataset = None,None,None
     def __init__(self,
         tau:float=2., # Temperature of both distributions
-        weight:float=6., # Weight of the loss; the published code takes 1 for one head, 3 for three experts
+        weight:float=None, # Weight of the loss; default: 6 if the learner's loss has `trained_logits`, else 1. The published code takes 1 for one head, 3 for three experts
         adapt:float=6., # Power of the share of right teachers that the weight is multiplied by; 0 for a constant weight
         on:str='trained', # What is reviewed: 'trained', the distribution that the loss trains, or 'logits', the plain softmax
         prior:float=1., # How many times the log of the class frequencies is added to it; 0 in the slides
@@ -34,7 +34,7 @@ class KnowledgeReview(Companion):
         store:str|dict='auto' # Where last predictions are kept: a kind of `make_store`, or its arguments: `dict(kind='disk', folder=...)`
     ):
         if not tau>0: raise ValueError(f"tau: expected a temperature above 0, got {tau}")
-        if weight<0: raise ValueError(f"weight: expected 0 or more, got {weight}")
+        if weight is not None and weight<0: raise ValueError(f"weight: expected 0 or more, got {weight}")
         if adapt<0: raise ValueError(f"adapt: expected 0 (a constant weight) or more, got {adapt}")
         if on not in ('trained','logits'): raise ValueError(f"on: expected 'trained' or 'logits', got {on!r}")
         if count_scale and on!='logits': raise ValueError("count_scale: the published variant scales the plain logits, so it needs on='logits'")
@@ -45,6 +45,12 @@ class KnowledgeReview(Companion):
         if distance=='logits' and self.store_args['kind']=='topk': raise ValueError(
             "store: 'topk' keeps probabilities of most classes only together, so distance='logits' can't be had with it")
         store_attr()
+
+    @property
+    def full_weight(self) -> float:
+        "`weight`, or its default for the learner's loss: what the review would weigh if all teachers were right."
+        if self.weight is not None: return self.weight
+        return 6. if hasattr(self.learn.loss_terms.fit_loss, 'trained_logits') else 1.
 
     def reset(self):
         "Forget all teachers."
@@ -67,13 +73,13 @@ class KnowledgeReview(Companion):
         self._dataset,self._recalled = self.learn.dl.dataset,None
         self.strength,self.shift = None,0.
         if self.teachers is None: return # a first epoch has no teachers
-        self.strength = self.weight*self.teachers.share_right**self.adapt
+        self.strength = self.full_weight*self.teachers.share_right**self.adapt
         if self.prior: self.shift = self.prior*self.teachers.log_frequency
 
     def after_pred(self):
         "Recall what the samples of this batch were last predicted to be."
         ids = self.learn.sample_ids
-        known = self.weight>0 and self.strength is not None and self.teachers.any_visited(ids.host_ids)
+        known = self.full_weight>0 and self.strength is not None and self.teachers.any_visited(ids.host_ids)
         self._recalled = None
         if not known: return
         rows,seen = self.teachers.recall(ids.ids, ids.ids.tolist() if self.teachers.on_host else None)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_imbalance_factor', 'imbalanced_counts', 'long_tail_indices', 'long_tail_subset', 'LongTailSplitter',
-           'dataset_targets', 'class_counts']
+           'dataset_targets', 'check_counts', 'class_counts']
 
 # %% ../../nbs/data/00_imbalance.ipynb #5a6a132c
 from fastai.basics import *
@@ -102,10 +102,20 @@ def dataset_targets(ds # A fastai `Datasets`, `TabularPandas`, torchvision datas
         "counting classes is for single-label data.")
     return [int(o) for o in res]
 
+def check_counts(class_counts # Training images of each class: a list, array or tensor
+                ) -> Tensor: # `(C,)`
+    "Check that there is a number for each class; raises `TypeError` or `ValueError` that says what is wrong."
+    if isinstance(class_counts, (DataLoaders,Learner)): raise TypeError(f"class_counts: expected one count per class, got a {type(class_counts).__name__}: "
+        f"`class_counts({'learn.dls' if isinstance(class_counts, Learner) else 'dls'})` counts them.")
+    n = torch.as_tensor(class_counts)
+    if n.ndim!=1 or not len(n): raise ValueError(f"class_counts: expected one count per class, got shape {tuple(n.shape)}. `class_counts(dls)` counts them.")
+    return n
+
 def class_counts(dls, # `DataLoaders`, or a dataset
                  n_classes:int=None # Number of classes; default: what `dls` says, else the largest index + 1
                 ) -> Tensor: # `(C,)` int64
     "Training images of each class of `dls`; classes without any count 0."
+    if isinstance(dls, Learner): raise TypeError("class_counts: expected DataLoaders or a dataset, got a Learner: `class_counts(learn.dls)`.")
     ds = dls.train_ds if isinstance(dls, DataLoaders) else dls
     y = torch.tensor(dataset_targets(ds), dtype=torch.long)
     if not len(y): raise ValueError("The training set has no items to count.")

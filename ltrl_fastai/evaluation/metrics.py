@@ -7,6 +7,7 @@ __all__ = ['shot_groups', 'class_hits', 'group_accuracy', 'ShotAccuracy', 'shot_
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #1d577407
 from fastai.basics import *
+from ..data.imbalance import check_counts
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #1d8a2f6e
 def shot_groups(class_counts, # Training images of each class
@@ -14,8 +15,7 @@ def shot_groups(class_counts, # Training images of each class
                 few:int=20 # Classes with fewer are 'few'
                ) -> dict: # Boolean masks `(C,)` by 'many', 'medium', 'few', 'all'
     "Which classes are Many-, Medium- and Few-shot (Liu et al. 2019)."
-    n = torch.as_tensor(class_counts)
-    if n.ndim!=1 or not len(n): raise ValueError(f"class_counts: expected one count per class, got shape {tuple(n.shape)}. `class_counts(dls)` counts them.")
+    n = check_counts(class_counts)
     if not many>=few: raise ValueError(f"many: expected at least `few`, got {many} and {few}")
     return dict(many=n>many, medium=(n<=many)&(n>=few), few=n<few, all=torch.ones_like(n, dtype=torch.bool))
 

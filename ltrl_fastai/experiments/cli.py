@@ -67,7 +67,8 @@ def train(
     refl = dict(**{k: v for k,v in dict(kr=kr, ks=ks, kc=kc).items() if v is not None}, preset=preset)
     runs = ([None] if rl is False else []) + ([refl] if rl is not False else []) + ([None] if rl is None else [])
     try:
-        if rl is not False: ReflectiveLearning(**refl)
+        if rl is not False and not any(map(ReflectiveLearning(**refl).is_on, ('kr','ks','kc'))): raise ValueError(
+            "--no-kr: nothing of Reflective Learning is left, so there is nothing to compare. Add --ks or --kc, or train without it: --no-rl.")
         todo = [RunSettings(**common, reflective=o) for o in runs]
         out = out or Path('ltrl-runs')/_name(todo[0], both=rl is None)
         settings = _identity(todo)
@@ -94,8 +95,11 @@ def train(
     typer.echo(f"\nWritten: {out/'result.json'}, {out/'per_class.png'}\n{_next(s, rl)}")
 
 def _name(s, both):
+    from ltrl_fastai.experiments.plan import hash_of
     rl = '' if s.reflective is None else '-rl-and-without' if both else '-rl'
-    return f"{s.dataset}-if{s.imbalance_factor:g}-{s.method}{rl}-{s.epochs}ep-seed{s.seed}"
+    usual = type(s)(s.dataset, s.imbalance_factor, s.method, epochs=s.epochs, seed=s.seed, reflective=s.reflective and dict(preset='default'), data=s.data)
+    more = '' if _identity([s])==_identity([usual]) else f'-{hash_of(_identity([s]))}' # settings that the name doesn't tell
+    return f"{s.dataset}-if{s.imbalance_factor:g}-{s.method}{rl}-{s.epochs}ep-seed{s.seed}{more}"
 
 def _identity(todo) -> list:
     "What decides the numbers of these runs, as JSON would give it back"
@@ -129,7 +133,7 @@ def compare(
     methods:Annotated[str, _opt(_what, "softmax, bsce, or both with a comma.")]='bsce',
     seeds:Annotated[str, _opt(_what, "How many (5 is seeds 0 to 4), a list (3,7) or a range (10-14).")]='3',
     rl:Annotated[str, _opt(_rl, "With Reflective Learning and without (both), on, or off.")]='both',
-    ablate:Annotated[str|None, _opt(_rl, "Parts to take away, as in kr,ks,kc: each of review and summary alone, both, and all.")]=None,
+    ablate:Annotated[str|None, _opt(_rl, "Parts to take away, from all three of them, each alone and together: kr,ks,kc trains review alone, summary alone, both, and all three.")]=None,
     sweep:Annotated[list[str]|None, _opt(_rl, "Values to try, one at a time: tau=1,2,4, kr.weight=1,3, lr=.1,.2. Several times for several. Scored on validation images.")]=None,
     grid:Annotated[bool, _opt(_rl, "All combinations of the sweeps.", '--grid')]=False,
     set_:Annotated[list[str]|None, _opt(_how, "A value for all runs: epochs=10, size=16, tau=4, kr.on=logits, preset=paper. Several times for several.", '--set')]=None,

@@ -142,10 +142,12 @@ def markdown(summary:pd.DataFrame # As `summarise` gives
             theirs = '-' if s is None else f"{s['all']}" + ('' if s['gain'] is None else f" ({s['gain']:+})")
             rows.append({'variant': r.variant, 'runs': r.runs, **{k.title(): _pm(r[k], r[f'{k}_sd']) for k in shots}, 'gain of All (95%)': show_gain(r,'all'),
                          'gain of Few (95%)': show_gain(r,'few'), 'training': _num(r.train), 'time': _num(r.cost, '.2f'), 'slides: All': theirs})
+        if all(r['slides: All']=='-' for r in rows): rows = [{k: v for k,v in r.items() if k!='slides: All'} for r in rows]
         out += [f'### {group}', '', text_table(rows), '']
     where = 'test images' if (summary.on=='test').all() else 'validation images'
     return '\n'.join(out) + (f"\nAccuracy on {where} in percent: mean ± standard deviation over runs. "
-        "Gains are paired by seed, over the same settings without Reflective Learning. 'training' is accuracy on the training images, 'time' that of a run over its partner's.\n")
+        "Gains are paired by seed, over the same settings without Reflective Learning. 'training' is accuracy on the training images, 'time' that of a run over its partner's."
+        + (" Intervals of two pairs are wide by nature (their mean ± 12.7 standard errors): take more seeds.\n" if (summary.pairs==2).any() else '\n'))
 
 # %% ../../nbs/experiments/05_summary.ipynb #00f6bcfa
 def plot_gains(summary:pd.DataFrame, # As `summarise` gives

@@ -37,7 +37,7 @@ def one_of(name:str, value, known):
     import difflib
     if value in known: return value
     near = difflib.get_close_matches(str(value), list(known), n=1)
-    raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}.{f' Did you mean {near[0]!r}?' if near else ''}")
+    raise ValueError(f"{name}: got {value!r}. Did you mean {near[0]!r}? There are {', '.join(known)}." if near else f"{name}: expected one of {', '.join(known)}, got {value!r}.")
 
 _kinds = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a text'}
 def check_type(name:str, value, kind, none:bool=True # Is None all right?

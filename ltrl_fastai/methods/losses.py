@@ -7,13 +7,13 @@ __all__ = ['check_class_counts', 'BalancedSoftmax', 'BalancedSoftmaxLoss']
 
 # %% ../../nbs/methods/00_losses.ipynb #ea1dfe09
 from fastai.basics import *
+from ..data.imbalance import check_counts
 
 # %% ../../nbs/methods/00_losses.ipynb #aa2fac35
 def check_class_counts(class_counts # Training images of each class
                       ) -> Tensor: # float32
     "Check that every class has a training image; raises `ValueError` that names those without."
-    n = torch.as_tensor(class_counts, dtype=torch.float)
-    if n.ndim!=1 or not len(n): raise ValueError(f"class_counts: expected one count per class, got shape {tuple(n.shape)}. `class_counts(dls)` counts them.")
+    n = check_counts(class_counts).float()
     if (empty := (~(n>0)).nonzero().flatten().tolist()): raise ValueError(
         f"class_counts: no training image of class {', '.join(map(str,empty[:10]))}{' ...' if len(empty)>10 else ''} (of {len(n)}); "
         "a class prior needs at least one of each. Leave these classes out of the vocabulary, or add images.")

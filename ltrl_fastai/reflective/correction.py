@@ -21,7 +21,7 @@ class KnowledgeCorrection(Companion):
         granularity:str='tensor', # 'tensor': each parameter tensor by itself (published code); 'global': one vector (slides)
         every:int=1 # Correct every so many steps only, as many times over: 1 is exact, 5 costs a fifth
     ):
-        if every!=int(every) or every<1: raise ValueError(f"every: expected a number of steps from 1 on, got {every!r}")
+        if not isinstance(every, int) or every<1: raise ValueError(f"every: expected a number of steps from 1 on, got {every!r}")
         if granularity not in ('tensor','global'): raise ValueError(f"granularity: expected 'tensor' or 'global', got {granularity!r}")
         store_attr()
 

@@ -6,6 +6,7 @@
 __all__ = ['presets', 'ReflectiveLearning']
 
 # %% ../../nbs/reflective/10_learning.ipynb #7c1c98c5
+import difflib, inspect
 from fastai.basics import *
 from .terms import Companion
 from .review import KnowledgeReview
@@ -21,14 +22,24 @@ presets = { # Arguments of each part; False leaves it off unless it is asked for
                       kc=dict(granularity='tensor')),
 }
 
+def _make(part, cls, args):
+    "`cls(**args)`, if it has such arguments"
+    known = list(inspect.signature(cls.__init__).parameters)[1:]
+    for o in args:
+        if o in known: continue
+        near = difflib.get_close_matches(str(o), known, n=1)
+        raise ValueError(f"{part}: a {cls.__name__} has no argument {o!r}.{f' Did you mean {near[0]!r}?' if near else ''} It has {', '.join(known)}.")
+    return cls(**args)
+
 def _toggle(part):
     "A property that tells whether `part` is switched on, and switches it"
-    return property(lambda self: self.is_on(part), lambda self, v: self.switch(**{part: v}), doc=f"Is `{part}` switched on? Set it to switch.")
+    return property(lambda self: self.is_on(part), lambda self, v: self.switch(**{part: v}) and None, doc=f"Is `{part}` switched on? Set it to switch.")
 
 class ReflectiveLearning(Companion):
     "Knowledge Review, Summary and Correction (LTRL, ECCV 2024): each can be switched on and off, before a fit or between two."
     _classes = dict(kr=KnowledgeReview, ks=KnowledgeSummary, kc=KnowledgeCorrection)
     kr,ks,kc = map(_toggle, _classes)
+    how_to = '`learn.reflective_learning.ks = True` switches a part on, `learn.knowledge_review.tau = 4.` changes it'
     def __init__(self,
         kr:bool|dict|KnowledgeReview=None, # Review? Or arguments of `KnowledgeReview` that differ from the preset, or the callback itself; default: as the preset says
         ks:bool|dict|KnowledgeSummary=None, # Summarise? Likewise for `KnowledgeSummary`
@@ -41,7 +52,7 @@ class ReflectiveLearning(Companion):
             cls = self._classes[k]
             if v is not None and not isinstance(v, (bool,dict,cls)): raise TypeError(f"{k}: expected True, False, a dict of arguments or a {cls.__name__}, got {v!r}")
             usual = presets[preset][k]
-            self.parts[k] = v if isinstance(v, cls) else cls(**{**(usual or {}), **(v if isinstance(v, dict) else {})})
+            self.parts[k] = v if isinstance(v, cls) else _make(k, cls, {**(usual or {}), **(v if isinstance(v, dict) else {})})
             self._on[k] = (usual if v is None else v) is not False
 
     def attach(self, learn):
@@ -62,7 +73,8 @@ class ReflectiveLearning(Companion):
         "Switch parts on or off; what they remember stays with them."
         for k,v in on.items():
             if k not in self.parts: raise ValueError(f"switch: expected kr, ks or kc, got {k!r}")
-            self._on[k] = bool(v)
+            if not isinstance(v, bool): raise TypeError(f"{k}: expected True or False, got {v!r}. {self.how_to}.")
+            self._on[k] = v
             if self._learn is None: continue
             if v and not self.is_on(k): self._learn.add_cb(self.parts[k])
             elif not v and self.is_on(k): self._learn.remove_cb(self.parts[k])

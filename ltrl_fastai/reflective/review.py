@@ -8,7 +8,7 @@ __all__ = ['KnowledgeReview']
 # %% ../../nbs/reflective/07_review.ipynb #14400f4f
 from fastai.basics import *
 from fastai.callback.training import GradientAccumulation
-from .functional import check_logits, review_loss, batch_class_counts
+from .functional import check_logits, check_number, review_loss, batch_class_counts
 from .ranks import Ranks
 from .samples import SampleIds
 from .stores import make_store, store_kinds
@@ -33,9 +33,9 @@ class KnowledgeReview(Companion):
         distance:str='kl', # 'kl' between the two distributions, or 'logits': match the logits themselves
         store:str|dict='auto' # Where last predictions are kept: a kind of `make_store`, or its arguments: `dict(kind='disk', folder=...)`
     ):
-        if not tau>0: raise ValueError(f"tau: expected a temperature above 0, got {tau}")
-        if weight is not None and weight<0: raise ValueError(f"weight: expected 0 or more, got {weight}")
-        if adapt<0: raise ValueError(f"adapt: expected 0 (a constant weight) or more, got {adapt}")
+        check_number('tau', tau, 'a temperature', above=0); check_number('adapt', adapt, 'a power', least=0)
+        if weight is not None: check_number('weight', weight, 'a weight', least=0)
+        check_number('prior', prior, 'a factor')
         if on not in ('trained','logits'): raise ValueError(f"on: expected 'trained' or 'logits', got {on!r}")
         if count_scale and on!='logits': raise ValueError("count_scale: the published variant scales the plain logits, so it needs on='logits'")
         if distance not in ('kl','logits'): raise ValueError(f"distance: expected 'kl' or 'logits', got {distance!r}")

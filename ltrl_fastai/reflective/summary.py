@@ -8,7 +8,7 @@ __all__ = ['KnowledgeSummary']
 # %% ../../nbs/reflective/08_summary.ipynb #817ab835
 from fastai.basics import *
 from fastai.callback.training import GradientAccumulation
-from .functional import class_similarity, soft_labels, soft_cross_entropy
+from .functional import check_number, class_similarity, soft_labels, soft_cross_entropy
 from .memory import FeatureBank
 from .features import find_head, HeadInput
 from .terms import Companion, LossTerms
@@ -33,9 +33,8 @@ class KnowledgeSummary(Companion):
     ):
         if mode not in ('add','replace'): raise ValueError(f"mode: expected 'add' or 'replace', got {mode!r}")
         if on not in ('trained','logits'): raise ValueError(f"on: expected 'trained' or 'logits', got {on!r}")
-        if weight<0: raise ValueError(f"weight: expected 0 or more, got {weight}")
-        if adapt<0: raise ValueError(f"adapt: expected 0 (a constant weight) or more, got {adapt}")
-        if not 0<=smoothing<1: raise ValueError(f"smoothing: expected a share from 0 to below 1, got {smoothing}")
+        for k,v in dict(weight=weight, adapt=adapt, smoothing=smoothing).items(): check_number(k, v, 'a power' if k=='adapt' else 'a weight', least=0)
+        if smoothing>=1: raise ValueError(f"smoothing: expected a share below 1, got {smoothing}")
         soft_labels(tensor([0]), torch.zeros(1,1), alpha, normalize, temperature) # checks the rest
         store_attr()
 

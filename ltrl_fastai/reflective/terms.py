@@ -35,8 +35,10 @@ class Companion(Callback):
             if not learn._grab_cbs(o): learn.add_cb(o())
 
     def _refuse_twin(self, learn, cls):
-        if (twin := first(cb for cb in learn.cbs if type(cb) is cls and cb is not self)): raise ValueError(
-            f"This learner has a {twin} already. Change that one (`learn.{twin.name}`), or take it away first: `learn.remove_cbs({cls.__name__})`.")
+        if not (twin := first(cb for cb in learn.cbs if type(cb) is cls and cb is not self)): return
+        whole = next((cb for cb in learn.cbs if twin in getattr(cb, 'parts', {}).values()), twin)
+        raise ValueError(f"This learner has a {type(twin).__name__} already{'' if whole is twin else f', of its {whole}'}. "
+            f"Change that one ({'`learn.'+whole.name+'`' if whole is twin else whole.how_to}), or take it away first: `learn.remove_cbs({type(whole).__name__})`.")
 
     def detach(self, learn):
         "Called when removed from `learn`."

@@ -1,12 +1,13 @@
 "Training by several processes, and the same by one. test_ranks.py starts it: `torch.distributed.run --nproc_per_node=2 ranks_worker.py FOLDER`."
 import os
 import sys
+from contextlib import suppress
 from functools import partial
 
 import torch
-from fastai.basics import SGD, DataLoader, DataLoaders, Learner, nn, set_seed
+from fastai.basics import SGD, Callback, DataLoader, DataLoaders, Learner, nn, set_seed
 from fastai.callback.training import GradientAccumulation
-from ltrl_fastai.all import BalancedSoftmaxLoss, ReflectiveLearning, WithIds, allow_cpu_ranks
+from ltrl_fastai.all import BalancedSoftmaxLoss, Checkpoint, ReflectiveLearning, WithIds, allow_cpu_ranks
 from torch.utils.data import TensorDataset
 
 n, n_classes, bs = 50, 6, 8
@@ -18,14 +19,14 @@ variants = {
     'accumulated': dict(rl=dict(kr=True, ks=True, kc=True), accumulate=2),
     'repeats': dict(rl=dict(kr=True, kc=True), repeats=True),
     'carried': dict(rl=dict(kr=True, kc=True), carried=True),
+    'resumed': dict(rl=dict(kr=True, ks=True, kc=True), accumulate=1.5, resumed=True),
 }
 
 
-def drawn(passes):
+def drawn(passes, epoch):
     "A function that draws the next epoch's order: every item as often as there are passes; with one for each rank, each is two batches ahead of the one before"
-    gen = torch.Generator().manual_seed(3)
     def draw():
-        order = torch.randperm(n, generator=gen).tolist()
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(3+epoch())).tolist()
         return [i for k in range(passes) for i in order[2*bs*k:]+order[:2*bs*k]]
     return draw
 
@@ -49,7 +50,7 @@ def learner(name, world):
     net = nn.Sequential(nn.Linear(12, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, n_classes)).double()
     counts = torch.bincount(y, minlength=n_classes).clamp(min=1)
     ds = TensorDataset(x, y)
-    draw = drawn((world or int(os.environ['WORLD_SIZE'])) if v.get('repeats') else 1)
+    draw = drawn((world or int(os.environ['WORLD_SIZE'])) if v.get('repeats') else 1, lambda: getattr(learn, 'epoch', 0))
     train = DataLoader(WithIds(ds) if v.get('carried') else ds, bs=bs*(world or 1), get_idxs=together(draw, world) if world else draw)
     cbs = [GradientAccumulation(v['accumulate']*bs*(world or 1))] if 'accumulate' in v else []
     learn = Learner(DataLoaders(train, DataLoader(ds, bs=64), device='cpu'), net, loss_func=BalancedSoftmaxLoss(counts), opt_func=partial(SGD, mom=.9), lr=.1,
@@ -69,15 +70,27 @@ def outcome(learn):
     return res
 
 
-def fit(learn):
-    with learn.no_bar(), learn.no_logging(): learn.fit(4)
+class Crash(Callback):
+    "In the middle of the third epoch"
+    order = -100
+    def before_batch(self):
+        if self.training and self.epoch == 2 and self.iter == 1: raise InterruptedError('crash')
+
+
+def fit(learn, cbs=None):
+    with learn.no_bar(), learn.no_logging(): learn.fit(4, cbs=cbs)
     return outcome(learn)
 
 
 if __name__ == '__main__':
     allow_cpu_ranks()
     for name in variants:
+        cbs = [Checkpoint(f'{sys.argv[1]}/{name}.ckpt')] if variants[name].get('resumed') else []
+        if cbs:
+            learn = learner(name, 0)
+            with suppress(InterruptedError), learn.distrib_ctx(sync_bn=False, cpu=True): fit(learn, [*cbs, Crash()])
+            assert len(learn.recorder.values) == 2, learn.recorder.values
         learn = learner(name, 0)
-        with learn.distrib_ctx(sync_bn=False, cpu=True): res = fit(learn)
+        with learn.distrib_ctx(sync_bn=False, cpu=True): res = fit(learn, cbs)
         torch.save(res, f"{sys.argv[1]}/{name}-{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()

@@ -7,8 +7,13 @@ __all__ = ['random_state', 'set_random_state', 'plain', 'UnreadableCheckpoint', 
 
 # %% ../../nbs/experiments/00_checkpoint.ipynb #96e59b3f
 from fastai.basics import *
+import shutil
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import ParamScheduler
+from fastai.callback.tracker import TrackerCallback
+from fastai.callback.training import GradientAccumulation
 from ..reflective.ranks import Ranks
+from ..reflective.terms import LossTerms
 
 # %% ../../nbs/experiments/00_checkpoint.ipynb #7115e724
 def random_state(dls=() # Loaders whose generators belong to it
@@ -58,9 +63,16 @@ class Checkpoint(Callback):
         "Of everything, as plain types and tensors."
         learn,rec = self.learn,self.learn.recorder
         return plain(dict(identity=self.identity, n_epoch=learn.n_epoch, done=learn.epoch+1, model=get_model(learn.model).state_dict(), opt=learn.opt.state_dict(),
-            random=self.ranks.objects(random_state(learn.dls.loaders)), train_iter=learn.train_iter, seconds=self.seconds+time.time()-self._began,
+            ranks=self.ranks.objects(self._of_rank()), grads=self._grads(), fastai=self._of_fastai(), train_iter=learn.train_iter, seconds=self.seconds+time.time()-self._began,
             recorder=dict(lrs=rec.lrs, iters=rec.iters, losses=rec.losses, values=rec.values, smooth=(rec.smooth_loss.count, rec.smooth_loss.val)),
             schedules=[cb.hps for cb in self._of(ParamScheduler)], callbacks={cb.name: cb.state_dict() for cb in self._with_state()}))
+
+    # An accumulated step may reach over the end of an epoch, and fastai's own callbacks remember things that they keep in no file
+    def _of_rank(self): return dict(random=random_state(self.learn.dls.loaders), split={k: g for cb in self._of(LossTerms) for k,g in cb.grads_by_name().items()})
+    def _grads(self): return {k: p.grad for k,p in get_model(self.learn.model).named_parameters() if p.grad is not None and p.grad.any()}
+    def _of_fastai(self):
+        res = {cb.name: {k: vars(cb)[k] for k in names if k in vars(cb)} for cls,names in _remembered.items() for cb in self._of(cls)}
+        return {**res, **{cb.name: self.learn.scaler.state_dict() for cb in self._of(MixedPrecision)}}
 
     def _of(self, cls): return [cb for cb in self.learn.cbs if isinstance(cb, cls)]
     def _with_state(self): return [cb for cb in self.learn.cbs if hasattr(cb, 'state_dict') and hasattr(cb, 'load_state_dict')]
@@ -76,13 +88,18 @@ class Checkpoint(Callback):
         os.replace(tmp, self.file)
 
     @property
+    def beside(self) -> Path:
+        "The folder for what is too large for the file: teachers on disk."
+        return self.file.with_name(self.file.name+'.d')
+    @property
     def older(self) -> Path: return self.file.with_name(self.file.name+'.older')
     @property
     def ranks(self) -> Ranks: return Ranks.of(self.learn.model)
 
     def remove(self):
-        "Remove the file and the one before."
+        "Remove the file, the one before, and what is beside them."
         for f in (self.file, self.older): f.unlink(missing_ok=True)
+        if self.beside.exists(): shutil.rmtree(self.beside)
 
     def load(self) -> dict:
         "What the file holds, or the one before if that can't be read; raises `UnreadableCheckpoint` if neither can, `ValueError` if it is of another fit."
@@ -104,6 +121,7 @@ class Checkpoint(Callback):
         self.seconds,self._began = 0.,time.time()
         if not (self.file.exists() or self.older.exists()): return
         self._kept = self.load()
+        if (n := len(self._kept['ranks']))!=self.ranks.size: raise ValueError(f"{self.file} is of {n} processes, and here are {self.ranks.size}. Start as many.")
         self._others,self.learn.cbs = self.learn.cbs,L(self) # nobody else hears of epochs that are done
 
     def before_epoch(self):
@@ -127,12 +145,20 @@ class Checkpoint(Callback):
         for cb,hps in zip(self._of(ParamScheduler), kept['schedules']): cb.hps = hps
         for cb in self._with_state():
             if cb.name in kept['callbacks']: cb.load_state_dict(kept['callbacks'][cb.name], learn)
-        if len(kept['random'])!=self.ranks.size: raise ValueError(f"{self.file} is of {len(kept['random'])} processes, and here are {self.ranks.size}. Start as many.")
-        set_random_state(kept['random'][self.ranks.rank], learn.dls.loaders)
+        for name,p in get_model(learn.model).named_parameters():
+            if name in kept['grads']: p.grad = kept['grads'][name].to(p)
+        for cls,names in _remembered.items():
+            for cb in self._of(cls): vars(cb).update(kept['fastai'].get(cb.name, {}))
+        for cb in self._of(MixedPrecision): learn.scaler.load_state_dict(kept['fastai'][cb.name])
+        mine = kept['ranks'][self.ranks.rank]
+        for cb in self._of(LossTerms): cb.take_back(mine['split'])
+        set_random_state(mine['random'], learn.dls.loaders)
 
     def after_cancel_fit(self):
         if self._others is not None: self.learn.cbs = self._others
         self._others = self._kept = None
+
+_remembered = {TrackerCallback: ('best','new_best','wait'), GradientAccumulation: ('count',)}
 
 def _to_params(sd, opt):
     "`sd` with its tensors where the parameters are"

@@ -132,7 +132,6 @@ class DiskStore:
         self.n,self.n_classes,self.device,self.rank = n,n_classes,torch.device(device),rank
         self._temporary = tempfile.TemporaryDirectory(prefix='ltrl-teachers-') if folder is None else None
         self.folder = Path(folder or self._temporary.name)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._start([])
 
     def _start(self, frozen, old=None):
@@ -148,6 +147,7 @@ class DiskStore:
     def __repr__(self): return f"{self.n*self.row_bytes/2**20:.1f} MiB of torch.float16 on disk"
 
     def _create(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder/f'teachers-{self.rank}-{uuid.uuid4().hex[:12]}.f16'
         fd = os.open(file, os.O_RDWR|os.O_CREAT|os.O_EXCL, 0o644)
         try: _reserve(fd, self.n*self.row_bytes)

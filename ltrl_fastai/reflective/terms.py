@@ -153,6 +153,17 @@ class LossTerms(Callback):
         flat = self.ranks.mean(torch.cat([grads[p].flatten() if p in grads else torch.zeros_like(p).flatten() for p in params]))
         return {p: g.view_as(p).to(p.dtype) for p,g in zip(params, flat.split([p.numel() for p in params])) if p in grads or p.grad is not None}
 
+    def grads_by_name(self) -> dict:
+        "What has come together of this rank's gradient for a step that is not done, by parameter name."
+        names = {p: k for k,p in get_model(self.learn.model).named_parameters()}
+        return {names[p]: g for p,g in (self.grads or {}).items()}
+
+    def take_back(self, grads:dict # What `grads_by_name` gave
+                 ):
+        "Go on with these gradients."
+        params = dict(get_model(self.learn.model).named_parameters())
+        self.grads = {params[k]: g.to(params[k]) for k,g in grads.items()} or None
+
     @property
     def ranks(self) -> Ranks:
         "The processes that train this model."

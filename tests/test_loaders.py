@@ -1,0 +1,302 @@
+"Sample ids are right, by content: in every kind of loader each row of a batch is the dataset item that its id names, and the memory keeps what that item got last."
+import random
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fastai.callback.data import PartialDL, WeightedDL
+from fastai.data.load import SkipItemException
+from fastai.tabular.all import Categorify, CategoryBlock, FillMissing, Normalize, TabularDataLoaders, tabular_learner
+from fastai.tabular.core import TabWeightedDL
+from fastai.text.all import TextDataLoaders
+from fastai.vision.all import (Callback, CrossEntropyLossFlat, DataBlock, DataLoader, DataLoaders, GrandparentSplitter, ImageBlock, ImageDataLoaders, Lambda, Learner, Resize, TfmdDL,
+                               get_image_files, nn, parent_label, set_seed)
+from ltrl_fastai.all import ReflectiveLearning, SampleIds, WithIds, digits_lt
+from PIL import Image
+from torch.utils.data import DataLoader as TorchDL, IterableDataset, WeightedRandomSampler
+
+N, bs, n_epoch = 47, 6, 3
+
+
+class Rows:
+    "Items of random numbers, in three classes that do not follow their order"
+    def __init__(self, n=N):
+        g = torch.Generator().manual_seed(n)
+        self.x, self.y = torch.randn(n, 4, generator=g), torch.randint(0, 3, (n,), generator=g)
+    def __len__(self): return len(self.x)
+    def __getitem__(self, i): return self.x[i], self.y[i]
+
+
+class Probe(Callback):
+    "Finds out by its content which item a row is, holds that against its id, and notes what the item was last predicted to be"
+    order, run_valid = 5, False
+    def __init__(self, read, look): self.read, self.look = read, look  # what a batch is made of, a hashable thing per row; the same of one item
+
+    def before_fit(self):
+        ds = self.dls.train_ds
+        self.index, self.epochs, self.last = {self.look(ds, i): i for i in range(len(ds))}, [], {}
+        assert len(self.index) == len(ds), 'items are not all different, so that they could not be told apart'
+        self.targets = [int(ds[i][1]) if isinstance(ds[i], tuple) else int(ds.y.iloc[i]) for i in range(len(ds))]
+
+    def before_train(self): self.epochs.append([])
+    def before_batch(self): self.check()
+    def after_pred(self): self.epochs[-1] += self.check()
+    def after_loss(self): self.last.update(zip(self.check(), self.pred.detach().clone()))
+
+    def check(self):
+        met, mine = [self.index[o] for o in self.read(self.learn)], self.learn.sample_ids
+        assert mine.ids.tolist() == mine.all_ids.tolist() == met and mine.host_ids in (None, met)
+        assert self.y.flatten().tolist() == [self.targets[i] for i in met]
+        return met
+
+
+def holds(learn):
+    "Does the memory hold what the probe saw, and nothing else?"
+    memory, last = learn.knowledge_review.teachers, learn.probe.last
+    assert len(memory) == len(learn.dls.train_ds) and memory.seen.nonzero().flatten().tolist() == sorted(last)
+    torch.testing.assert_close(memory.store.logits[sorted(last)], torch.stack([last[i] for i in sorted(last)]), rtol=1e-5, atol=1e-5)
+    assert all(memory.targets[i] == learn.probe.targets[i] for i in last)
+    assert len({tuple(o.tolist()) for o in memory.store.logits[sorted(last)]}) > len(last)//2  # a memory of equal rows would prove nothing
+    assert np.isfinite(learn.loss_terms.history[-1]['review_loss']) and learn.loss_terms.history[-1]['summary_loss'] > 0
+
+
+def train(case, n=n_epoch, lr=.05):
+    "Train with all three, watched"
+    set_seed(1, reproducible=True)
+    learn = getattr(case, 'learner', partial(Learner, loss_func=CrossEntropyLossFlat()))(case.dls, case.net, cbs=[ReflectiveLearning(ks=True, kc=True), Probe(case.read, case.look)])
+    with learn.no_bar(), learn.no_logging(): learn.fit(n, lr)
+    holds(learn)
+    return learn
+
+
+def row(x): return tuple(x.flatten().tolist())
+def rows(dl, valid=None):
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    return SimpleNamespace(dls=DataLoaders(dl, valid or DataLoader(Rows(9), bs=bs)), net=net, read=lambda learn: map(row, learn.x), look=lambda ds, i: row(ds[i][0]))
+
+
+def orders(learn, n, shuffle, distinct=True):
+    "As many items as expected in every epoch, none of them twice, in an order of its own if shuffled"
+    epochs = learn.probe.epochs
+    assert [len(o) for o in epochs] == [n]*len(epochs)
+    assert all((len(set(o)) == n) == distinct for o in epochs)
+    assert len(set(map(tuple, epochs))) == (len(epochs) if shuffle else 1)
+
+
+# fastai's own loaders
+
+both = pytest.mark.parametrize('workers', [0, 2])
+
+
+@both
+@pytest.mark.parametrize('drop_last', [False, True], ids=['all', 'drop last'])
+@pytest.mark.parametrize('shuffle', [False, True], ids=['ordered', 'shuffled'])
+@pytest.mark.parametrize('cls', [DataLoader, TfmdDL])
+def test_fastai(cls, shuffle, drop_last, workers):
+    learn = train(rows(cls(Rows(), bs=bs, shuffle=shuffle, drop_last=drop_last, num_workers=workers)))
+    orders(learn, N//bs*bs if drop_last else N, shuffle)
+
+
+def test_persistent_workers():
+    orders(train(rows(DataLoader(Rows(), bs=bs, shuffle=True, num_workers=2, persistent_workers=True))), N, True)
+
+
+@pytest.mark.parametrize('size', [1, 46, 47, 48])  # a batch of one item, one that is left over, all at once
+def test_batch_sizes(size):
+    orders(train(rows(DataLoader(Rows(), bs=size, shuffle=True)), lr=.01), N, True)
+
+
+@both
+@pytest.mark.parametrize('new', [False, True], ids=['made', 'new'])
+def test_the_first_n(new, workers):
+    dl = DataLoader(Rows(), bs=bs, shuffle=True, num_workers=workers, n=None if new else 20)
+    learn = train(rows(dl.new(n=20) if new else dl))
+    orders(learn, 20, True)
+    assert set(learn.probe.last) == set(range(20))
+
+
+@both
+def test_a_new_loader_between_fits(workers):
+    "The same dataset: the memory stays, whatever the loader's order and batch size"
+    dl = DataLoader(Rows(), bs=bs, shuffle=True, num_workers=workers)
+    learn = train(rows(dl))
+    for kw, n in ((dict(bs=10), N), (dict(shuffle=False, drop_last=True), 42), (dict(n=20), 20), (dict(num_workers=2-workers), N)):
+        learn.dls, before = DataLoaders(dl.new(**kw), learn.dls.valid), dict(learn.probe.last)
+        with learn.no_bar(), learn.no_logging(): learn.fit(2, .05)
+        assert learn.loss_terms.history[0]['review_loss'] is not None  # there were teachers from the first batch on
+        orders(learn, n, kw.get('shuffle', True))
+        learn.probe.last = {**before, **learn.probe.last}
+        holds(learn)
+
+
+@both
+@pytest.mark.parametrize('cls', [WeightedDL, PartialDL])
+def test_drawn_at_random(cls, workers):
+    "Of items that come twice the last visit counts"
+    learn = train(rows(cls(Rows(), bs=bs, shuffle=True, num_workers=workers, **(dict(wgts=np.arange(N)+1.) if cls is WeightedDL else dict(partial_n=20)))))
+    orders(learn, N if cls is WeightedDL else 20, True, distinct=cls is PartialDL)
+
+
+def test_an_order_of_ones_own():
+    learn = train(rows(DataLoader(Rows(), bs=bs, get_idxs=lambda: [5, 3, 3, *range(40, 20, -2)])))
+    assert learn.probe.epochs == [[5, 3, 3, *range(40, 20, -2)]]*n_epoch
+
+
+@both
+def test_items_that_bring_their_ids(workers):
+    "`WithIds` in fastai's loader, too: items may be skipped"
+    def keep(o):
+        if o[-1] in (3, 30): raise SkipItemException
+        return o
+    learn = train(rows(DataLoader(WithIds(Rows()), bs=bs, shuffle=True, num_workers=workers, after_item=keep)))
+    orders(learn, N-2, True)
+    assert not {3, 30} & set(learn.probe.last)
+
+
+# Images
+
+def shade(x): return tuple((x*255).round().int().tolist())  # of a pixel
+photo = dict(read=lambda learn: map(shade, learn.x[:, :, 0, 0]), look=lambda ds, i: shade(torch.tensor(np.array(ds[i][0]))[0, 0]/255))
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    "Pictures of one colour each, which no resizing changes, of sizes of their own"
+    path = tmp_path_factory.mktemp('photos')
+    for i in range(60):
+        where = path/('train' if i % 5 else 'valid')/'abc'[random.Random(i).randrange(3)]
+        where.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (8+i % 3, 8+i % 4), (4*i, 255-i, i % 7*30)).save(where/f'{i*37 % 60:02}.png')
+    return path
+
+
+@both
+@pytest.mark.parametrize('make', [
+    lambda path, **kw: ImageDataLoaders.from_folder(path, item_tfms=Resize(8), **kw),
+    lambda path, **kw: ImageDataLoaders.from_folder(path, train=None, valid_pct=.2, seed=2, item_tfms=Resize(8), shuffle=False, **kw),
+    lambda path, **kw: DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=parent_label, splitter=GrandparentSplitter(valid_name='valid'),
+                                 item_tfms=Resize(8)).dataloaders(path, drop_last=False, **kw)], ids=['from_folder', 'split at random', 'DataBlock'])
+def test_images(folder, make, workers, request):
+    dls = make(folder, bs=bs, num_workers=workers, device='cpu')
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    at_once = 'split at random' in request.node.name
+    orders(train(SimpleNamespace(dls=dls, net=net, **photo)), 48, not at_once)
+
+
+def test_fast_loaders():
+    def digit(x): return row((x.float().sub(x.min())/x.max().sub(x.min()).clamp(min=1e-6)*16).round().int())  # the same before and after normalisation
+    for kw in (dict(tfms=dict(crop=0, flip=False)), dict(tfms=dict(crop=0, flip=False), bs=25)):
+        dls = digits_lt(device='cpu', n_max=30, **kw)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+        case = SimpleNamespace(dls=dls, net=net, read=lambda learn: map(digit, learn.x), look=lambda ds, i: digit(ds.images[i]))
+        n = len(dls.train_ds)
+        orders(train(case, lr=.01), n//dls.train.bs*dls.train.bs if dls.train.drop_last else n, True)
+
+
+# Tables and texts
+
+def table_row(cats, conts): return tuple(map(int, cats)), tuple(round(float(o), 4) for o in conts)
+
+
+@both
+@pytest.mark.parametrize('kw', [{}, dict(shuffle=False), dict(drop_last=False)], ids=['shuffled', 'ordered', 'all'])
+@pytest.mark.parametrize('make', ['tabular_learner', 'weighted'])
+def test_tables(make, kw, workers):
+    rng = np.random.RandomState(0)
+    df = pd.DataFrame(dict(name=rng.permutation([f'name{i}' for i in range(60)]), size=rng.randn(60), weight=rng.randn(60), label=rng.choice(list('abc'), 60)))
+    df.loc[7, 'size'] = np.nan
+    if make == 'weighted' and kw: kw = dict(kw, dl_kwargs=None)
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify, FillMissing, Normalize], cat_names=['name'], cont_names=['size', 'weight'], y_names='label', y_block=CategoryBlock(),
+                                     valid_idx=list(range(0, 60, 5)), bs=bs, device='cpu', num_workers=workers)
+    if make == 'weighted': dls = DataLoaders(TabWeightedDL(dls.train_ds, bs=bs, wgts=np.arange(48)+1, num_workers=workers, **{'shuffle': True, **kw}), dls.valid)
+    elif kw: dls = DataLoaders(dls.train.new(**kw), dls.valid)
+    def learner(dls, net, cbs): return tabular_learner(dls, layers=[8], cbs=cbs, config=dict(ps=0.))
+    case = SimpleNamespace(dls=dls, net=None, learner=learner, read=lambda learn: map(table_row, *learn.xb), look=lambda ds, i: table_row(ds.cats.iloc[i], ds.conts.iloc[i]))
+    learn = train(case, lr=.01)
+    shuffle = kw.get('shuffle', True)
+    orders(learn, 48, shuffle, distinct=make != 'weighted' or not shuffle)
+
+
+def words(x): return tuple(o for o in x.tolist() if o != 1)  # without padding
+
+
+@both
+@pytest.mark.parametrize('kw', [{}, dict(shuffle=False)], ids=['shuffled', 'ordered'])
+def test_texts(kw, workers):
+    "Sorted by length, padded"
+    rng = random.Random(0)
+    texts = [' '.join(f'bit{i >> b & 1} at{b}' for b in range(6))+' so it'*rng.randrange(6) for i in range(60)]
+    df = pd.DataFrame(dict(text=texts, label=[rng.choice('abc') for _ in texts]))
+    dls = TextDataLoaders.from_df(df, seed=0, bs=bs, device='cpu', num_workers=workers, **kw)
+    net = nn.Sequential(nn.Embedding(len(dls.vocab[0]), 8, padding_idx=1), Lambda(lambda x: x.sum(1)), nn.Linear(8, 3))
+    orders(train(SimpleNamespace(dls=dls, net=net, read=lambda learn: map(words, learn.x), look=lambda ds, i: words(ds[i][0]))), 48, bool(not kw))
+
+
+# PyTorch's loader
+
+@both
+@pytest.mark.parametrize('kw', [dict(shuffle=True), dict(shuffle=True, drop_last=True), {}, 'weighted'], ids=['shuffled', 'drop last', 'ordered', 'weighted'])
+def test_pytorch(kw, workers):
+    weighted = kw == 'weighted'
+    if weighted: kw = dict(sampler=WeightedRandomSampler(torch.arange(N)+1., N))
+    orders(train(rows(TorchDL(WithIds(Rows()), bs, num_workers=workers, **kw))), N//bs*bs if 'drop_last' in kw else N, bool(kw), distinct=not weighted)
+
+
+def test_pytorch_persistent_workers():
+    valid = TorchDL(Rows(9), bs, num_workers=2, persistent_workers=True)
+    orders(train(rows(TorchDL(WithIds(Rows()), bs, shuffle=True, num_workers=2, persistent_workers=True), valid)), N, True)
+
+
+# What is refused
+
+class Stream(IterableDataset):
+    def __iter__(self): return iter(Rows())
+
+
+class Sized(Stream):
+    def __len__(self): return N
+
+
+@pytest.mark.parametrize('make,said', [
+    (lambda: DataLoader(Stream(), bs=bs), 'is iterable'),
+    (lambda: DataLoader(Sized(), bs=bs), 'is iterable'),
+    (lambda: TorchDL(Stream(), bs), 'does not tell'),
+    (lambda: TorchDL(WithIds(Stream()), bs), '__len__ and __getitem__'),
+    (lambda: TorchDL(WithIds(Sized()), bs), '__len__ and __getitem__'),
+    (lambda: TorchDL(Rows(), bs), 'does not tell'),
+    (lambda: DataLoader(Rows(), bs=bs, get_idxs=lambda: iter(range(N))), 'can be read only once'),
+    (lambda: DataLoader(Rows(), bs=None), 'bs=None'),
+], ids=['stream', 'sized stream', 'stream in PyTorch', 'stream with ids', 'sized stream with ids', 'PyTorch without ids', 'order read once', 'no batches'])
+def test_refused(make, said):
+    with pytest.raises((TypeError, ValueError), match=said): train(rows(make()))
+
+
+class Skips(Callback):
+    "Counts batches that were trained with ids of other items"
+    order, run_valid, wrong = 5, False, 0
+    def after_pred(self): self.wrong += not torch.equal(self.dls.train_ds.x[self.learn.sample_ids.ids], self.x)
+
+
+@both
+@pytest.mark.parametrize('drop_last', [False, True], ids=['all', 'drop last'])
+@pytest.mark.parametrize('shuffle', [False, True], ids=['ordered', 'shuffled'])
+@pytest.mark.parametrize('skipped', [(3,), (46,), (3, 30), tuple(range(12)), tuple(range(0, 47, 6))], ids=['early', 'last', 'two', 'batches', 'many'])
+def test_skipped_items_are_refused(skipped, shuffle, drop_last, workers):
+    "An error in the epoch in which it happens, or else all ids were right"
+    def keep(o):
+        if any((o[0] == x).all() for x in Rows().x[list(skipped)]): raise SkipItemException
+        return o
+    case = rows(DataLoader(Rows(), bs=bs, shuffle=shuffle, drop_last=drop_last, num_workers=workers, after_item=keep))
+    learn = Learner(case.dls, case.net, loss_func=CrossEntropyLossFlat(), cbs=[ReflectiveLearning(ks=True, kc=True), Skips()])
+    set_seed(1, reproducible=True)
+    refused = False
+    with learn.no_bar(), learn.no_logging():
+        try: learn.fit(1, .05)
+        except ValueError as e:
+            refused = True
+            assert 'SkipItemException' in str(e)
+    assert refused or not learn.skips.wrong
+    assert refused or learn.knowledge_review.teachers is None or learn.knowledge_review.teachers.seen.sum() > 0

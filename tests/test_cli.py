@@ -123,3 +123,23 @@ def test_real_cifar_if_it_is_there(tmp_path):
     run('train', '--dataset', 'cifar100-lt', '--net', 'resnet8', '--epochs', '1', '--bs', '512', '--rl', '--out', 'a', cwd=tmp_path)
     res = json.loads((tmp_path/'a/result.json').read_text())
     assert sum(res['class_counts']) == 10847 and res['accuracy']['all'] > 1 and len(res['per_class']) == 100
+
+
+def test_an_interrupted_run_is_resumed(both, tmp_path):
+    "kill -9 after a checkpoint; the same numbers as without, and never silently lost or mixed up"
+    import time
+    args, log = ('train', '--epochs', '3', '--out', 'a'), tmp_path/'a'
+    p = subprocess.Popen([ltrl, *args], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.time()+120
+    while not (log/'.fit-0.pt').exists() and p.poll() is None and time.time() < until: time.sleep(.01)
+    p.kill(); p.wait()
+    assert (log/'.fit-0.pt').exists()
+    r = run(*args, cwd=tmp_path, check=False)
+    assert r.returncode == 2 and '--resume' in r.stderr and (log/'.fit-0.pt').exists()
+    r = run('train', '--epochs', '4', '--out', 'a', '--resume', cwd=tmp_path, check=False)
+    assert r.returncode == 2 and 'another fit' in r.stderr and 'Traceback' not in r.stderr
+    assert 'going on' in run(*args, '--resume', cwd=tmp_path).stdout
+    got, want = [json.loads(next(o.glob('*/result.json')).read_text()) for o in (tmp_path, both[1]/'ltrl-runs')]
+    for o in (got, got['baseline'], want, want['baseline']): o.pop('seconds'); o.pop('command', None)
+    assert got == want and not list(log.glob('.fit*'))
+    assert 'is complete' in run(*args, '--resume', cwd=tmp_path).stdout

@@ -1,5 +1,6 @@
 "What several processes learn is what one learns that sees all their batches."
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +14,31 @@ import ranks_worker as worker
 here = Path(__file__).parent
 
 
+def start(world, folder):
+    "Three processes by torchrun, or two 'machines', both of them this one, by tools/launch.sh"
+    if world == 3: return [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={world}'], {}
+    (folder/'hosts').write_text('localhost 1\n# a comment\nme@localhost\n')
+    (folder/'remote').write_text('#!/bin/sh\nshift; exec sh -c "$*"\n'); (folder/'remote').chmod(0o755)
+    with socket.socket() as o: o.bind(('localhost', 0)); port = o.getsockname()[1]
+    return ['bash', str(here.parent/'tools/launch.sh'), str(folder/'hosts')], dict(REMOTE=str(folder/'remote'), PORT=str(port), PYTHON=sys.executable)
+
+
 @pytest.fixture(scope='module', params=[2, 3])
 def trained(request, tmp_path_factory):
     "What `world` processes have learned"
     folder = tmp_path_factory.mktemp(f'ranks{request.param}')
-    r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={request.param}', str(here/'ranks_worker.py'), str(folder)],
-                       capture_output=True, text=True, timeout=600, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    command, more = start(request.param, folder)
+    r = subprocess.run([*command, str(here/'ranks_worker.py'), str(folder)], capture_output=True, text=True, timeout=600, env={**os.environ, 'OMP_NUM_THREADS': '1', **more})
     assert r.returncode == 0, r.stderr[-5000:]
     return request.param, folder
+
+
+def test_the_launcher_ends_all_if_one_fails(tmp_path):
+    command, more = start(2, tmp_path)
+    code = 'import os, sys, time; os.environ["RANK"] == "1" and sys.exit(3); time.sleep(300)'
+    assert subprocess.run([*command, '-c', code], env={**os.environ, **more}, timeout=100).returncode == 3
+    r = subprocess.run(['bash', command[1], 'nowhere', 'train.py'], capture_output=True, text=True)
+    assert r.returncode == 2 and 'nowhere: expected a file' in r.stderr
 
 
 @pytest.mark.parametrize('name', worker.variants)

@@ -45,7 +45,8 @@ def train(
     data_seed:Annotated[int, _opt(_how, "Of the choice of training images.")]=0,
     data:Annotated[Path|None, _opt(_where, "Where the data set is. Default: where fastai keeps it.")]=None,
     out:Annotated[Path|None, _opt(_where, "Folder for result.json and per_class.png. Default: ltrl-runs/ and a name made of the settings.")]=None,
-    force:Annotated[bool, _opt(_where, "Replace the result of other settings in the output folder.", '--force')]=False,
+    resume:Annotated[bool, _opt(_where, "Go on with the interrupted run in the output folder. A run keeps a checkpoint after each epoch.", '--resume')]=False,
+    force:Annotated[bool, _opt(_where, "Replace what is in the output folder: the result of other settings, or an interrupted run.", '--force')]=False,
 ):
     """Train on long-tailed data and report Many, Medium, Few and All accuracy.
 
@@ -59,6 +60,7 @@ def train(
     _quiet()
     from ltrl_fastai.experiments.training import RunSettings, keep_freed_memory, train_run, write_json, label_of
     from ltrl_fastai.reflective.learning import ReflectiveLearning
+    from ltrl_fastai.experiments.checkpoint import Checkpoint, ForeignCheckpoint, UnreadableCheckpoint
     keep_freed_memory()
     if rl is False and ({kr,ks,kc}!={None} or preset!='default'): fail(ValueError(
         "--no-rl trains without Reflective Learning, so its parts and preset can't be chosen. Leave out --no-rl."))
@@ -72,13 +74,20 @@ def train(
         todo = [RunSettings(**common, reflective=o) for o in runs]
         out = out or Path('ltrl-runs')/_name(todo[0], both=rl is None)
         settings = _identity(todo)
+        kept = [Checkpoint(out/f'.fit-{i}.pt') for i in range(2)]
+        if resume and not _begun(kept) and (out/'result.json').exists():
+            _check_out(out, settings, False)
+            return typer.echo(f"Nothing to go on with: {out/'result.json'} is complete.")
         _check_out(out, settings, force)
+        if force and not resume: [o.remove() for o in kept]
+        if _begun(kept) and not resume: raise ValueError(f"--out: {out} holds an interrupted run. Add --resume to go on with it, or --force to start anew.")
         todo[0].check()
     except (ValueError, TypeError, OSError) as e: fail(e)
     results = []
-    for s in todo:
-        typer.echo(f"\n{s.dataset}, imbalance factor {s.imbalance_factor:g}, {s.net}, {label_of(s)}, {s.epochs} epochs, seed {s.seed}")
-        results.append(train_run(s, bar=True))
+    for s,cp in zip(todo, kept):
+        typer.echo(f"\n{s.dataset}, imbalance factor {s.imbalance_factor:g}, {s.net}, {label_of(s)}, {s.epochs} epochs, seed {s.seed}{', going on' if _begun([cp]) else ''}")
+        try: results.append(train_run(s, bar=True, checkpoint=cp.file))
+        except (ForeignCheckpoint, UnreadableCheckpoint, FloatingPointError) as e: fail(e)
         results[0][0]['identity'] = settings
         write_json(results[0][0], out/'result.json') # a run that is done is kept, whatever becomes of the next
     (res,_),*rest = results
@@ -88,11 +97,14 @@ def train(
         res['baseline'] = dict(reflective=None, **{k: base[k] for k in keep})
         res['gain'] = {k: None if a is None else round(a-base['accuracy'][k], 6) for k,a in res['accuracy'].items()}
         write_json(res, out/'result.json')
+    for o in kept: o.remove()
     first,*others = [r for _,r in reversed(results)]
     fig = first.plot(*others); fig.savefig(out/'.per_class.png', dpi=120); (out/'.per_class.png').replace(out/'per_class.png')
     typer.echo(f"\nAccuracy on the balanced test set, in percent (number of classes), one seed:\n{first.table(*others).to_string()}")
     if rest: typer.echo("One seed decides little: repeat with --seed 1, --seed 2 ... before you believe a gain.")
     typer.echo(f"\nWritten: {out/'result.json'}, {out/'per_class.png'}\n{_next(s, rl)}")
+
+def _begun(kept): return any(o.file.exists() or o.older.exists() for o in kept)
 
 def _name(s, both):
     from ltrl_fastai.experiments.plan import hash_of

@@ -165,10 +165,13 @@ def history(learn:Learner # After a fit
     pct = {o.name for o in learn.metrics} | {'right','conflicts'}
     return {k: [_plain(row[i] if k not in pct or row[i] is None else 100*float(row[i])) for row in learn.recorder.values] for i,k in enumerate(names)}
 
-def _log_row(learn, row):
+class _Rows:
     "A line an epoch, where there is no terminal to draw a bar in"
-    if row[0]==0: print(' '.join(f'{o:>12}' for o in learn.recorder.metric_names))
-    print(' '.join(f'{f"{o:.4f}" if isinstance(o, float) else "-" if o is None else str(o):>12}' for o in row), flush=True)
+    def __init__(self, learn): self.learn,self.headed = learn,False
+    def __call__(self, row):
+        if not self.headed: print(' '.join(f'{o:>12}' for o in self.learn.recorder.metric_names))
+        self.headed = True
+        print(' '.join(f'{f"{o:.4f}" if isinstance(o, float) else "-" if o is None else str(o):>12}' for o in row), flush=True)
 
 def train_run(settings:RunSettings, # What to train
               bar:bool=True, # fastai's progress bar and table?
@@ -181,7 +184,7 @@ def train_run(settings:RunSettings, # What to train
     learn = settings.learner()
     with contextlib.ExitStack() as stack:
         if not bar: stack.enter_context(learn.no_bar()); stack.enter_context(learn.no_logging())
-        elif not sys.stdout.isatty(): stack.enter_context(learn.no_bar()); learn.logger = partial(_log_row, learn)
+        elif not sys.stdout.isatty(): stack.enter_context(learn.no_bar()); learn.logger = _Rows(learn)
         cbs = L(cbs) + [_Diverged(settings.lr)] + ([] if checkpoint is None else [Checkpoint(checkpoint, identity=plain(dataclasses.asdict(settings)))])
         learn.fit_one_cycle(settings.epochs, settings.lr, pct_start=min(.25, 5/settings.epochs), cbs=cbs)
     hist = history(learn)

@@ -12,9 +12,10 @@ from fastai.data.load import SkipItemException
 from fastai.tabular.all import Categorify, CategoryBlock, FillMissing, Normalize, TabularDataLoaders, tabular_learner
 from fastai.tabular.core import TabDataLoader, TabWeightedDL
 from fastai.text.all import TextDataLoaders
-from fastai.vision.all import (Callback, CrossEntropyLossFlat, DataBlock, DataLoader, DataLoaders, GrandparentSplitter, ImageBlock, ImageDataLoaders, Lambda, Learner, Resize, TfmdDL,
+from fastai.vision.all import (Callback, CrossEntropyLossFlat, DataBlock, DataLoader, DataLoaders, GrandparentSplitter, ImageBlock, ImageDataLoaders, Lambda, Learner, Resize,
                                get_image_files, nn, parent_label, set_seed)
 from ltrl_fastai.all import ReflectiveLearning, WithIds, digits_lt
+from ltrl_fastai.reflective import samples
 from PIL import Image
 from torch.utils.data import DataLoader as TorchDL, IterableDataset, WeightedRandomSampler
 
@@ -28,6 +29,14 @@ class Rows:
         self.x, self.y = torch.randn(n, 4, generator=g), torch.randint(0, 3, (n,), generator=g)
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return self.x[i], self.y[i]
+
+
+class Skips:
+    "A transform that skips some items, until it is mended"
+    def __init__(self, skipped): self.bad, self.mended = [row(Rows().x[i]) for i in skipped], False
+    def __call__(self, o):
+        if not self.mended and row(o[0]) in self.bad: raise SkipItemException
+        return o
 
 
 class Probe(Callback):
@@ -65,7 +74,8 @@ def holds(learn):
 def train(case, n=n_epoch, lr=.05, probe=True):
     "Train with all three, watched"
     set_seed(1, reproducible=True)
-    learn = getattr(case, 'learner', partial(Learner, loss_func=CrossEntropyLossFlat()))(case.dls, case.net, cbs=[ReflectiveLearning(ks=True, kc=True), *([Probe(case.read, case.look)] if probe else [])])
+    cbs = [ReflectiveLearning(ks=True, kc=True), *([Probe(case.read, case.look)] if probe else [])]
+    learn = getattr(case, 'learner', partial(Learner, loss_func=CrossEntropyLossFlat()))(case.dls, case.net, cbs=cbs)
     with learn.no_bar(), learn.no_logging(): learn.fit(n, lr)
     if probe: holds(learn)
     return learn
@@ -74,7 +84,8 @@ def train(case, n=n_epoch, lr=.05, probe=True):
 def row(x): return tuple(x.flatten().tolist())
 def rows(dl, valid=None):
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-    return SimpleNamespace(dls=DataLoaders(dl, valid or DataLoader(Rows(9), bs=bs)), net=net, read=lambda learn: map(row, learn.x), look=lambda ds, i: (row(ds[i][0]), int(ds[i][1])))
+    def look(ds, i): return row(ds[i][0]), int(ds[i][1])
+    return SimpleNamespace(dls=DataLoaders(dl, valid or DataLoader(Rows(9), bs=bs)), net=net, read=lambda learn: map(row, learn.x), look=look)
 
 
 def orders(learn, n, shuffle, distinct=True):
@@ -85,6 +96,14 @@ def orders(learn, n, shuffle, distinct=True):
     assert len(set(map(tuple, epochs))) == (len(epochs) if shuffle else 1)
 
 
+@pytest.mark.parametrize('broken', [lambda ids: random.Random(0).sample(ids, len(ids)), lambda ids: [*ids[1:], ids[0]], lambda ids: [*ids[:-2], ids[-1], ids[-2]]],
+                         ids=['shuffled', 'shifted', 'two swapped'])
+def test_the_probe_notices_wrong_ids(broken, monkeypatch):
+    right = samples.epoch_ids
+    monkeypatch.setattr(samples, 'epoch_ids', lambda dl: broken(right(dl)))
+    with pytest.raises(AssertionError): train(rows(DataLoader(Rows(), bs=bs, shuffle=True)))
+
+
 # fastai's own loaders
 
 both = pytest.mark.parametrize('workers', [0, 2])
@@ -93,9 +112,8 @@ both = pytest.mark.parametrize('workers', [0, 2])
 @both
 @pytest.mark.parametrize('drop_last', [False, True], ids=['all', 'drop last'])
 @pytest.mark.parametrize('shuffle', [False, True], ids=['ordered', 'shuffled'])
-@pytest.mark.parametrize('cls', [DataLoader, TfmdDL])
-def test_fastai(cls, shuffle, drop_last, workers):
-    learn = train(rows(cls(Rows(), bs=bs, shuffle=shuffle, drop_last=drop_last, num_workers=workers)))
+def test_fastai(shuffle, drop_last, workers):
+    learn = train(rows(DataLoader(Rows(), bs=bs, shuffle=shuffle, drop_last=drop_last, num_workers=workers)))
     orders(learn, N//bs*bs if drop_last else N, shuffle)
 
 
@@ -147,10 +165,7 @@ def test_an_order_of_ones_own():
 @both
 def test_items_that_bring_their_ids(workers):
     "`WithIds` in fastai's loader, too: items may be skipped"
-    def keep(o):
-        if o[-1] in (3, 30): raise SkipItemException
-        return o
-    learn = train(rows(DataLoader(WithIds(Rows()), bs=bs, shuffle=True, num_workers=workers, after_item=keep)))
+    learn = train(rows(DataLoader(WithIds(Rows()), bs=bs, shuffle=True, num_workers=workers, after_item=Skips((3, 30)))))
     orders(learn, N-2, True)
     assert not {3, 30} & set(learn.probe.last)
 
@@ -206,17 +221,17 @@ def table_row(cats, conts): return tuple(map(int, cats)), tuple(round(float(o), 
 def test_tables(kw, cls, workers):
     "fastai's `from_df` makes a `TabWeightedDL`, which draws with replacement, all with the same weight"
     rng = np.random.RandomState(0)
-    df = pd.DataFrame(dict(name=rng.permutation([f'name{i}' for i in range(62)]), size=rng.randn(62), weight=rng.randn(62), label=rng.choice(list('abc'), 62)))
+    df = pd.DataFrame(dict(name=rng.permutation([f'name{i}' for i in range(63)]), size=rng.randn(63), weight=rng.randn(63), label=rng.choice(list('abc'), 63)))
     df.loc[7, 'size'] = np.nan
     dls = TabularDataLoaders.from_df(df, procs=[Categorify, FillMissing, Normalize], cat_names=['name'], cont_names=['size', 'weight'], y_names='label', y_block=CategoryBlock(),
-                                     valid_idx=list(range(0, 62, 5)), bs=bs, device='cpu', num_workers=workers)
+                                     valid_idx=list(range(0, 63, 5)), bs=bs, device='cpu', num_workers=workers)
     assert isinstance(dls.train, TabDataLoader) and dls.train.drop_last
     if cls is TabDataLoader or kw: dls = DataLoaders(cls(dls.train_ds, bs=bs, num_workers=workers, **{'shuffle': True, 'drop_last': True, **kw}), dls.valid)
     def learner(dls, net, cbs): return tabular_learner(dls, layers=[8], cbs=cbs, config=dict(ps=0.))
     def look(ds, i): return table_row(ds.cats.iloc[i], ds.conts.iloc[i]), int(ds.y.iloc[i])
     learn = train(SimpleNamespace(dls=dls, net=None, learner=learner, read=lambda learn: map(table_row, *learn.xb), look=look), lr=.01)
     shuffle = kw.get('shuffle', True)
-    orders(learn, 49 if 'drop_last' in kw else 48, shuffle, distinct=cls is TabDataLoader or not shuffle)
+    orders(learn, 50 if 'drop_last' in kw else 48, shuffle, distinct=cls is TabDataLoader or not shuffle)
 
 
 def words(x): return tuple(o for o in x.tolist() if o != 1)  # without padding
@@ -273,14 +288,6 @@ def test_refused(make, said):
     with pytest.raises((TypeError, ValueError), match=said): train(rows(make()), probe=False)
 
 
-class Skips:
-    "A transform that skips some items, until it is mended"
-    def __init__(self, skipped): self.bad, self.mended = [row(Rows().x[i]) for i in skipped], False
-    def __call__(self, o):
-        if not self.mended and row(o[0]) in self.bad: raise SkipItemException
-        return o
-
-
 class Wrong(Callback):
     "Counts rows whose id is that of another item"
     order, run_valid, n = 5, False, 0
@@ -301,7 +308,7 @@ def skipping(skipped, **kw):
 @both
 @pytest.mark.parametrize('drop_last', [False, True], ids=['all', 'drop last'])
 @pytest.mark.parametrize('shuffle', [False, True], ids=['ordered', 'shuffled'])
-@pytest.mark.parametrize('skipped', [(3,), (46,), (3, 30), range(12), range(0, N, 6)], ids=['early', 'last', 'two', 'two batches', 'many'])
+@pytest.mark.parametrize('skipped', [(3,), (46,), (3, 30), range(12)], ids=['early', 'last', 'two', 'two batches'])
 def test_skipped_items_are_refused(skipped, shuffle, drop_last, workers):
     "In the epoch in which it happens, unless all ids were right all the same"
     learn, refused = skipping(skipped, shuffle=shuffle, drop_last=drop_last, num_workers=workers)

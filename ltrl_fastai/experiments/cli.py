@@ -6,7 +6,7 @@
 __all__ = ['app', 'fail', 'train', 'compare', 'report', 'bench', 'main']
 
 # %% ../../nbs/experiments/07_cli.ipynb #8e3d40f7
-import typer, json, warnings
+import typer, json, os, warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +15,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
     help="Long-tailed recognition by Reflective Learning, on fastai.")
 
 @app.callback()
-def _root(): pass
+def _root():
+    if int(os.environ.get('WORLD_SIZE', 1))>1: fail("ltrl trains in one process. For several, train from Python inside `learn.distrib_ctx()`: the README shows how.")
 
 def fail(e):
     "Print what is wrong, and exit with status 2."
@@ -244,7 +245,7 @@ def bench(
     _quiet()
     from ltrl_fastai.experiments.bench import bench as measure, parts
     from ltrl_fastai.experiments.training import command, keep_freed_memory, one_of, versions, write_json
-    import os, platform, torch
+    import platform, torch
     try:
         chosen = [one_of('--only', o, parts) for o in _listed(only)]
         if out and out.is_dir(): raise IsADirectoryError(f"--out: {out} is a folder, where a file was expected.")

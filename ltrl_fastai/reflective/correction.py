@@ -16,7 +16,7 @@ class KnowledgeCorrection(Companion):
     "Projects the gradient of the added loss terms where it conflicts with that of the main loss (LTRL eq. 10). Costs a second backward pass."
     order,run_valid = MixedPrecision.order-2,False
     needs,columns = (LossTerms,),('conflicts',)
-    _stateattrs,conflict_rates,_conflicts,_steps = ('_conflicts','_steps'),[],{},0
+    _stateattrs,conflict_rates,_conflicts,_steps = ('_conflicts','_steps'),(),{},0
     def __init__(self,
         granularity:str='tensor', # 'tensor': each parameter tensor by itself (published code); 'global': one vector (slides)
         every:int=1 # Correct every so many steps only, as many times over: 1 is exact, 5 costs a fifth
@@ -35,7 +35,7 @@ class KnowledgeCorrection(Companion):
 
     def before_train(self):
         self._conflicts = {}
-        if self.epoch==0: self.conflict_rates,self._steps = [],0 # a dict an epoch: share of steps in conflict, by parameter name
+        if self.epoch==0 or not self.conflict_rates: self.conflict_rates,self._steps = [],0 # a dict an epoch: share of steps in conflict, by parameter name
     def before_step(self):
         "Put the corrected gradient of the terms back into `p.grad`."
         grads = self.learn.loss_terms.take_grads()

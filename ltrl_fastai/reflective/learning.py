@@ -8,7 +8,7 @@ __all__ = ['presets', 'ReflectiveLearning']
 # %% ../../nbs/reflective/10_learning.ipynb #7c1c98c5
 import difflib, inspect
 from fastai.basics import *
-from .terms import Companion
+from .terms import Companion, LossTerms
 from .review import KnowledgeReview
 from .summary import KnowledgeSummary
 from .correction import KnowledgeCorrection
@@ -37,6 +37,7 @@ def _toggle(part):
 
 class ReflectiveLearning(Companion):
     "Knowledge Review, Summary and Correction (LTRL, ECCV 2024): each can be switched on and off, before a fit or between two."
+    needs,order,_fitting = (LossTerms,),-10,False # the terms' column names are settled when a fit begins, so they are there even if no part is
     _classes = dict(kr=KnowledgeReview, ks=KnowledgeSummary, kc=KnowledgeCorrection)
     kr,ks,kc = map(_toggle, _classes)
     how_to = '`learn.reflective_learning.ks = True` switches a part on, `learn.knowledge_review.tau = 4.` changes it'
@@ -47,7 +48,7 @@ class ReflectiveLearning(Companion):
         preset:str='default' # 'default', 'paper' (as on the slides) or 'published' (as the released code)
     ):
         if preset not in presets: raise ValueError(f"preset: expected one of {list(presets)}, got {preset!r}")
-        self.preset,self.parts,self._on = preset,{},{}
+        self.preset,self.parts,self._on,self._wishes = preset,{},{},{}
         for k,v in dict(kr=kr, ks=ks, kc=kc).items():
             cls = self._classes[k]
             if v is not None and not isinstance(v, (bool,dict,cls)): raise TypeError(f"{k}: expected True, False, a dict of arguments or a {cls.__name__}, got {v!r}")
@@ -62,23 +63,36 @@ class ReflectiveLearning(Companion):
         learn.add_cbs([cb for k,cb in self.parts.items() if self._on[k] and cb not in learn.cbs])
 
     def detach(self, learn):
+        self._wishes,self._fitting = {},False
         learn.remove_cbs([cb for cb in self.parts.values() if cb in learn.cbs])
+        super().detach(learn)
 
     def is_on(self, part:str) -> bool:
         "Is 'kr', 'ks' or 'kc' switched on?"
+        if part in self._wishes: return self._wishes[part]
         return self._on[part] if self._learn is None else self.parts[part] in self._learn.cbs
 
     def switch(self, **on # `kr=`, `ks=` or `kc=` True or False
               ):
-        "Switch parts on or off; what they remember stays with them."
+        "Switch parts on or off; what they remember stays with them. From within a fit it holds from the next epoch on."
         for k,v in on.items():
             if k not in self.parts: raise ValueError(f"switch: expected kr, ks or kc, got {k!r}")
             if not isinstance(v, bool): raise TypeError(f"{k}: expected True or False, got {v!r}. {self.how_to}.")
             self._on[k] = v
-            if self._learn is None: continue
+            if self._learn is not None: self._wishes[k] = v
+        if not self._fitting: self._grant()
+        return self
+
+    def _grant(self):
+        "Add and remove what `switch` was asked for"
+        wishes,self._wishes = self._wishes,{}
+        for k,v in wishes.items():
             if v and not self.is_on(k): self._learn.add_cb(self.parts[k])
             elif not v and self.is_on(k): self._learn.remove_cb(self.parts[k])
-        return self
+
+    def before_fit(self): self._grant(); self._fitting = True
+    def before_epoch(self): self._grant()
+    def after_fit(self): self._fitting = False; self._grant()
 
     @property
     def config(self) -> dict:

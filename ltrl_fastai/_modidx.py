@@ -366,6 +366,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'ltrl_fastai/experiments/runner.py'),
                                                 'ltrl_fastai.experiments.runner.Todo': ( 'experiments/runner.html#todo',
                                                                                          'ltrl_fastai/experiments/runner.py'),
+                                                'ltrl_fastai.experiments.runner._remove': ( 'experiments/runner.html#_remove',
+                                                                                            'ltrl_fastai/experiments/runner.py'),
                                                 'ltrl_fastai.experiments.runner._run_workers': ( 'experiments/runner.html#_run_workers',
                                                                                                  'ltrl_fastai/experiments/runner.py'),
                                                 'ltrl_fastai.experiments.runner._work': ( 'experiments/runner.html#_work',

@@ -1,6 +1,7 @@
 "Reflective Learning in every call of a `Learner`, beside every common callback, under `torch.compile`, and what it costs there."
 import gc
 import shutil
+from collections import Counter
 from copy import deepcopy
 
 import matplotlib.pyplot as plt
@@ -10,7 +11,7 @@ from fastai.callback.all import (CutMix, EarlyStoppingCallback, GradientAccumula
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.training import BnFreeze
 from fastai.vision.all import (Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException,
-                               ClassificationInterpretation, CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropyFlat, Learner, accuracy, nn, params, set_seed)
+                               ClassificationInterpretation, CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropyFlat, Learner, SGD, accuracy, nn, params, set_seed)
 from ltrl_fastai.all import BalancedSoftmaxLoss, KnowledgeReview, KnowledgeSummary, ReflectiveLearning, digits_lt
 from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
@@ -57,7 +58,9 @@ def memory(learn):
 def state(learn): return [*deepcopy([learn.model.state_dict(), learn.opt.state_dict()['state']]), memory(learn)]
 
 
-def loaders(dls): return [{k: v for k, v in vars(dl).items() if k not in ('rng', '_DataLoader__idxs', 'it')} for dl in dls.loaders]
+def loaders(dls):
+    "What the loaders hold, but for what fastai's own loop and its `new` write there"
+    return [{k: v for k, v in vars(dl).items() if k not in ('rng', '_DataLoader__idxs', 'it', '_n_inp', '_types')} for dl in dls.loaders]
 
 
 def twin(learn):
@@ -69,12 +72,12 @@ def twin(learn):
 
 
 # Calls
-@pytest.mark.parametrize('call,args', [('fit_flat_cos', (3, 1e-2)), ('fit_one_cycle', (3, 1e-2)), ('fine_tune', (2, 1e-2))])
+@pytest.mark.parametrize('call,args', [('fit_flat_cos', (3, 1e-2)), ('fit_one_cycle', (3, 1e-2)), ('fine_tune', (2, 1e-1))])
 def test_schedules(call, args):
     learn = learner(cbs=ReflectiveLearning(ks=True, kc=True), splitter=lambda m: [params(m[:3]), params(m[3:])])
     quietly(learn, call, *args)
     row, h = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1])), learn.loss_terms.history[-1]
-    assert h['review_loss'] > 0 and h['summary_loss'] > 0 and all(row[k] == h[k] for k in h) and row['accuracy'] > .3
+    assert h['review_loss'] > 0 and h['summary_loss'] > 0 and all(row[k] == h[k] for k in h) and row['accuracy'] > .2
     assert learn.knowledge_review.teachers.visited.all() and hooks(learn.model) == 0
 
 
@@ -164,7 +167,7 @@ def test_an_end_anywhere_leaves_no_hook(exc, event):
     "Also where it comes behind our callbacks; looked at before anything else runs the model"
     learn = learner(cbs=[ReflectiveLearning(ks=True, kc=True), Stop(exc, event)])
     before = loaders(learn.dls)
-    try: quietly(learn, 'fit', 3, 1e-2)
+    try: quietly(learn, 'fit', 2, 1e-2)
     except (KeyboardInterrupt, RuntimeError) as e: assert type(e) is exc
     assert learn.stop.exc is None  # it was raised
     assert hooks(learn.model) == 0 and loaders(learn.dls) == before
@@ -203,10 +206,9 @@ beside['everything'] = lambda: [CutMix(), EMA(), ChannelsLast(), *beside['stoppi
 losses = dict(balanced=None, smoothed=LabelSmoothingCrossEntropyFlat, focal=FocalLossFlat)
 
 
-@pytest.mark.parametrize('loss', losses.values(), ids=losses)
-@pytest.mark.parametrize('cbs', beside.values(), ids=beside)
+@pytest.mark.parametrize('cbs,loss', [*[(o, 'balanced') for o in beside], *[(o, l) for o in ('nothing', 'cutmix', 'everything') for l in ('smoothed', 'focal')]])
 def test_adding_order_changes_no_bit(cbs, loss, tmp_path):
-    res = []
+    cbs, loss, res = beside[cbs], losses[loss], []
     for first in (True, False):
         ours = [ReflectiveLearning(ks=True, kc=True)]
         learn = trained(cbs=[*ours, *cbs()] if first else [*cbs(), *ours], loss=loss and loss(), path=tmp_path/str(first))
@@ -220,8 +222,8 @@ def test_adding_order_changes_no_bit(cbs, loss, tmp_path):
 @pytest.mark.parametrize('cbs', [EMA, ChannelsLast, TerminateOnNaNCallback])
 def test_what_only_watches_changes_nothing(cbs):
     "Nor does a memory format, up to rounding"
-    a, b = [trained(cbs=[ReflectiveLearning(ks=True, kc=True), *o]) for o in ([], [cbs()])]
-    tol = dict(rtol=1e-3, atol=1e-4) if cbs is ChannelsLast else exact
+    a, b = [trained(cbs=[ReflectiveLearning(ks=True, kc=True), *o], opt_func=SGD) for o in ([], [cbs()])]
+    tol = dict(rtol=1e-3, atol=1e-5) if cbs is ChannelsLast else exact
     same(weights(a), weights(b), **tol)
     same(memory(a)[0], memory(b)[0], **tol)
 
@@ -254,36 +256,34 @@ class Loop(Net):
 
 
 compiler = shutil.which('c++') or shutil.which('g++') or shutil.which('clang++')
-backends = ['eager', 'aot_eager', pytest.param('inductor', marks=pytest.mark.skipif(not compiler, reason='inductor needs a C++ compiler'))]
+inductor = pytest.param('inductor', marks=pytest.mark.skipif(not compiler, reason='inductor needs a C++ compiler'))
 
 
 def compiled(backend, net=Net, n=3, **ours):
-    "A fit of a compiled model, and how many times it was compiled"
+    "A fit of a compiled model, how many graphs it was compiled to, and where they were broken"
     torch._dynamo.reset(); counters.clear()
-    learn = learner(net, cbs=ReflectiveLearning(**ours) if ours else None)
+    learn = learner(net, cbs=ReflectiveLearning(**ours) if ours else None, opt_func=SGD)
     if backend: learn.model = torch.compile(learn.model, backend=backend)
-    quietly(learn, 'fit', n, 1e-2)
+    quietly(learn, 'fit', n, 5e-2)
     return learn, counters['stats']['unique_graphs'], dict(counters['graph_break'])
 
 
-@pytest.mark.parametrize('backend', backends)
-@pytest.mark.parametrize('ours', [dict(kr=True), dict(ks=True), dict(kc=True), dict(ks=True, kc=True)], ids=lambda o: '+'.join(o))
-@pytest.mark.parametrize('net', [Net, Loop])
-def test_a_compiled_model_trains_as_it_does_uncompiled(net, ours, backend):
-    "Exactly with eager kernels; inductor's own kernels round otherwise, which three epochs of Adam make 1e-2 of"
-    a, b = [compiled(o, net, **ours)[0] for o in (None, backend)]
-    same(weights(a), weights(b), **(dict(rtol=1e-2, atol=1e-2) if backend == 'inductor' else dict(rtol=1e-5, atol=1e-6)))
+@pytest.mark.parametrize('backend', ['eager', 'aot_eager', inductor])
+@pytest.mark.parametrize('ours', [dict(ks=True), dict(kc=True), dict(ks=True, kc=True)], ids='+'.join)
+def test_a_compiled_model_trains_as_it_does_uncompiled(ours, backend):
+    "The same up to rounding: only inductor has kernels of its own"
+    a, b = [compiled(o, **ours)[0] for o in (None, backend)]
+    same(weights(a), weights(b), **(dict(rtol=1e-3, atol=1e-3) if backend == 'inductor' else dict(rtol=1e-5, atol=1e-6)))
     assert hooks(b.model) == 0 and b.loss_terms.history[-1]['review_loss'] > 0
-    if 'ks' in ours: same(a.knowledge_summary.similarity, b.knowledge_summary.similarity, rtol=1e-2, atol=1e-2)
+    if 'ks' in ours: same(a.knowledge_summary.similarity, b.knowledge_summary.similarity, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize('ours', [dict(kr=True), dict(ks=True)], ids=lambda o: '+'.join(o))
+@pytest.mark.parametrize('ours', [dict(kr=True), dict(ks=True)], ids='+'.join)
 @pytest.mark.parametrize('net', [Net, Loop])
 def test_a_compiled_model_stays_compiled(net, ours):
-    "As many graphs as without us, and not one more for every batch"
-    graphs, breaks = compiled('eager', net)[1:]
-    mine, more = compiled('eager', net, **ours)[1:]
-    assert mine == graphs and more == breaks
+    "As many graphs as without us, none of them broken, and not one more for every batch"
+    (_, graphs, breaks), (_, mine, more) = [compiled('eager', net, **o) for o in ({}, ours)]
+    assert (mine, more) == (graphs, breaks)
 
 
 # Memory and waiting
@@ -300,13 +300,13 @@ class Live(Callback):
 
 def test_memory_is_flat():
     "What grows by the epoch is what fastai's Recorder keeps: a loss of each step"
-    live, plain = [trained(cbs=[*o, Live()], n=6).live for o in ([ReflectiveLearning(ks=True, kc=True)], [])]
+    live, plain = [trained(cbs=[*o, Live()], n=5).live for o in ([ReflectiveLearning(ks=True, kc=True)], [])]
     for a, b in ((live.bytes, plain.bytes), (live.number, plain.number)):
         excess = [x-y for x, y in zip(a, b)]
         assert len(set(excess[1:])) == 1, (a, b)
 
 
-waits = ['aten::item', 'aten::_local_scalar_dense', 'aten::is_nonzero', 'aten::nonzero', 'aten::masked_select', 'aten::equal', 'aten::unique_dim', 'aten::_unique2']
+waits = ['aten::item', 'aten::_local_scalar_dense', 'aten::is_nonzero', 'aten::nonzero', 'aten::masked_select', 'aten::equal', 'aten::_unique2', 'aten::bincount']
 
 
 class Calls(TorchFunctionMode):
@@ -325,9 +325,9 @@ def count_waits(ours, bs, **kwargs):
     set_seed(0, reproducible=True)
     dls = digits_lt(device='cpu', bs=bs)
     learn = Learner(dls, convnet(), loss_func=CrossEntropyLossFlat(), cbs=ReflectiveLearning(**kwargs) if ours else None)
-    with Calls() as calls, torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as prof: quietly(learn, 'fit', 3, 1e-2)
-    counts = {o.key: o.count for o in prof.key_averages()}
-    return torch.tensor([*(counts.get(o, 0) for o in waits), calls.n]), len(dls.train)
+    with Calls() as calls, torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as prof: quietly(learn, 'fit', 2, 1e-2)
+    counts = Counter(o.name() for o in prof.profiler.kineto_results.events())
+    return torch.tensor([*(counts[o] for o in waits), calls.n]), len(dls.train)
 
 
 @pytest.fixture
@@ -339,14 +339,17 @@ def as_on_a_device(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, 'one_hot', lambda y, c: (y[:, None] == torch.arange(c, device=y.device)).long())
 
 
-@pytest.mark.parametrize('kwargs', [dict(), dict(ks=True), dict(kc=True), dict(ks=True, kc=True), dict(ks=True, kc=True, preset='published'), dict(kr=dict(store=dict(kind='topk', k=4)))],
-                         ids=str)
-def test_nothing_waits_for_a_device_in_a_step(as_on_a_device, kwargs):
-    "What is more than in plain fastai is as much for twice the batches"
-    (a, n), (b, m) = [count_waits(True, bs, **kwargs) for bs in (32, 16)]
-    plain = [count_waits(False, bs)[0] for bs in (32, 16)]
+@pytest.fixture(scope='module')
+def plain_waits(): return [count_waits(False, bs)[0] for bs in (64, 32)]
+
+
+@pytest.mark.parametrize('kwargs', [dict(), dict(ks=True, kc=True), dict(ks=True, kc=True, preset='paper'), dict(ks=True, kc=True, preset='published'),
+                                    dict(kr=dict(store=dict(kind='topk', k=4)), kc=dict(every=2))], ids=str)
+def test_nothing_waits_for_a_device_in_a_step(as_on_a_device, plain_waits, kwargs):
+    "What comes on top of plain fastai is as much for twice the batches"
+    (a, n), (b, m) = [count_waits(True, bs, **kwargs) for bs in (64, 32)]
     assert m >= 2*n-1
-    excess = dict(zip([*waits, 'calls'], zip((a-plain[0]).tolist(), (b-plain[1]).tolist())))
+    excess = dict(zip([*waits, 'calls'], zip((a-plain_waits[0]).tolist(), (b-plain_waits[1]).tolist())))
     assert all(x == y for x, y in excess.values()), excess
 
 

@@ -8,7 +8,7 @@ __all__ = ['code_hash', 'code_identity', 'data_identity', 'Identities', 'run_fil
 
 # %% ../../nbs/experiments/03_runner.ipynb #e7c55ef0
 from fastai.basics import *
-import ast, contextlib, dataclasses, hashlib, importlib.metadata, inspect, multiprocessing, signal, threading, traceback
+import ast, contextlib, dataclasses, hashlib, importlib.metadata, inspect, multiprocessing, shutil, signal, threading, traceback
 from multiprocessing.connection import wait
 import filelock
 from .plan import PlannedRun, hash_of
@@ -124,17 +124,21 @@ def finish(todo:Todo, # What to compute
     try: res = train()
     except UnreadableCheckpoint as e:
         print(f"{name}: {e} It is begun anew.")
-        for o in work_folder(folder).glob(f'*{cp.name}*'): o.unlink()
+        _remove(work_folder(folder).glob(f'*{cp.name}*'))
         res = train()
     except FloatingPointError: # will not do better next time
-        for o in work_folder(folder).glob(f'*{cp.name}*'): o.unlink()
+        _remove(work_folder(folder).glob(f'*{cp.name}*'))
         raise
     finally: torch.set_num_threads(before)
     res = dict(group=todo.run.group, variant=todo.run.variant, **res, identity=todo.identity)
     if command: res['command'] = command
     write_json(res, file)
-    for o in work_folder(folder).glob(f'*{name}-*'): o.unlink()
+    _remove(work_folder(folder).glob(f'*{name}-*'))
     return res
+
+def _remove(paths):
+    "Checkpoints, and folders of teachers beside them"
+    for o in list(paths): shutil.rmtree(o) if o.is_dir() else o.unlink()
 
 def warm_up():
     "Train a little, so that what is loaded and set up on first use is not counted as time of the first run."

@@ -11,7 +11,7 @@ from fastai.callback.data import PartialDL, WeightedDL
 from fastai.data.load import SkipItemException
 from fastai.tabular.all import Categorify, CategoryBlock, FillMissing, Normalize, TabularDataLoaders, tabular_learner
 from fastai.tabular.core import TabDataLoader, TabWeightedDL
-from fastai.text.all import TextDataLoaders
+from fastai.text.all import AWD_LSTM, SortedDL, TextDataLoaders, awd_lstm_clas_config, text_classifier_learner
 from fastai.vision.all import (Callback, CrossEntropyLossFlat, DataBlock, DataLoader, DataLoaders, GrandparentSplitter, ImageBlock, ImageDataLoaders, Lambda, Learner, Resize,
                                get_image_files, nn, parent_label, set_seed)
 from ltrl_fastai.all import ReflectiveLearning, WithIds, digits_lt
@@ -68,7 +68,7 @@ def holds(learn):
     torch.testing.assert_close(memory.store.logits[sorted(last)], torch.stack([last[i] for i in sorted(last)]), rtol=1e-5, atol=1e-5)
     assert all(memory.targets[i] == learn.probe.targets[i] for i in last)
     assert len({tuple(o.tolist()) for o in memory.store.logits[sorted(last)]}) > len(last)//2  # a memory of equal rows would prove nothing
-    assert np.isfinite(learn.loss_terms.history[-1]['review_loss']) and learn.loss_terms.history[-1]['summary_loss'] > 0
+    assert all(np.isfinite(learn.loss_terms.history[-1][f'{k}_loss']) for k in ('base', 'review', 'summary'))
 
 
 def train(case, n=n_epoch, lr=.05, probe=True):
@@ -237,16 +237,25 @@ def test_tables(kw, cls, workers):
 def words(x): return tuple(o for o in x.tolist() if o != 1)  # without padding
 
 
-@both
-@pytest.mark.parametrize('kw', [{}, dict(shuffle=False)], ids=['shuffled', 'ordered'])
-def test_texts(kw, workers):
+def texts(**kw):
     "Sorted by length, padded"
     rng = random.Random(0)
-    texts = [' '.join(f'bit{i >> b & 1} at{b}' for b in range(6))+' so it'*rng.randrange(6) for i in range(60)]
-    df = pd.DataFrame(dict(text=texts, label=[rng.choice('abc') for _ in texts]))
-    dls = TextDataLoaders.from_df(df, seed=0, bs=bs, device='cpu', num_workers=workers, **kw)
+    df = pd.DataFrame(dict(text=[' '.join(f'bit{i >> b & 1} at{b}' for b in range(6))+' so it'*rng.randrange(6) for i in range(60)], label=[rng.choice('abc') for _ in range(60)]))
+    dls = TextDataLoaders.from_df(df, seed=0, bs=bs, device='cpu', **kw)
+    assert isinstance(dls.train, SortedDL)
     net = nn.Sequential(nn.Embedding(len(dls.vocab[0]), 8, padding_idx=1), Lambda(lambda x: x.sum(1)), nn.Linear(8, 3))
-    orders(train(SimpleNamespace(dls=dls, net=net, read=lambda learn: map(words, learn.x), look=lambda ds, i: (words(ds[i][0]), int(ds[i][1])))), 48, bool(not kw))
+    return SimpleNamespace(dls=dls, net=net, read=lambda learn: map(words, learn.x), look=lambda ds, i: (words(ds[i][0]), int(ds[i][1])))
+
+
+@both
+@pytest.mark.parametrize('kw', [{}, dict(shuffle=False)], ids=['shuffled', 'ordered'])
+def test_texts(kw, workers): orders(train(texts(num_workers=workers, **kw)), 48, bool(not kw))
+
+
+def test_a_language_model_that_classifies_texts():
+    case = texts(num_workers=0)
+    case.learner = lambda dls, net, cbs: text_classifier_learner(dls, AWD_LSTM, pretrained=False, config=dict(awd_lstm_clas_config, emb_sz=8, n_hid=8, n_layers=2), cbs=cbs)
+    orders(train(case, lr=.01), 48, True)
 
 
 # PyTorch's loader

@@ -1,5 +1,6 @@
 "Reflective Learning in every call of a `Learner`, beside every common callback, under `torch.compile`, and what it costs there."
 import gc
+import random
 import shutil
 from collections import Counter
 from copy import deepcopy
@@ -81,22 +82,53 @@ def test_schedules(call, args):
     assert learn.knowledge_review.teachers.visited.all() and hooks(learn.model) == 0
 
 
+@pytest.mark.parametrize('call', ['fit', 'fit_flat_cos', 'fit_one_cycle'])
+def test_given_to_a_call_or_to_the_learner_is_one(call):
+    "`learn.fit(cbs=...)` takes all parts away again"
+    res = []
+    for given in (False, True):
+        ours = ReflectiveLearning(ks=True, kc=True)
+        learn = learner(cbs=None if given else ours)
+        before = set(learn.cbs)
+        quietly(learn, call, 2, 1e-2, **(dict(cbs=ours) if given else {}))
+        assert set(learn.cbs) == before and hooks(learn.model) == 0
+        res.append(weights(learn))
+    same(*res)
+
+
+@pytest.mark.parametrize('n', [0, 2], ids=['fresh', 'trained'])
+def test_a_fit_from_a_later_epoch_on(n):
+    "`start_epoch` skips the first epochs: what is begun in epoch 0 has to be there all the same"
+    learn = learner(cbs=ReflectiveLearning(ks=True, kc=True))
+    if n: quietly(learn, 'fit', n, 1e-2)
+    quietly(learn, 'fit', 3, 1e-2, start_epoch=1)
+    assert len(learn.loss_terms.history) == len(learn.knowledge_correction.conflict_rates) == n+2
+    assert learn.loss_terms.history[-1]['review_loss'] > 0
+
+
+def draw_from(learn, seed):
+    set_seed(seed)
+    learn.dls.train.rng = random.Random(seed)
+
+
 @pytest.mark.parametrize('n', [0, 2], ids=['fresh', 'trained'])
 def test_lr_find_leaves_everything_as_it_was(n, tmp_path):
     "Its losses are those of the plain learner, and the next fit is that of a learner that has not searched"
-    learn = learner(cbs=ReflectiveLearning(ks=True, kc=True), path=tmp_path)
-    if n: quietly(learn, 'fit', n, 1e-2)
-    else: learn.create_opt()
+    learn, other = [trained(cbs=ReflectiveLearning(ks=True, kc=True), n=n, path=tmp_path) for _ in range(2)]
     plain, before, dls = twin(learn), state(learn), loaders(learn.dls)
     plain.path = tmp_path
     found = []
     for o in (learn, plain):
-        set_seed(1)
+        draw_from(o, 1)
         found.append((quietly(o, 'lr_find', num_it=40, show_plot=False), o.recorder.losses, o.recorder.lrs))
     assert found[0][0] == found[1][0] and len(found[0][1]) > 20
     same(*[o[1:] for o in found])
     same(state(learn), before)
     assert loaders(learn.dls) == dls and hooks(learn.model) == 0
+    for o in (learn, other):
+        draw_from(o, 2)
+        quietly(o, 'fit', 2, 1e-2)
+    same(state(learn), state(other))
 
 
 def shown(learn):
@@ -293,7 +325,7 @@ class Live(Callback):
     def before_fit(self): self.bytes, self.number = [], []
     def after_epoch(self):
         gc.collect()
-        tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+        tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and not type(o).__module__.startswith('torch._')]  # not the compiler's
         storages = {o.untyped_storage().data_ptr(): o.untyped_storage().nbytes() for o in tensors}
         self.bytes.append(sum(storages.values())); self.number.append(len(tensors))
 
@@ -326,7 +358,7 @@ def count_waits(ours, bs, **kwargs):
     dls = digits_lt(device='cpu', bs=bs)
     learn = Learner(dls, convnet(), loss_func=CrossEntropyLossFlat(), cbs=ReflectiveLearning(**kwargs) if ours else None)
     with Calls() as calls, torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as prof: quietly(learn, 'fit', 2, 1e-2)
-    counts = Counter(o.name() for o in prof.profiler.kineto_results.events())
+    counts = Counter(o.name for o in prof.events())
     return torch.tensor([*(counts[o] for o in waits), calls.n]), len(dls.train)
 
 
@@ -353,8 +385,7 @@ def test_nothing_waits_for_a_device_in_a_step(as_on_a_device, plain_waits, kwarg
     assert all(x == y for x, y in excess.values()), excess
 
 
-def test_review_of_a_fit_keeps_no_graph():
-    "Nothing that is remembered holds on to a graph"
+def test_what_is_remembered_holds_no_graph():
     learn = trained(cbs=ReflectiveLearning(ks=True, kc=True), n=2)
     def tensors(o): return [t for v in vars(o).values() for t in (v if isinstance(v, (list, tuple)) else [v]) if isinstance(t, torch.Tensor)]
     kept = [t for cb in learn.cbs if isinstance(cb, (KnowledgeReview, KnowledgeSummary)) for t in tensors(cb)] + memory(learn)[-1]

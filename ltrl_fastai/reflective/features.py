@@ -46,5 +46,7 @@ class HeadInput:
     "Remembers the next input of `head`, as `.value`; the hook takes itself off when it fires."
     def __init__(self, head:nn.Module # See `find_head`
                 ): self.value,self.handle = None,head.register_forward_pre_hook(self._look, with_kwargs=True)
-    def _look(self, module, args, kwargs): self.value = [*args, *kwargs.values()][0]; self.remove()
+    def _look(self, module, args, kwargs):
+        self.value = [*args, *kwargs.values()][0]
+        if not torch.compiler.is_compiling(): self.remove() # it would break the graph; who made it removes it then
     def remove(self): self.handle.remove()

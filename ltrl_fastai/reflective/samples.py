@@ -15,7 +15,7 @@ class WithIds:
     def __init__(self, dataset # Anything with `__len__` and `__getitem__` that gives tuples, input first
                 ):
         for o in ('__len__','__getitem__'):
-            if not hasattr(dataset, o): raise TypeError(f"dataset: expected one with __len__ and __getitem__, got {type(dataset).__name__}: without an index an item has no id.")
+            if not hasattr(dataset, o) or isinstance(dataset, torch.utils.data.IterableDataset): raise TypeError(f"dataset: expected one with __len__ and __getitem__, got {type(dataset).__name__}: without an index an item has no id.")
         self.dataset = dataset
     def __len__(self): return len(self.dataset)
     def __getitem__(self, i:int): return *self.dataset[i],int(i)
@@ -49,6 +49,19 @@ def epoch_ids(dl # A `DataLoader` that is being iterated
 # %% ../../nbs/reflective/02_samples.ipynb #1f2823f4
 def shuffle_fn(self, idxs): return list(type(self).shuffle_fn(self, idxs))
 
+def do_item(self, s):
+    res = type(self).do_item(self, s)
+    if res is None: raise ValueError(f"Item {s} of the training set was skipped. {_skipped}")
+    return res
+
+def _strict(dl, on=True):
+    "Let a loader raise where it would skip an item and so shift all that follow, or `on=False`: skip as ever"
+    dl = vars(dl).get('dl', dl) # of a distributed one, that which it wraps
+    if not isinstance(dl, DataLoader): return
+    mine = isinstance(o := vars(dl).get('do_item'), MethodType) and o.__func__ is do_item
+    if not on and mine: del dl.do_item
+    elif on and o is None: dl.do_item = MethodType(do_item, dl)
+
 def _list_order(dl, on=True):
     "Let a loader that shuffles in a way of its own draw a list, or `on=False`: as its class does"
     if not isinstance(dl, DataLoader): return
@@ -68,7 +81,7 @@ class SampleIds(Callback):
 
     def before_train(self):
         self.n_items,self._epoch,self._order = check_loader(self.learn.dl),None,None
-        if not self.carried: _list_order(self.learn.dl)
+        if not self.carried: _list_order(self.learn.dl); _strict(self.learn.dl)
 
     def before_batch(self):
         ranks = Ranks.of(self.learn.model)
@@ -93,14 +106,20 @@ class SampleIds(Callback):
 
     def _draw(self, ranks):
         "Note the order of the epoch, drawn by now, since a batch is here"
-        _list_order(self.learn.dl, False)
+        _list_order(self.learn.dl, False); _strict(self.learn.dl, False) # the iteration has bound both by now
         mine = tensor(epoch_ids(self.learn.dl), dtype=torch.long).to(find_device(self.xb))
         if len(set(ranks.objects(len(mine))))>1: raise ValueError(
             "The ranks have drawn orders of different lengths, where all need as many batches. Use the loaders that `learn.distrib_ctx()` makes.")
         self._epoch = ranks.gather(mine[None])
         self._order = self._epoch.tolist()
 
-    def after_cancel_train(self): self._order = None
+    def after_cancel_train(self): self._order = None; self._release()
+    def after_cancel_epoch(self): self._release()
+    def after_fit(self): self._release()
+    def _release(self):
+        "Leave the training loader as it was, if the first batch never came"
+        _list_order(self.learn.dls.train, False); _strict(self.learn.dls.train, False)
+
     def after_train(self):
         n,bs = len(self._order[0]) if self._order else 0,self.learn.dl.bs if self._order else 1
         batches = n//bs if self.learn.dl.drop_last else -(-n//bs)

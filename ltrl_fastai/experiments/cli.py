@@ -222,10 +222,16 @@ def _report(folder, write=True):
 @app.command()
 def report(
     folder:Annotated[Path, typer.Argument(help="What `ltrl compare --out` or `ltrl train --out` wrote, or a folder of such folders.")],
+    evidence:Annotated[Path|None, _opt(_where, "JSON file to write instead: a row for each protocol, method and kind of Reflective Learning below the folder.")]=None,
 ):
-    "Show results again, beside what the slides report of the same method and imbalance factor; nothing is trained or written."
+    "Show results again, beside what the slides report of the same method and imbalance factor; nothing is trained."
     _quiet()
-    try: _report(folder, write=False)
+    try:
+        if not evidence: return _report(folder, write=False)
+        from ltrl_fastai.experiments.summary import evidence as rows
+        from ltrl_fastai.experiments.training import write_json
+        write_json(found := rows(folder), evidence)
+        typer.echo(f"Written: {evidence}, {len(found)} rows.")
     except (ValueError, OSError) as e: fail(e)
 
 @app.command()

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['shots', 'slides', 'result_folders', 'load_results', 'runs_table', 'interval', 'summarise', 'slides_row', 'show_gain',
-           'text_table', 'markdown', 'plot_gains', 'write_summary']
+           'text_table', 'markdown', 'evidence', 'plot_gains', 'write_summary']
 
 # %% ../../nbs/experiments/05_summary.ipynb #ae5bec50
 from fastai.basics import *
 import scipy.stats
+from ..reflective.learning import ReflectiveLearning
 from .plan import hash_of
 from .runner import read_result
 from .training import write_text
@@ -148,6 +149,38 @@ def markdown(summary:pd.DataFrame # As `summarise` gives
     return '\n'.join(out) + (f"\nAccuracy on {where} in percent: mean ± standard deviation over runs. "
         "Gains are paired by seed, over the same settings without Reflective Learning. 'training' is accuracy on the training images, 'time' that of a run over its partner's."
         + (" Intervals of two pairs are wide by nature (their mean ± 12.7 standard errors): take more seeds.\n" if (summary.pairs==2).any() else '\n'))
+
+# %% ../../nbs/experiments/05_summary.ipynb #9b62cda4
+_beds = dict(frozen='P1', overfit='P2o', underfit='P2u')
+
+def evidence(folder:Path # With the folders of comparisons by a protocol
+            ) -> list: # Of dicts: protocol, imbalance_factor, method, rl (the name of a preset or of parts, or None), seeds, accuracies, gains, command
+    "What was found on the test set, a row for each protocol, imbalance factor, method and kind of Reflective Learning; accuracies and gains in percent points."
+    rows = {}
+    for o in result_folders(folder):
+        plan = json.loads((o/'compare.json').read_text(encoding='utf-8')) if (o/'compare.json').exists() else {}
+        bed = re.search(r'--protocol (\w+)', plan.get('command', ''))
+        by_hand = re.search(r'--(set|sweep|grid)\b(?! preset=)', plan.get('command', '')) # no name tells what these are
+        if not bed or not plan['test'] or by_hand: continue
+        results = load_results(o)
+        for _,r in summarise(runs_table(results)).iterrows():
+            run = first(e for e in results if (e['group'],e['variant'])==(r.group,r.variant))
+            rl = _name_of(run['reflective'], r.variant)
+            row = dict(protocol=_beds[bed[1]], imbalance_factor=run['imbalance_factor'], method=run['method'], rl=rl, seeds=int(r.runs), **{k: _rounded(r[k]) for k in shots}, train_accuracy=_rounded(r.train))
+            if rl: row.update(gain_all=_rounded(r.gain_all), gain_few=_rounded(r.gain_few), ci_low=_rounded(r.gain_all_lo), ci_high=_rounded(r.gain_all_hi))
+            rows.setdefault(tuple(row[k] for k in ('protocol','imbalance_factor','method','rl')), {**row, 'command': plan['command']})
+    if not rows: raise ValueError(f"{folder}: no comparison by a protocol that has read the test set. `ltrl compare --protocol frozen --out {folder}/frozen` makes one.")
+    return list(rows.values())
+
+def _name_of(config, label):
+    "The preset, if its parts are on and nothing else was changed; else the parts that are, and what was changed"
+    if config is None: return None
+    on,usual = [k for k in ('kr','ks','kc') if config[k]],ReflectiveLearning(preset=config['preset'])
+    changed = re.search(r'\(.*\)$', label)
+    same = on==[k for k in usual.parts if usual.is_on(k)] and not changed
+    return config['preset'] if same else ' + '.join(map(str.upper, on)) + (f' {changed[0]}' if changed else '')
+
+def _rounded(v): return None if v is None or math.isnan(v) else round(float(v), 2)
 
 # %% ../../nbs/experiments/05_summary.ipynb #00f6bcfa
 def plot_gains(summary:pd.DataFrame, # As `summarise` gives

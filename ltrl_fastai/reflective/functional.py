@@ -7,7 +7,7 @@ __all__ = ['check_number', 'check_targets', 'check_logits', 'batch_class_counts'
            'class_similarity', 'soft_labels', 'soft_cross_entropy', 'conflict_coefficient', 'project_conflict']
 
 # %% ../../nbs/reflective/00_functional.ipynb #c5f97cc2
-import torch
+import numbers, torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,10 +24,11 @@ def check_number(name:str, # Of the argument, for the message
                  most:float=None # Has to be at most this
                 ):
     "Check that `value` is a number within its limits; raises `TypeError` or `ValueError` that says what is wrong."
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if number and (above is None or value>above) and (least is None or value>=least) and (most is None or value<=most): return
     limits = ' and '.join(f'{word} {v:g}' for word,v in (('above',above), ('at least',least), ('at most',most)) if v is not None)
-    if isinstance(value, bool) or not isinstance(value, (int,float)): raise TypeError(f"{name}: expected {what} {limits}, a number, got {value!r}")
-    if (above is not None and not value>above) or (least is not None and not value>=least) or (most is not None and not value<=most):
-        raise ValueError(f"{name}: expected {what} {limits}, got {value}")
+    if not number: raise TypeError(f"{name}: expected {what} {limits}, a number, got {value!r}")
+    raise ValueError(f"{name}: expected {what} {limits}, got {value}")
 
 def check_targets(targets:Tensor, # Class indices
                   n_classes:int, # How many classes there are

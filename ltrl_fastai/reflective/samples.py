@@ -54,20 +54,15 @@ def do_item(self, s):
     if res is None: raise ValueError(f"Item {s} of the training set was skipped. {_skipped}")
     return res
 
-def _strict(dl, on=True):
-    "Let a loader raise where it would skip an item and so shift all that follow, or `on=False`: skip as ever"
-    dl = vars(dl).get('dl', dl) # of a distributed one, that which it wraps
+def _watch(dl, on=True):
+    "Let a loader draw its order as a list and raise where it would skip an item, or `on=False`: do both as its class does"
     if not isinstance(dl, DataLoader): return
-    mine = isinstance(o := vars(dl).get('do_item'), MethodType) and o.__func__ is do_item
-    if not on and mine: del dl.do_item
-    elif on and o is None: dl.do_item = MethodType(do_item, dl)
-
-def _list_order(dl, on=True):
-    "Let a loader that shuffles in a way of its own draw a list, or `on=False`: as its class does"
-    if not isinstance(dl, DataLoader): return
-    mine = isinstance(o := vars(dl).get('shuffle_fn'), MethodType) and o.__func__ is shuffle_fn
-    if not on and mine: del dl.shuffle_fn
-    elif on and o is None and 'dl' not in vars(dl) and type(dl).shuffle_fn is not DataLoader.shuffle_fn: dl.shuffle_fn = MethodType(shuffle_fn, dl)
+    inner = vars(dl).get('dl', dl) # of a distributed one, which takes its order as a list itself
+    todo = [(inner, do_item)] + ([(dl, shuffle_fn)] if inner is dl and type(dl).shuffle_fn is not DataLoader.shuffle_fn else [])
+    for o,f in todo:
+        old = vars(o).get(f.__name__)
+        if on and old is None: setattr(o, f.__name__, MethodType(f, o))
+        elif not on and isinstance(old, MethodType) and old.__func__ is f: delattr(o, f.__name__)
 
 # %% ../../nbs/reflective/02_samples.ipynb #6d4d5c5d
 class SampleIds(Callback):
@@ -81,7 +76,7 @@ class SampleIds(Callback):
 
     def before_train(self):
         self.n_items,self._epoch,self._order = check_loader(self.learn.dl),None,None
-        if not self.carried: _list_order(self.learn.dl); _strict(self.learn.dl)
+        if not self.carried: _watch(self.learn.dl)
 
     def before_batch(self):
         ranks = Ranks.of(self.learn.model)
@@ -106,7 +101,7 @@ class SampleIds(Callback):
 
     def _draw(self, ranks):
         "Note the order of the epoch, drawn by now, since a batch is here"
-        _list_order(self.learn.dl, False); _strict(self.learn.dl, False) # the iteration has bound both by now
+        _watch(self.learn.dl, False) # the iteration has bound both by now
         mine = tensor(epoch_ids(self.learn.dl), dtype=torch.long).to(find_device(self.xb))
         if len(set(ranks.objects(len(mine))))>1: raise ValueError(
             "The ranks have drawn orders of different lengths, where all need as many batches. Use the loaders that `learn.distrib_ctx()` makes.")
@@ -118,7 +113,7 @@ class SampleIds(Callback):
     def after_fit(self): self._release()
     def _release(self):
         "Leave the training loader as it was, if the first batch never came"
-        _list_order(self.learn.dls.train, False); _strict(self.learn.dls.train, False)
+        _watch(self.learn.dls.train, False)
 
     def after_train(self):
         n,bs = len(self._order[0]) if self._order else 0,self.learn.dl.bs if self._order else 1

@@ -97,7 +97,8 @@ def test_a_sweep_reads_no_test_image(tmp_path):
 def test_report_shows_it_again(done):
     _, cwd = done
     said = run('report', 'a', cwd=cwd)
-    assert '### digits-lt IF 20 bsce' in said and 'slides' in said
+    assert '### digits-lt IF 20 bsce' in said and 'slides' not in said  # they say nothing of digits
+    assert 'slides: All' in run('report', str(Path(__file__).parent.parent/'results/frozen'), cwd=cwd)
     all_ = run('report', '.', cwd=cwd)  # each comparison by itself
     assert all_.count('### digits-lt IF 20 bsce') == len(list(cwd.glob('*/runs'))) and '## a\n' in all_
     assert 'does not exist' in run('report', 'nowhere', cwd=cwd, code=2)

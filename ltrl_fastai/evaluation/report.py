@@ -39,7 +39,8 @@ class ShotReport:
         if isinstance(dl, DataLoaders): raise TypeError("dl: expected one data loader, got DataLoaders: take one of them, as `dls.valid`.")
         counts = class_counts(learn.dls)
         with learn.no_bar(): preds,targets = learn.get_preds(ds_idx=ds_idx, dl=dl)
-        if targets is None: raise ValueError("dl: its items have no labels, so there is nothing to compare predictions with. For files with labels: `learn.dls.test_dl(files, with_labels=True)`.")
+        if targets is None: raise ValueError("dl: its items have no labels, so there is nothing to compare predictions with. "
+            "For files with labels: `learn.dls.test_dl(files, with_labels=True)`.")
         vocab = getattr(learn.dls, 'vocab', None)
         if vocab is not None and len(vocab)!=len(counts): vocab = vocab[-1] if is_listy(vocab[-1]) and len(vocab[-1])==len(counts) else None # text has two
         return cls.from_preds(preds, targets, counts, **{'vocab': vocab, **kwargs})
@@ -59,7 +60,8 @@ class ShotReport:
     def table(self, other:'ShotReport'=None # Shown in the row below, and the difference in the last
              ) -> pd.DataFrame:
         "Many, Medium, Few and All, one row a report; '-' where there is nothing to measure."
-        if other is not None and not isinstance(other, ShotReport): raise TypeError(f"other: expected a ShotReport, got a {type(other).__name__}: `ShotReport.from_learner(learn)` makes one.")
+        if other is not None and not isinstance(other, ShotReport): raise TypeError(
+            f"other: expected a ShotReport, got a {type(other).__name__}: `ShotReport.from_learner(learn)` makes one.")
         reports = [self]+L(other)
         df = pd.DataFrame([o.accuracy for o in reports], index=[o.label or f'report {i+1}' for i,o in enumerate(reports)], dtype=float)
         if other is not None: df.loc['gain'] = df.iloc[1]-df.iloc[0]

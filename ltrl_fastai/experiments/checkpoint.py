@@ -98,8 +98,8 @@ class Checkpoint(Callback):
     def ranks(self) -> Ranks: return Ranks.of(self.learn.model)
 
     def remove(self):
-        "Remove the file, the one before, and what is beside them."
-        for f in (self.file, self.older): f.unlink(missing_ok=True)
+        "Remove the file, the one before, what a kill has left half written, and what is beside them."
+        for f in (self.file, self.older, *self.file.parent.glob(f'.{self.file.name}.*')): f.unlink(missing_ok=True)
         if self.beside.exists(): shutil.rmtree(self.beside)
 
     def load(self) -> dict:
@@ -148,7 +148,7 @@ class Checkpoint(Callback):
             if cb.name in kept['callbacks']: cb.load_state_dict(kept['callbacks'][cb.name], learn)
         for name,p in get_model(learn.model).named_parameters():
             if name in kept['grads']: p.grad = kept['grads'][name].to(p)
-        for cls,names in _remembered.items():
+        for cls in _remembered:
             for cb in self._of(cls): vars(cb).update(kept['fastai'].get(cb.name, {}))
         for cb in self._of(MixedPrecision): learn.scaler.load_state_dict(kept['fastai'][cb.name])
         mine = kept['ranks'][self.ranks.rank]

@@ -146,7 +146,7 @@ def compare(
     methods:Annotated[str, _opt(_what, "softmax, bsce, or both with a comma.")]='bsce',
     seeds:Annotated[str, _opt(_what, "How many (5 is seeds 0 to 4), a list (3,7) or a range (10-14).")]='3',
     rl:Annotated[str, _opt(_rl, "With Reflective Learning and without (both), on, or off.")]='both',
-    ablate:Annotated[str|None, _opt(_rl, "Parts to take away, from all three of them, each alone and together: kr,ks,kc trains review alone, summary alone, both, and all three.")]=None,
+    ablate:Annotated[str|None, _opt(_rl, "Parts to take away from all three, each alone and together: kr,ks,kc trains review alone, summary alone, both, and all three.")]=None,
     sweep:Annotated[list[str]|None, _opt(_rl, "Values to try, one at a time: tau=1,2,4, kr.weight=1,3, lr=.1,.2. Several times for several. Scored on validation images.")]=None,
     grid:Annotated[bool, _opt(_rl, "All combinations of the sweeps.", '--grid')]=False,
     set_:Annotated[list[str]|None, _opt(_how, "A value for all runs: epochs=10, size=16, tau=4, kr.on=logits, preset=paper. Several times for several.", '--set')]=None,

@@ -166,7 +166,8 @@ def evidence(folder:Path # With the folders of comparisons by a protocol
         for _,r in summarise(runs_table(results)).iterrows():
             run = first(e for e in results if (e['group'],e['variant'])==(r.group,r.variant))
             rl = _name_of(run['reflective'], r.variant)
-            row = dict(protocol=_beds[bed[1]], imbalance_factor=run['imbalance_factor'], method=run['method'], rl=rl, seeds=int(r.runs), **{k: _rounded(r[k]) for k in shots}, train_accuracy=_rounded(r.train))
+            row = dict(protocol=_beds[bed[1]], imbalance_factor=run['imbalance_factor'], method=run['method'], rl=rl, seeds=int(r.runs),
+                       **{k: _rounded(r[k]) for k in shots}, train_accuracy=_rounded(r.train))
             if rl: row.update(gain_all=_rounded(r.gain_all), gain_few=_rounded(r.gain_few), ci_low=_rounded(r.gain_all_lo), ci_high=_rounded(r.gain_all_hi))
             rows.setdefault(tuple(row[k] for k in ('protocol','imbalance_factor','method','rl')), {**row, 'command': plan['command']})
     if not rows: raise ValueError(f"{folder}: no comparison by a protocol that has read the test set. `ltrl compare --protocol frozen --out {folder}/frozen` makes one.")

@@ -7,7 +7,7 @@ __all__ = ['lader', 'LADE', 'LADELoss']
 
 # %% ../../nbs/methods/04_lade.ipynb #dd542cd9
 from fastai.basics import *
-from .losses import BalancedSoftmax, BalancedSoftmaxLoss, check_class_counts
+from .losses import BalancedSoftmax, BalancedSoftmaxLoss
 
 # %% ../../nbs/methods/04_lade.ipynb #50e85412
 def lader(logits:Tensor, # `(B, C)`

@@ -15,7 +15,8 @@ class WithIds:
     def __init__(self, dataset # Anything with `__len__` and `__getitem__` that gives tuples, input first
                 ):
         for o in ('__len__','__getitem__'):
-            if not hasattr(dataset, o) or isinstance(dataset, torch.utils.data.IterableDataset): raise TypeError(f"dataset: expected one with __len__ and __getitem__, got {type(dataset).__name__}: without an index an item has no id.")
+            if not hasattr(dataset, o) or isinstance(dataset, torch.utils.data.IterableDataset): raise TypeError(
+                f"dataset: expected one with __len__ and __getitem__, got {type(dataset).__name__}: without an index an item has no id.")
         self.dataset = dataset
     def __len__(self): return len(self.dataset)
     def __getitem__(self, i:int): return *self.dataset[i],int(i)

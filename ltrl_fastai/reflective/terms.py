@@ -58,10 +58,13 @@ class Companion(Callback):
 
 # %% ../../nbs/reflective/05_terms.ipynb #ddb3ea23
 def _keep_buffers(model):
-    "Let a compiled model be backpropagated twice. By default its backward pass gives its buffers away, which is settled when it is compiled: so it is compiled anew"
+    """Let a compiled model be backpropagated twice. By default its backward pass gives its buffers away, which is settled when it is compiled: so it is compiled anew,
+    and not from PyTorch's cache on disk, whose keys don't tell such a backward pass from another: it would silently give wrong gradients"""
     if not any(hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) is not None for m in model.modules()): return
-    import torch._functorch.config as config, torch._dynamo
-    if getattr(config, 'donated_buffer', False): config.donated_buffer = False; torch._dynamo.reset()
+    import torch._dynamo, torch._functorch.config as config, torch._inductor.config as inductor
+    if not getattr(config, 'donated_buffer', False): return
+    config.donated_buffer,inductor.force_disable_caches = False,True
+    torch._dynamo.reset()
 
 class LossTerms(Callback):
     "Adds terms to the loss of a batch, keeps their means per epoch in the Recorder's table, and their gradient apart where that is asked for."

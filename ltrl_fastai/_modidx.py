@@ -781,8 +781,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                  'ltrl_fastai/reflective/samples.py'),
                                                 'ltrl_fastai.reflective.samples.SampleIds.after_cancel_train': ( 'reflective/samples.html#sampleids.after_cancel_train',
                                                                                                                  'ltrl_fastai/reflective/samples.py'),
-                                                'ltrl_fastai.reflective.samples.SampleIds.after_fit': ( 'reflective/samples.html#sampleids.after_fit',
-                                                                                                        'ltrl_fastai/reflective/samples.py'),
                                                 'ltrl_fastai.reflective.samples.SampleIds.after_train': ( 'reflective/samples.html#sampleids.after_train',
                                                                                                           'ltrl_fastai/reflective/samples.py'),
                                                 'ltrl_fastai.reflective.samples.SampleIds.before_batch': ( 'reflective/samples.html#sampleids.before_batch',
@@ -991,5 +989,9 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'ltrl_fastai/reflective/terms.py'),
                                               'ltrl_fastai.reflective.terms.LossTerms.trained_logits': ( 'reflective/terms.html#lossterms.trained_logits',
                                                                                                          'ltrl_fastai/reflective/terms.py'),
+                                              'ltrl_fastai.reflective.terms._fit': ( 'reflective/terms.html#_fit',
+                                                                                     'ltrl_fastai/reflective/terms.py'),
                                               'ltrl_fastai.reflective.terms._keep_buffers': ( 'reflective/terms.html#_keep_buffers',
-                                                                                              'ltrl_fastai/reflective/terms.py')}}}
+                                                                                              'ltrl_fastai/reflective/terms.py'),
+                                              'ltrl_fastai.reflective.terms._tells_of_crashes': ( 'reflective/terms.html#_tells_of_crashes',
+                                                                                                  'ltrl_fastai/reflective/terms.py')}}}

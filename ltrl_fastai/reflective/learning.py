@@ -93,6 +93,7 @@ class ReflectiveLearning(Companion):
     def before_fit(self): self._grant(); self._fitting = True
     def before_epoch(self): self._grant()
     def after_fit(self): self._fitting = False; self._grant()
+    after_crash = after_fit
 
     @property
     def config(self) -> dict:

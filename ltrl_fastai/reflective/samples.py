@@ -111,7 +111,7 @@ class SampleIds(Callback):
 
     def after_cancel_train(self): self._order = None; self._release()
     def after_cancel_epoch(self): self._release()
-    def after_fit(self): self._release()
+    after_fit = after_crash = after_cancel_epoch
     def _release(self):
         "Leave the training loader as it was, if the first batch never came"
         _watch(self.learn.dls.train, False)

@@ -63,12 +63,12 @@ class KnowledgeSummary(Companion):
         self._right,self._n = 0.,0
 
     def before_batch(self):
-        self.after_batch() # a crash or an interrupt may have left a hook
+        self.after_batch() # should `learn.fit` have been replaced, so that nobody told of a crash
         self._look = HeadInput(self._module)
     def after_batch(self):
         if self._look is not None: self._look.remove()
         self._look = None
-    after_cancel_train = after_cancel_epoch = after_cancel_fit = after_fit = after_batch
+    after_cancel_train = after_cancel_epoch = after_cancel_fit = after_fit = after_crash = after_batch
     def detach(self, learn): self.after_batch(); super().detach(learn)
 
     def after_loss(self):

@@ -6,13 +6,26 @@
 __all__ = ['Companion', 'LossTerms']
 
 # %% ../../nbs/reflective/05_terms.ipynb #b95c050d
-import inspect, math
+import functools, inspect, math
 from fastai.basics import *
 from fastai.callback.mixup import MixHandler
 from .functional import check_logits, check_targets
 from .ranks import Ranks
 
 # %% ../../nbs/reflective/05_terms.ipynb #b71eb09d
+@functools.wraps(Learner.fit)
+def _fit(self, *args, **kwargs):
+    try: return type(self).fit(self, *args, **kwargs)
+    except BaseException:
+        for cb in self.cbs: getattr(cb, 'after_crash', noop)()
+        raise
+
+def _tells_of_crashes(learn, on=True):
+    "Let `learn.fit` call `after_crash` before it raises, or `on=False`: do as its class does. Whoever has replaced it already keeps it"
+    mine = vars(learn).get('fit')
+    if on and mine is None: learn.fit = MethodType(_fit, learn)
+    elif not on and getattr(mine, '__func__', None) is _fit: del learn.fit
+
 class Companion(Callback):
     "A `Callback` that brings the callbacks it `needs` to the learner, once, and takes them away with the last that needs them. Rests during `lr_find`."
     needs,columns,_learn,_run = (),(),None,True
@@ -33,6 +46,7 @@ class Companion(Callback):
         self._refuse_twin(learn, type(self))
         for o in self.needs:
             if not learn._grab_cbs(o): learn.add_cb(o())
+        _tells_of_crashes(learn)
 
     def _refuse_twin(self, learn, cls):
         if not (twin := first(cb for cb in learn.cbs if type(cb) is cls and cb is not self)): return
@@ -45,6 +59,7 @@ class Companion(Callback):
         others = [cb for cb in learn.cbs if cb is not self and isinstance(cb, Companion)]
         for o in self.needs:
             if not any(o in cb.needs for cb in others): learn.remove_cbs(o)
+        if not others: _tells_of_crashes(learn, False)
 
     @property
     def config(self) -> dict:

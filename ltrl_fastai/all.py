@@ -16,6 +16,13 @@ from ltrl_fastai.data.benchmarks import *
 from ltrl_fastai.data.frozen import *
 from ltrl_fastai.methods.losses import *
 from ltrl_fastai.methods.nets import *
+from ltrl_fastai.methods.weights import *
+from ltrl_fastai.methods.margins import *
+from ltrl_fastai.methods.lade import *
+from ltrl_fastai.methods.posthoc import *
+from ltrl_fastai.methods.views import *
+from ltrl_fastai.methods.heads import *
+from ltrl_fastai.methods.method import *
 from ltrl_fastai.evaluation.metrics import *
 from ltrl_fastai.evaluation.report import *
 from ltrl_fastai.evaluation.diagnosis import *

@@ -114,7 +114,7 @@ def cutout(x:Tensor, # `(B, C, H, W)`
 class BatchAug(Transform):
     "A function of image batches as a training transform."
     split_idx = 0
-    def __init__(self, f, order:int=0, **kwargs): super().__init__(); self.f,self.order = partial(f, **kwargs),order
+    def __init__(self, f, order:int=0, strong:bool=False, **kwargs): super().__init__(); self.f,self.order,self.strong = partial(f, **kwargs),order,strong
     def encodes(self, x:TensorImage): return retain_type(self.f(x.as_subclass(Tensor)), x)
 
 def chunkwise(x:Tensor, # `(B, C, H, W)` uint8
@@ -139,7 +139,7 @@ def small_image_tfms(train:Tensor, # `(N, C, H, W)` uint8: the training images, 
     stats = [x.mean((0,2,3)).tolist(), x.std((0,2,3)).clamp(min=1e-3).tolist()]
     res = [BatchAug(pad_crop, pad=crop)] if crop else []
     if flip: res.append(BatchAug(random_flip, 1))
-    if policy: res.append(BatchAug(chunkwise, 2, tfm=_policies[policy](), chunk=chunk))
+    if policy: res.append(BatchAug(chunkwise, 2, strong=True, tfm=_policies[policy](), chunk=chunk))
     res += [IntToFloatTensor(), Normalize.from_stats(*stats, cuda=False)]
     return res+([BatchAug(cutout, 100, size=cut)] if cut else [])
 

@@ -76,6 +76,7 @@ class KnowledgeSummary(Companion):
         feats,terms = self._look.value,self.learn.loss_terms
         if feats is None: raise ValueError(f"The head {type(self._module).__name__} was not called in the forward pass. Name the one that is: `KnowledgeSummary(head=...)`.")
         logits,y = terms.batch()
+        if len(feats)==len(y)*getattr(terms.fit_loss, 'views', 1): feats = feats[:len(y)] # of the first view
         if len(feats)!=len(y): raise ValueError(f"The head {type(self._module).__name__} was given {len(feats)} features for a batch of {len(y)}, "
             "where one of each sample was expected. Name a module that sees the whole batch: `KnowledgeSummary(head=...)`.")
         if self.bank is None or self.bank.n_classes!=logits.shape[1]: self.reset(); self.bank = self._new_bank(logits.shape[1])

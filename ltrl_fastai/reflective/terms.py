@@ -204,7 +204,7 @@ class LossTerms(Callback):
 
     def batch(self) -> tuple[Tensor, Tensor]: # logits `(B, C)`, targets `(B,)` int64
         "The logits and the class indices of the batch in hand, checked; tabular targets `(B, 1)` are flattened, as fastai's losses do."
-        logits,y = self.learn.pred,self.learn.y
+        logits,y = self.logits_of(self.learn.pred),self.learn.y
         if not isinstance(y, Tensor): raise ValueError(f"targets: expected one tensor of class indices, got {type(y).__name__} of {len(y)}. "
             "Reflective Learning is for single-label classification.")
         if y.ndim==2 and y.shape[1]==1: y = y[:,0]
@@ -212,6 +212,10 @@ class LossTerms(Callback):
         y = check_targets(y.as_subclass(Tensor), logits.shape[1], read=None if self._looked else True)
         self._looked = True # waiting for a device once a fit is enough
         return logits.as_subclass(Tensor),y
+
+    def logits_of(self, pred) -> Tensor:
+        "The prediction in what the model gave, if that is more: by the loss's `logits_of` (the mean of experts, say), if it has one."
+        return getattr(self.fit_loss, 'logits_of', noop)(pred)
 
     def trained_logits(self, logits:Tensor) -> Tensor:
         "`logits` as the loss sees them: through its `trained_logits`, if it has one (Balanced Softmax adds log n), else as they are."

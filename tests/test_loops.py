@@ -209,7 +209,7 @@ def test_an_end_anywhere_leaves_no_hook(exc, event):
 
 
 def test_the_hook_of_an_end_is_gone_with_the_next_batch():
-    "Where `fit` is not ours, since somebody has replaced it: what an interrupt in the forward pass leaves then, the next fit and the next prediction take away; nothing is counted twice"
+    "Where somebody has replaced `fit`: what an interrupt in the forward pass leaves then, the next fit and prediction take away; nothing is counted twice"
     learn = learner(cbs=[Stop(KeyboardInterrupt, 'forward')])
     theirs = learn.fit = MethodType(Learner.fit, learn)
     learn.add_cb(ReflectiveLearning(ks=True, kc=True))

@@ -99,8 +99,7 @@ class Checkpoint(Callback):
 
     def remove(self):
         "Remove the file, the one before, what a kill has left half written, and what is beside them."
-        for f in (self.file, self.older, *self.file.parent.glob(f'.{self.file.name}.*')): f.unlink(missing_ok=True)
-        if self.beside.exists(): shutil.rmtree(self.beside)
+        for f in (self.file, *self.file.parent.glob(f'{self.file.name}.*'), *self.file.parent.glob(f'.{self.file.name}.*')): shutil.rmtree(f) if f.is_dir() else f.unlink(missing_ok=True)
 
     def load(self) -> dict:
         "What the file holds, or the one before if that can't be read; raises `UnreadableCheckpoint` if neither can, `ForeignCheckpoint` if it is of another fit."

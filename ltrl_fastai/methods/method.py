@@ -91,14 +91,15 @@ class Method:
             cbs=None, # Function from the number of a stage to callbacks for its fit
             done=noop # Called with the number of a stage when it is done, before the next changes the learner
            ) -> Learner:
-        "Train all stages. Reflective Learning and the method's own callbacks belong to the first: later stages have none but their own."
+        "Train all stages. Reflective Learning and the method's callbacks belong to the first: later stages have none but their own. Reflective Learning is back on the learner afterwards."
         cbs = cbs or (lambda i: [])
         (first or _one_cycle)(learn, epochs, lr, L(cbs(0)))
         done(0)
         if not self.then: return learn
         counts = class_counts(learn.dls)
         mine = {type(o) for o in self.cbs(counts)}
-        with learn.removed_cbs([o for o in learn.cbs if type(o) in mine or isinstance(o, Companion)]):
+        learn.remove_cbs([o for o in learn.cbs if type(o) in mine])
+        with learn.removed_cbs([o for o in learn.cbs if isinstance(o, Companion)]):
             for i,s in enumerate(self.then, 1):
                 s.prepare(learn, counts)
                 n = epochs if s.epochs is None else min(s.epochs, epochs)

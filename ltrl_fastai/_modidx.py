@@ -288,6 +288,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'ltrl_fastai/experiments/cli.py'),
                                              'ltrl_fastai.experiments.cli.main': ( 'experiments/cli.html#main',
                                                                                    'ltrl_fastai/experiments/cli.py'),
+                                             'ltrl_fastai.experiments.cli.methods': ( 'experiments/cli.html#methods',
+                                                                                      'ltrl_fastai/experiments/cli.py'),
                                              'ltrl_fastai.experiments.cli.report': ( 'experiments/cli.html#report',
                                                                                      'ltrl_fastai/experiments/cli.py'),
                                              'ltrl_fastai.experiments.cli.train': ( 'experiments/cli.html#train',

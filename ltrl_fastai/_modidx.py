@@ -200,6 +200,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'ltrl_fastai/experiments/bench.py'),
                                                'ltrl_fastai.experiments.bench.bench_teachers': ( 'experiments/bench.html#bench_teachers',
                                                                                                  'ltrl_fastai/experiments/bench.py'),
+                                               'ltrl_fastai.experiments.bench.bench_training': ( 'experiments/bench.html#bench_training',
+                                                                                                 'ltrl_fastai/experiments/bench.py'),
                                                'ltrl_fastai.experiments.bench.in_process': ( 'experiments/bench.html#in_process',
                                                                                              'ltrl_fastai/experiments/bench.py'),
                                                'ltrl_fastai.experiments.bench.kl_error': ( 'experiments/bench.html#kl_error',

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['ways', 'inat', 'imagenet_lt', 'parts', 'Stepper', 'bench_step', 'in_process', 'bench_teachers', 'bench_centers',
-           'predictions', 'kl_error', 'bench_loader', 'bench']
+           'predictions', 'kl_error', 'bench_loader', 'bench_training', 'bench']
 
 # %% ../../nbs/experiments/06_bench.ipynb #75c2ea3a
 from fastai.vision.all import *
 import multiprocessing, resource, tempfile
 from collections import deque
-from ..data.fast import ImageTensors, small_image_tfms, tensor_dataloaders
+from ..data.fast import ImageTensors, pad_crop, random_flip, small_image_tfms, tensor_dataloaders
 from ..methods.losses import BalancedSoftmaxLoss
 from ..methods.nets import create_net
 from ..reflective.learning import ReflectiveLearning
@@ -228,8 +228,40 @@ def bench_loader(n:int=2048, # Images of 32 by 32 pixels
     torch.set_num_threads(threads)
     return dict(ours_vs_fastai=round(_median(times[:,1]/times[:,0]), 2), ours_vs_torchvision=round(_median(times[:,2]/times[:,0]), 2), epoch_s=round(_median(times[:,0]), 4))
 
+# %% ../../nbs/experiments/06_bench.ipynb #322cfd2c
+def bench_training(net:str='resnet32', # See `create_net`
+                   bs:int=128, # Images of a step
+                   batches:int=5, # Of an epoch
+                   n_classes:int=100, # Classes
+                   rounds:int=8, # Epochs of each
+                   device='cpu'
+                  ) -> dict: # Seconds of a plain step, and the median of ratios to it
+    "Epochs of training by a Learner, loader included, over those of a plain PyTorch loop of the same net and data."
+    torch.manual_seed(0)
+    x,y = torch.randint(0, 256, (batches*bs,3,32,32), dtype=torch.uint8),torch.randint(0, n_classes, (batches*bs,))
+    counts = torch.bincount(y, minlength=n_classes).clamp(min=1)
+    first = create_net(net, n_classes).to(device)
+    dls = tensor_dataloaders(*[ImageTensors(x, y, vocab=range(n_classes))]*2, bs=bs, tfms=small_image_tfms(x), device=device)
+    ours = Stepper(Learner(dls, deepcopy(first), loss_func=BalancedSoftmaxLoss(counts), opt_func=partial(SGD, mom=.9), lr=1e-3))
+    model = deepcopy(first).train()
+    opt = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=.9)
+    shift,f = counts.log().to(device),x.float()/255
+    mean,std = [o[None,:,None,None].to(device) for o in (f.mean((0,2,3)), f.std((0,2,3)))]
+    def plain():
+        for ids in torch.randperm(len(x)).split(bs):
+            b,t = random_flip(pad_crop(x[ids].to(device))).float()/255,y[ids].to(device)
+            loss = F.cross_entropy(model((b-mean)/std)+shift, t)
+            loss.backward()
+            opt.step(); opt.zero_grad()
+    def epoch():
+        for _ in range(batches): ours.step()
+    def secs(f): _wait(ours.learn); t = time.perf_counter(); f(); _wait(ours.learn); return time.perf_counter()-t
+    plain()
+    times = np.array([[secs(epoch), secs(plain)] for _ in range(rounds)])
+    return dict(net=net, bs=bs, steps=rounds*batches, plain_s=round(_median(times[:,1])/batches, 4), ours_vs_plain=round(_median(times[:,0]/times[:,1]), 4))
+
 # %% ../../nbs/experiments/06_bench.ipynb #fa4358c4
-parts = ('overhead','memory','centers','loader')
+parts = ('overhead','training','memory','centers','loader')
 def bench(only:list=parts, # Which of `parts`
           quick:bool=False, # A tenth of the size: to see that it runs, not what it costs
           folder=None, # With room for 8 GB on disk; default: the system's temporary one
@@ -244,6 +276,9 @@ def bench(only:list=parts, # Which of `parts`
         b = bench_step('resnet50' if not quick else 'resnet18', 16, 64, 1000, less(10), device)
         echo(f"{b['net']}: {b}")
         res['overhead'] = dict(**{k: a[k] for k in ('kr_ks','full','bound','fast')}, steps=[a, b])
+    if 'training' in only:
+        res['training'] = bench_training('resnet32' if not quick else 'resnet8', 128, 5, 100, less(8), device)
+        echo(f"training: {res['training']}")
     if 'memory' in only:
         sizes = {k: dict(o, n=less(o['n'])) for k,o in dict(inat=inat, imagenet_lt=imagenet_lt).items()}
         disk,inat_peak = in_process(bench_teachers, 'disk', *sizes['inat'].values(), folder)

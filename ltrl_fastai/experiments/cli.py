@@ -253,12 +253,12 @@ def methods(
 @app.command()
 def bench(
     out:Annotated[Path|None, _opt(_where, "JSON file to write. Default: none, the figures are printed.")]=None,
-    only:Annotated[str, _opt(_what, "Some of overhead, memory, centers, loader.")]='overhead,memory,centers,loader',
+    only:Annotated[str, _opt(_what, "Some of overhead, training, memory, centers, loader.")]='overhead,training,memory,centers,loader',
     quick:Annotated[bool, _opt(_how, "A tenth of the size: to see that it runs, not what it costs.", '--quick')]=False,
     folder:Annotated[Path|None, _opt(_where, "Where 8 GB can be written and removed again. Default: the system's temporary folder.")]=None,
     device:Annotated[str, _opt(_how, "Of the steps: cpu or cuda.")]='cpu',
 ):
-    """Measure what Reflective Learning costs: a step, memory of teachers and class centres, and how fast images are loaded.
+    """Measure what Reflective Learning costs: a step, an epoch against a plain PyTorch loop, memory of teachers and class centres, and how fast images are loaded.
 
     All that is compared takes turns in one process; a ratio is the median over rounds. Give it a quiet machine: about 15 minutes on one core.
 

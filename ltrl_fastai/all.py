@@ -23,7 +23,13 @@ from ltrl_fastai.methods.posthoc import *
 from ltrl_fastai.methods.views import *
 from ltrl_fastai.methods.heads import *
 from ltrl_fastai.methods.method import *
+from ltrl_fastai.methods.experts import *
+from ltrl_fastai.methods.ride import *
+from ltrl_fastai.methods.sade import *
+from ltrl_fastai.methods.mdcs import *
+from ltrl_fastai.methods.catalogue import *
 from ltrl_fastai.evaluation.metrics import *
 from ltrl_fastai.evaluation.report import *
+from ltrl_fastai.evaluation.shift import *
 from ltrl_fastai.evaluation.diagnosis import *
 from ltrl_fastai.experiments.checkpoint import Checkpoint

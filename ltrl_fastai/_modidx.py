@@ -577,6 +577,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'ltrl_fastai.methods.heads.dealt': ('methods/heads.html#dealt', 'ltrl_fastai/methods/heads.py'),
                                            'ltrl_fastai.methods.heads.head_of': ( 'methods/heads.html#head_of',
                                                                                   'ltrl_fastai/methods/heads.py'),
+                                           'ltrl_fastai.methods.heads.pretrained_net': ( 'methods/heads.html#pretrained_net',
+                                                                                         'ltrl_fastai/methods/heads.py'),
                                            'ltrl_fastai.methods.heads.replace_head': ( 'methods/heads.html#replace_head',
                                                                                        'ltrl_fastai/methods/heads.py')},
             'ltrl_fastai.methods.lade': { 'ltrl_fastai.methods.lade.LADE': ('methods/lade.html#lade', 'ltrl_fastai/methods/lade.py'),

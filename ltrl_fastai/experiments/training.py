@@ -13,6 +13,7 @@ from ..data.imbalance import check_imbalance_factor
 from ..data.benchmarks import digits_lt, cifar10_lt, cifar100_lt
 from ..data.frozen import cifar100_frozen_lt
 from ..methods.nets import create_net
+from ..methods.heads import pretrained_net
 from ..methods.catalogue import methods
 from ..evaluation.metrics import shot_accuracies
 from ..evaluation.report import ShotReport
@@ -58,7 +59,9 @@ class RunSettings:
     data_seed:int=0 # Of the choice of training images
     n_max:int=None # Training images of the largest class; default: as many as there are (120 for digits)
     n_valid:int=None # Validation images of each class, at most
+    pretrained:bool=False # Does a torchvision net begin with ImageNet weights?
     policy:str=None # Augmentation policy beside crop and flip: 'randaugment' or 'autoaugment'
+    cut:int=None # Pixels of a side of the Cutout square
     crop:int=None # Padding of the random crop
     flip:bool=None # Mirror?
     size:int=None # Pixels of a side that images are shrunk to
@@ -77,14 +80,14 @@ class RunSettings:
             if getattr(self, k) is not None and getattr(self, k)<1: raise ValueError(f"{k}: expected at least 1, got {getattr(self, k)}.")
         for k in ('seed','data_seed'):
             if not 0<=getattr(self, k)<2**32: raise ValueError(f"{k}: expected 0 to 2**32-1, got {getattr(self, k)}.")
-        for k in ('wd','crop'):
+        for k in ('wd','crop','cut'):
             if getattr(self, k) is not None and not 0<=getattr(self, k)<math.inf: raise ValueError(f"{k}: expected 0 or more, got {getattr(self, k)}.")
         if not 0<self.lr<math.inf: raise ValueError(f"lr: expected a finite learning rate above 0, got {self.lr}.")
         if self.data is not None and self.dataset=='digits-lt': raise ValueError("data: digits-lt is installed with scikit-learn and is not read from a path.")
 
     def dls(self) -> DataLoaders:
         "The data, as settings say."
-        tfms = {**datasets[self.dataset].get('tfms', {}), **{k: getattr(self, k) for k in ('policy','crop','flip') if getattr(self, k) is not None}}
+        tfms = {**datasets[self.dataset].get('tfms', {}), **{k: getattr(self, k) for k in ('policy','crop','flip','cut') if getattr(self, k) is not None}}
         kw = dict(path=self.data) if self.data is not None else {}
         kw.update({k: getattr(self, k) for k in ('n_max','n_valid','size') if getattr(self, k) is not None})
         return datasets[self.dataset]['make'](self.imbalance_factor, data_seed=self.data_seed, bs=self.bs, tfms=tfms, **kw)
@@ -94,7 +97,7 @@ class RunSettings:
         set_seed(self.seed, reproducible=True)
         dls = self.dls()
         counts = dls.class_counts
-        net = create_net(self.net, dls.c, n_in=dls.train_ds.x.shape[1])
+        net = pretrained_net(self.net, dls.c) if self.pretrained else create_net(self.net, dls.c, n_in=dls.train_ds.x.shape[1])
         cbs = ([] if self.reflective is None else [ReflectiveLearning(**self.reflective)]) + ([Diagnosis()] if self.diagnose else [])
         return methods[self.method].learner(dls, net, counts, cbs, opt_func=partial(SGD, mom=.9), wd=self.wd, moms=(.9,.9,.9), metrics=shot_accuracies(counts))
 

@@ -88,6 +88,7 @@ def expert_net(net:nn.Module, # A classifier that can be split: see the table
                n:int=3, # Experts
                cosine:bool=True, # Do they classify by cosine? Else by a linear layer
                width:float=.75, # Of the experts' own stages, in ResNets
+               share:bool=True, # A stem? Else each expert is a whole net, and they share nothing
                scale:float=30. # Of the cosine
               ) -> ExpertNet:
     "Make experts of a net; raises `ValueError` if it can't be split."
@@ -96,6 +97,7 @@ def expert_net(net:nn.Module, # A classifier that can be split: see the table
     if n<1: raise ValueError(f"experts: expected at least 1, got {n}")
     n_classes,pretrained = head_of(net)[1].out_features,getattr(net, 'pretrained', False)
     shared,own,n_features = how(net, 1 if pretrained else width)
+    if not share: shared,own = nn.Identity(),nn.Sequential(shared, own)
     heads = [CosineHead(n_features, n_classes, scale) if cosine else nn.Linear(n_features, n_classes) for _ in range(n)]
     return ExpertNet(shared, [_redrawn(own, fresh=not pretrained) for _ in range(n)], heads)
 

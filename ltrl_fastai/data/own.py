@@ -117,7 +117,8 @@ def own_images(path:str|Path, # A folder or a CSV file
     for k in ('valid','test'):
         if k not in lists: continue
         bare = [vocab[i] for i in sorted(set(range(len(vocab)))-set(lists[k].labels))]
-        if bare: notes.append(f"No {dict(valid='validation', test='test')[k]} image of {len(bare)} of {len(vocab)} classes: {few_of(bare, 10)}. Their accuracy is not measured there.")
+        what = dict(valid='validation', test='test')[k]
+        if bare: notes.append(f"No {what} image of {len(bare)} of {len(vocab)} classes: {few_of(bare, 10)}. Their accuracy is not measured there.")
     if 'test' not in lists: notes.append("There is no test set: reports are of validation images.")
     own = None if size else common_size([f for o in lists.values() for f in o.files])
     return image_dataloaders(lists, vocab, bs=bs, size=size or own or 224, small=bool(own), name=path.stem, notes=notes, **kwargs)

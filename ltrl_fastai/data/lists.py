@@ -316,7 +316,7 @@ def read_lists(name:str, # In `list_sets`
     n = check_lists(lists)
     folder = found['train'].parent
     if (f := folder/'categories.json').is_file(): names = _category_names(json.loads(f.read_text(encoding='utf-8')))
-    roots = list(dict.fromkeys([base, folder, *[base/o for o in spec['images']]]))
+    roots = list(dict.fromkeys([base, folder, *[o/image for o in (base, folder) for image in spec['images']]]))
     for o in lists.values(): locate(o, roots, spec['spellings'])
     if not names or len({names.get(i) for i in range(n)}-{None})<n: vocab = class_names(lists['train'], n)
     else: vocab = [str(names[i]) for i in range(n)]

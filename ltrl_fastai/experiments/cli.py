@@ -28,7 +28,7 @@ _what,_rl,_how,_where = "What to train","Reflective Learning","How to train","In
 
 @app.command()
 def train(
-    dataset:Annotated[str, _opt(_what, "digits-lt (installed, nothing is downloaded), another name from `ltrl datasets`, or a path: a folder of images or a CSV file.")]='digits-lt',
+    dataset:Annotated[str, _opt(_what, "digits-lt (installed, nothing is downloaded), a name from `ltrl datasets`, or a path: a folder of images or a CSV file.")]='digits-lt',
     imbalance_factor:Annotated[float|None, _opt(_what, "Images of the largest class over those of the smallest; 1 is balanced. Default: 20 for digits, 100 for CIFAR.")]=None,
     n_max:Annotated[int|None, _opt(_what, "Training images of the largest class. Default: all there are (500 of CIFAR-100), 120 for digits.")]=None,
     method:Annotated[str, _opt(_what, "The loss: softmax (cross-entropy) or bsce (Balanced Softmax).")]='bsce',
@@ -193,7 +193,8 @@ def compare(
         for o in dict.fromkeys(o for r in once.values() for o in r.settings.check()): typer.echo(f"Note: {o}")
     except (ValueError, TypeError, OSError, ImportError) as e: fail(e)
     jobs,error = jobs or default_jobs(), None
-    typer.echo(f"{len(plan)} runs, {jobs} at a time, scored on {'test' if test else 'validation'} images; results are in {out/'runs'}")
+    scored = 'validation images' if not test else 'test images' if plan[0].settings.imbalance_factor else 'test images, or on validation images if there are none'
+    typer.echo(f"{len(plan)} runs, {jobs} at a time, scored on {scored}; results are in {out/'runs'}")
     with Watch(plan, jobs, lambda run: read_result(run_file(out, run)), Console()) as watch:
         try: run_plan(plan, out, jobs, test, watch, command(), dict(command=command(), test=test, versions=versions()))
         except Failed as e: error = e

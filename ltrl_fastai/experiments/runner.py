@@ -209,7 +209,7 @@ def _run_workers(missing, folder, jobs, watch, command):
     with without_main():
         for _ in range(jobs):
             ours,theirs = ctx.Pipe()
-            p = ctx.Process(target=_work, args=(theirs, folder, command), daemon=True); p.start(); theirs.close()
+            p = ctx.Process(target=_work, args=(theirs, folder, command)); p.start(); theirs.close() # no daemon, which could have no loader processes of its own
             procs[ours] = p
     def hand(conn):
         if not queue: conn.close(); procs.pop(conn).join(); return

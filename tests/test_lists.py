@@ -506,7 +506,7 @@ def test_train_and_compare_on_a_csv_file(tmp_path):
 
 
 def test_compare_loads_images_in_processes(tmp_path):
-    "Runs of a comparison are processes, and so are the loaders of a thousand images: those of the runs must be allowed to have them"
+    "Runs of a comparison are processes of their own, and must be allowed to have more for loading images, as they do from a thousand on"
     own_folder(tmp_path/'mine', each=dict(a=900, b=400))
     said = run('compare', '--dataset', 'mine', *small, '--set', 'size=8', '--set', 'bs=256', '--rl', 'on', '--out', 'b', cwd=tmp_path)
     assert '1 computed' in said

@@ -110,6 +110,7 @@ class ExpertsLoss(MethodLoss):
             ) -> Tensor: # `(B,)`
         return F.cross_entropy(logits, targets, reduction='none')
     def parts(self, pred, targets):
-        if pred.ndim!=3: raise ValueError(f"{type(self).__name__}: expected logits (B, K, C) of experts in training, got shape {tuple(pred.shape)}. Make experts of the net first: `expert_net(net)`.")
+        if pred.ndim!=3: raise ValueError(f"{type(self).__name__}: expected logits (B, K, C) of experts in training, got shape {tuple(pred.shape)}. "
+            "Make experts of the net first: `expert_net(net)`.")
         return sum(self.each(z, k, targets) for k,z in enumerate(pred.unbind(1)))
     def logits_of(self, pred): return pred.mean(1) if pred.ndim==3 else pred

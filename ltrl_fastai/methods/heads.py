@@ -35,8 +35,10 @@ def pretrained_net(name:str, # Of a torchvision classifier: 'resnet152', 'swin_t
                   ) -> nn.Module: # With an attribute `pretrained`, so that experts of it begin as copies
     "A net with torchvision's best ImageNet weights, and a new head. They are downloaded, once; raises `ValueError` for a net that has none."
     try: net = torchvision.models.get_model(name, weights='DEFAULT')
-    except ValueError as e: raise ValueError(f"net: there are no ImageNet weights for {name!r} in torchvision. Train it from scratch, or take resnet50, resnet152, swin_t, ...") from e
-    except OSError as e: raise OSError(f"net: the ImageNet weights of {name} could not be downloaded ({e}). Put the file into {torch.hub.get_dir()}/checkpoints, or train from scratch.") from e
+    except ValueError as e: raise ValueError(f"net: there are no ImageNet weights for {name!r} in torchvision. "
+        "Train it from scratch, or take resnet50, resnet152, swin_t, ...") from e
+    except OSError as e: raise OSError(f"net: the ImageNet weights of {name} could not be downloaded ({e}). "
+        f"Put the file into {torch.hub.get_dir()}/checkpoints, or train from scratch.") from e
     net.pretrained = True
     return replace_head(net, lambda old: nn.Linear(old.in_features, n_classes))
 

@@ -37,7 +37,10 @@ class MethodLoss(nn.Module):
     def activation(self, x:Tensor) -> Tensor: return F.softmax(x, dim=-1)
     def decodes(self, x:Tensor) -> Tensor: return x.argmax(dim=-1)
 
-def _float(x): return x.as_subclass(Tensor).float() if x.dtype in (torch.float16, torch.bfloat16) else x.as_subclass(Tensor) if isinstance(x, Tensor) else x
+def _float(x):
+    if not isinstance(x, Tensor): return x
+    x = x.as_subclass(Tensor)
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 # %% ../../nbs/methods/08_method.ipynb #3a8e53e4
 def _nothing(counts): return []

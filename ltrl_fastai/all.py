@@ -29,6 +29,13 @@ from ltrl_fastai.methods.experts import *
 from ltrl_fastai.methods.ride import *
 from ltrl_fastai.methods.sade import *
 from ltrl_fastai.methods.mdcs import *
+from ltrl_fastai.methods.oltr import *
+from ltrl_fastai.methods.balancing import *
+from ltrl_fastai.methods.mislas import *
+from ltrl_fastai.methods.decouple import *
+from ltrl_fastai.methods.bbn import *
+from ltrl_fastai.methods.paco import *
+from ltrl_fastai.methods.ncl import *
 from ltrl_fastai.methods.catalogue import *
 from ltrl_fastai.evaluation.metrics import *
 from ltrl_fastai.evaluation.report import *

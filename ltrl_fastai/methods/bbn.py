@@ -62,6 +62,7 @@ class BBNLoss(MethodLoss):
     "Cross-entropy of the mixture with the targets of both batches (Zhou et al. 2020, eq. 3)."
     def logits_of(self, pred): return pred[1] if isinstance(pred, tuple) else pred
     def parts(self, pred, targets):
-        if not isinstance(pred, tuple): raise ValueError("BBN: the model gave one prediction, where a mixture of two batches was expected: make the net by `bilateral_net`, and add `ReversedBatch()` to the learner.")
+        if not isinstance(pred, tuple): raise ValueError("BBN: the model gave one prediction, where a mixture of two batches was expected: "
+            "make the net by `bilateral_net`, and add `ReversedBatch()` to the learner.")
         z,_,y_r,lam = pred
         return lam*F.cross_entropy(z, targets, reduction='none') + (1-lam)*F.cross_entropy(z, y_r.as_subclass(Tensor), reduction='none')

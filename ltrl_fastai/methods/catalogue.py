@@ -19,17 +19,25 @@ from .experts import expert_net
 from .ride import RIDELoss, assignment, distil_net, distillation
 from .sade import SADELoss
 from .mdcs import MDCSLoss, RampUp, mdcs_net
+from .ncl import NCLLoss, ncl_net
+from .paco import PaCoLoss, KeyQueue, queued_net
+from .bbn import BBNLoss, ReversedBatch, bilateral_net
+from .decouple import crt, lws, tau_norm, ncm
+from .mislas import mislas_stage
+from .balancing import balancing_stage
+from .oltr import oltr_stage
 
 # %% ../../nbs/methods/21_catalogue.ipynb #c0d154a1
 def _cosine(net, counts): return cosine_head(net)
 def _experts(net, counts): return expert_net(net)
 def _drw(counts): return [DeferredWeights(counts)]
+def _mixed(counts): return [MixUp(1.)]
 
 methods = {
     'softmax': Method('cross-entropy', 'the baseline; slides, table 1', reported=41.4),
     'focal': Method('cross-entropy that hardly counts what is right already', 'Lin et al., ICCV 2017', lambda counts: FocalLossFlat(gamma=2.)),
     'class-balanced': Method('cross-entropy, classes weighted by their effective number of images', 'Cui et al., CVPR 2019', ClassBalancedLoss),
-    'mixup': Method('cross-entropy on mixtures of two images', 'Zhang et al., ICLR 2018; slides, table 7', cbs=lambda counts: [MixUp(1.)], reported=45.1),
+    'mixup': Method('cross-entropy on mixtures of two images', 'Zhang et al., ICLR 2018; slides, table 7', cbs=_mixed, reported=45.1),
     'bsce': Method('Balanced Softmax: cross-entropy of logits + log n', 'Ren et al., NeurIPS 2020; slides, table 1', BalancedSoftmaxLoss, reported=46.1),
     'logit-adjustment': Method('cross-entropy; log n is taken off when predicting', 'Menon et al., ICLR 2021', cbs=lambda counts: [LogitAdjustment(counts)]),
     'ldam': Method('margins that grow for rare classes, on a cosine head', 'Cao et al., NeurIPS 2019', LDAMLoss, _cosine),
@@ -42,4 +50,18 @@ methods = {
     'sade': Method('three experts for three priors', 'Zhang et al., NeurIPS 2022; slides, table 1', SADELoss, _experts, reported=49.4),
     'mdcs': Method('experts for three powers of the class counts, consistent over two views', 'Zhao et al., ICCV 2023; slides, table 1 (RandAugment)', MDCSLoss,
                    mdcs_net, lambda counts: [RampUp()], views=2, weak=True, reported=56.1),
+    'ncl': Method('three whole nets that learn from each other, on all and on hard classes', 'Li et al., CVPR 2022; slides, table 4', NCLLoss, ncl_net),
+    'paco': Method('contrast of two views with a queue, class centres among what they are compared with', 'Cui et al., ICCV 2021; slides, table 1 (RandAugment)', PaCoLoss,
+                   queued_net, lambda counts: [KeyQueue()], views=2, reported=52.0),
+    'bbn': Method('two branches, for the data as they are and turned round', 'Zhou et al., CVPR 2020; slides, table 1', lambda counts: BBNLoss(), bilateral_net,
+                  lambda counts: [ReversedBatch()], reported=44.7),
+    'crt': Method('cross-entropy; then a new head, on even classes', 'Kang et al., ICLR 2020; slides, table 6', then=(crt,), reported=43.3),
+    'lws': Method('cross-entropy; then a scale for each class vector', 'Kang et al., ICLR 2020', then=(lws,)),
+    'tau-norm': Method('cross-entropy; then class vectors over a power of their lengths', 'Kang et al., ICLR 2020; slides, table 6', then=(tau_norm,), reported=43.2),
+    'ncm': Method('cross-entropy; then the nearest class mean', 'Kang et al., ICLR 2020', then=(ncm,)),
+    'oltr': Method('cross-entropy; then class centroids as a memory', 'Liu et al., CVPR 2019; slides, table 5', then=(oltr_stage,)),
+    'mislas': Method('mixup; then a head with label-aware smoothing and shifted statistics', 'Zhong et al., CVPR 2021; slides, table 7', cbs=_mixed,
+                     then=(mislas_stage,), reported=47.0),
+    'weight-balancing': Method('strong weight decay; then a head within a ball', 'Alshammari et al., CVPR 2022; slides, table 7', then=(balancing_stage,),
+                               defaults=dict(wd=5e-3), reported=53.6),
 }

@@ -29,7 +29,7 @@ class LDAM(nn.Module):
 
 class LDAMLoss(BaseLoss):
     "Label-distribution-aware margins (Cao et al. 2019, eq. 13), for the logits of a `CosineHead`; with `DeferredWeights` it is LDAM-DRW."
-    y_int = True
+    y_int,review_weight = True,3. # what a review of it weighs, if nothing is said
     def __init__(self,
         class_counts, # Training images of each class: `class_counts(dls)`; each at least 1
         max_margin:float=.5, # Of the smallest class, in units of the cosine

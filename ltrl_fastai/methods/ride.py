@@ -18,6 +18,7 @@ from .weights import DeferredWeights
 # %% ../../nbs/methods/14_ride.ipynb #4384191c
 class RIDELoss(ExpertsLoss):
     "LDAM of each expert, less the divergence of experts from their mean (Wang et al. 2021, eq. 3). `DeferredWeights` puts in class weights, and with them temperatures by class."
+    review_weight = 6. # what a review of it weighs, if nothing is said
     def __init__(self,
         class_counts, # Training images of each class: `class_counts(dls)`; each at least 1
         diversity:float=.45, # Weight of the divergence

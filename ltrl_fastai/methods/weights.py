@@ -22,6 +22,7 @@ def effective_weights(class_counts, # Training images of each class: `class_coun
 # %% ../../nbs/methods/02_weights.ipynb #4d4a2dfe
 class ClassBalancedLoss(CrossEntropyLossFlat):
     "Cross-entropy weighted by one over the effective number of images (Cui et al. 2019)."
+    review_weight = 6. # what a review of it weighs, if nothing is said
     def __init__(self,
         class_counts, # Training images of each class: `class_counts(dls)`; each at least 1
         beta:float=.9999, # See `effective_weights`

@@ -51,7 +51,7 @@ class KnowledgeReview(Companion):
         "`weight`, or its default for the learner's loss: what the review would weigh if all teachers were right."
         if self.weight is not None: return self.weight
         loss = self.learn.loss_terms.fit_loss
-        return 6. if hasattr(loss, 'trained_logits') or getattr(loss, 'by_counts', False) else 1.
+        return getattr(loss, 'review_weight', 6. if hasattr(loss, 'trained_logits') else 1.)
 
     def reset(self):
         "Forget all teachers."

@@ -16,8 +16,9 @@ from ltrl_fastai.methods.decouple import (MeanHead, ScaledHead, TauNormHead, cla
 from ltrl_fastai.methods.heads import head_of
 from ltrl_fastai.methods.mislas import LabelAwareSmoothing, mislas_stage
 from ltrl_fastai.methods.nets import create_net
+from ltrl_fastai.methods.oltr import MemoryHead, OLTRLoss, oltr_stage
 
-stages = dict(crt=crt, lws=lws, tau_norm=tau_norm, ncm=ncm, mislas=mislas_stage, balancing=balancing_stage)
+stages = dict(crt=crt, lws=lws, tau_norm=tau_norm, ncm=ncm, mislas=mislas_stage, balancing=balancing_stage, oltr=oltr_stage)
 every_stage = pytest.mark.parametrize('stage', stages.values(), ids=stages)
 
 
@@ -116,7 +117,8 @@ def test_weights_tell_all(dls, stage):
         x = dls.valid.one_batch()[0]
         want = learn.model.eval()(x)
         other = create_net('resnet8', 10, n_in=1)
-        made = {ScaledHead: ScaledHead, TauNormHead: TauNormHead, MeanHead: lambda old: MeanHead(torch.rand(10, 64), torch.ones(10, dtype=torch.bool))}
+        made = {ScaledHead: ScaledHead, TauNormHead: TauNormHead, MeanHead: lambda old: MeanHead(torch.rand(10, 64), torch.ones(10, dtype=torch.bool)),
+                MemoryHead: lambda old: MemoryHead(torch.rand(10, 64))}
         if type(learn.model.fc) in made: other.fc = made[type(learn.model.fc)](other.fc)
         other.load_state_dict(learn.model.state_dict())
         torch.testing.assert_close(other.eval()(x), want, rtol=0, atol=0)
@@ -133,12 +135,13 @@ def test_scales_begin_where_the_head_was(dls):
 
 @every_stage
 def test_a_body_that_stands_still(dls, stage):
-    "No stage moves a weight of the body; MiSLAS moves its statistics, and no other does; all may learn again afterwards"
+    "No stage moves a weight of the body but OLTR, which trains it; MiSLAS moves its statistics, and no other does; all may learn again afterwards"
     learn = learner(dls)
     body = {k: v.clone() for k, v in learn.model.state_dict().items() if not k.startswith('fc')}
     first_done(learn, stage)
     moved = {k.rpartition('.')[2] for k, v in learn.model.state_dict().items() if k in body and not v.equal(body[k])}
-    assert moved == ({'running_mean', 'running_var', 'num_batches_tracked'} if stage is mislas_stage else set())
+    stats = {'running_mean', 'running_var', 'num_batches_tracked'}
+    assert moved == (stats if stage is mislas_stage else stats | {'weight', 'bias'} if stage is oltr_stage else set())
     assert all(p.requires_grad for p in learn.model.parameters())
 
 
@@ -216,7 +219,7 @@ def test_runs_are_resumed_within_the_second_stage(name, staged, tmp_path):
     "The same numbers as without an interruption; of a stage that trains nothing, in the first"
     settings = RunSettings(method=f'staged-{name}', epochs=2, reflective=dict(ks=True, kc=True))
     whole, _ = train_run(settings, bar=False)
-    with pytest.raises(KeyboardInterrupt): train_run(settings, bar=False, checkpoint=tmp_path/'fit.pt', cbs=[Crash(1 if stages[name].epochs else 0, 0)])
+    with pytest.raises(KeyboardInterrupt): train_run(settings, bar=False, checkpoint=tmp_path/'fit.pt', cbs=[Crash(0 if stages[name].epochs == 0 else 1, 0)])
     resumed, _ = train_run(settings, bar=False, checkpoint=tmp_path/'fit.pt')
     same(whole, resumed)
 
@@ -230,4 +233,18 @@ def test_reflective_learning_is_of_the_first_stage(dls, stage):
         def before_train(self): on.append(any(type(o).__name__ == 'KnowledgeReview' for o in self.learn.cbs))
     learn = learner(dls, cbs=[ReflectiveLearning(ks=True, kc=True), See()])
     with learn.no_bar(), learn.no_logging(): Method('', '', then=(stage,)).fit(learn, 2, .05)
-    assert on == [True]*2+[False]*min(2, stage.epochs) and learn.knowledge_review in learn.cbs
+    assert on == [True]*2+[False]*(2 if stage.epochs is None else min(2, stage.epochs)) and learn.knowledge_review in learn.cbs
+
+
+def test_memory_under_mixed_precision_and_review(dls, quick_fit):
+    "Logits outside of training and in the weights' precision; Reflective Learning by hand in the second stage reviews the logits and summarises what goes into the head"
+    learn = first_done(learner(dls), oltr_stage)
+    x = dls.valid.one_batch()[0]
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        assert learn.model.eval()(x).shape == (len(x), 10) and learn.model(x).dtype == torch.float32
+        logits, features, centroids = learn.model.train()(x)
+        assert logits.dtype == features.dtype == torch.float32 and centroids is learn.model.fc.centroids
+    learn.opt = None
+    quick_fit(learn, 2, cbs=ReflectiveLearning(ks=True, kc=True))
+    assert isinstance(learn.loss_func, OLTRLoss) and np.isfinite(learn.recorder.values[-1]).all()
+    assert Method('', '').learner(dls, learn.model)  # its head has as many outputs as there are classes

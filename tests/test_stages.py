@@ -4,8 +4,8 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.vision.all import (SGD, Callback, CrossEntropyLossFlat, DataLoaders, ImageDataLoaders, L, Learner, RandomResizedCrop, aug_transforms, deepcopy, nn, partial,
-                               resnet18, set_seed, vision_learner)
+from fastai.vision.all import (SGD, Callback, CrossEntropyLossFlat, DataLoaders, GradientAccumulation, ImageDataLoaders, L, Learner, RandomResizedCrop, aug_transforms,
+                               deepcopy, nn, partial, resnet18, set_seed, vision_learner)
 from test_methods import Crash, same
 
 from ltrl_fastai.all import Method, ReflectiveLearning, class_counts, digits_lt, methods
@@ -178,6 +178,18 @@ def test_weight_decay_of_one_fit(dls, quick_fit):
     with pytest.raises(KeyboardInterrupt): quick_fit(learn, 2, cbs=[WeightDecay(.1), Crash(0, 0)])
     quick_fit(learn, 1, cbs=[norms := Norms()])
     assert .1 not in norms.wd
+
+
+@pytest.mark.parametrize('skipping', [False, True], ids=['each', 'accumulated'])
+def test_weight_decay_of_real_steps(quick_fit, skipping):
+    "The same weights as in a fit that has it all along, and others than without; nothing is left of it between steps"
+    def fitted(wd, *cbs):
+        set_seed(0, reproducible=True)  # before the loader, which draws the seed of its order
+        learn = learner(digits_lt(device='cpu'), wd=wd)
+        quick_fit(learn, 2, .05, cbs=[*cbs, *([GradientAccumulation(64)] if skipping else [])])
+        assert {h['wd'] for h in learn.opt.hypers} == {wd}
+        return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+    assert fitted(0., WeightDecay(.1)).equal(fitted(.1)) and not fitted(.1).equal(fitted(0.))
 
 
 @pytest.mark.parametrize('own', [False, True])

@@ -38,11 +38,15 @@ class MaxNorm(Callback):
     def load_state_dict(self, state, learn): self._radius = state['radius'].to(head_of(get_model(learn.model))[1].weight)
 
 class WeightDecay(Callback):
-    "Another weight decay for one fit."
-    run_valid = False
-    def __init__(self, wd:float # From the beginning of the fit
+    "Another weight decay for one fit: it is there during steps alone, so that nothing is left of it, after a crash neither."
+    order,run_valid = 8,False # behind `GradientAccumulation`, which skips steps, before `MixedPrecision`, which makes them
+    def __init__(self, wd:float # Of all parameters that have any
                 ): self.wd_of_fit = wd
-    def before_fit(self): self.learn.opt.set_hypers(wd=self.wd_of_fit)
+    def before_step(self):
+        self._before = [h['wd'] for h in self.learn.opt.hypers]
+        self.learn.opt.set_hypers(wd=self.wd_of_fit)
+    def after_step(self): self.learn.opt.set_hyper('wd', self._before)
+    after_cancel_step = after_step
 
 def class_balanced(learn:Learner, counts):
     "Put the class-balanced loss in place of a learner's."

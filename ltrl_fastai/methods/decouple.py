@@ -8,6 +8,7 @@ __all__ = ['crt', 'lws', 'tau_norm', 'ncm', 'new_head', 'alone_and_even', 'Scale
 
 # %% ../../nbs/methods/09_decouple.ipynb #f868c1dd
 from fastai.basics import *
+from fastai.data.all import *
 from .heads import head_of, replace_head, HeadOnly, EvenClasses
 from .method import Stage
 from ..reflective.features import HeadInput
@@ -48,8 +49,9 @@ class TauNormHead(nn.Module):
                  tau:float=1. # The power
                 ):
         super().__init__()
-        self.in_features,self.out_features,self.tau = head.in_features,head.out_features,tau
+        self.in_features,self.out_features = head.in_features,head.out_features
         self.weight = nn.Parameter(head.weight.detach().clone())
+        self.register_buffer('tau', torch.tensor(float(tau)))
     def normed(self) -> Tensor: return self.weight/self.weight.norm(dim=1, keepdim=True).clamp(min=1e-12)**self.tau
     def forward(self, x): return F.linear(x, self.normed())
     def extra_repr(self): return f"{self.in_features}, {self.out_features}, tau={self.tau:.2f}"
@@ -61,17 +63,18 @@ def tau_normed(learn:Learner, counts=None,
     head = head_of(learn.model)[1]
     if not isinstance(getattr(head, 'weight', None), Tensor) or head.weight.ndim!=2: raise ValueError(
         f"tau-norm: expected a head with class vectors as its weight, got a {type(head).__name__}.")
-    replace_head(learn.model, TauNormHead)
-    mine = head_of(learn.model)[1]
     feats,y = features_of(learn, learn.dls.valid)
     if y.unique().numel()<2: raise ValueError("tau-norm: tau is chosen on validation images, and there are none of two classes or more. "
         "Give the learner some, or take a tau: `TauNormHead(head, tau=1.)`.")
+    replace_head(learn.model, TauNormHead)
+    mine = head_of(learn.model)[1]
     def score(tau):
-        mine.tau = tau
+        mine.tau.fill_(tau)
         with torch.no_grad(): hits = (mine(feats.to(mine.weight)).argmax(1).cpu()==y).float()
         return torch.stack([hits[y==c].mean() for c in y.unique()]).mean().item()
-    mine.tau = max(taus or [i/10 for i in range(21)], key=score)
-    return mine.tau
+    tau = max(taus or [i/10 for i in range(21)], key=score)
+    mine.tau.fill_(tau)
+    return tau
 
 tau_norm = Stage('class vectors over a power of their lengths', tau_normed)
 
@@ -92,8 +95,9 @@ def features_of(learn:Learner, dl) -> tuple[Tensor, Tensor]: # `(N, D)` float32 
 
 def unaugmented(learn:Learner):
     "A loader of the training images as they are, in order."
-    ds = copy(learn.dls.train_ds)
-    ds.split_idx = 1
+    ds = learn.dls.train_ds
+    if isinstance(ds, Datasets): ds = Datasets(tls=[o._new(o.items, split_idx=1) for o in ds.tls], n_inp=ds.n_inp) # its own `split_idx` can't be set
+    else: ds = copy(ds); ds.split_idx = 1
     return learn.dls.valid.new(ds)
 
 # %% ../../nbs/methods/09_decouple.ipynb #7de12513

@@ -27,16 +27,19 @@ class LabelAwareSmoothing(MethodLoss):
     def __init__(self,
         class_counts, # Training images of each class: `class_counts(dls)`; each at least 1
         head:float=.4, tail:float=.1, # See `smoothing_by_class`
+        own:bool=False, # Has the class itself a share in what is spread, as in the published code? Default: as in the paper
         reduction:str='mean' # 'mean', 'sum' or 'none'
     ):
         super().__init__(reduction)
+        self.own = own
         self.register_buffer('eps', smoothing_by_class(class_counts, head, tail))
     def alone(self, logits, targets):
         c = len(self.eps)
         if logits.shape[1]!=c: raise ValueError(f"logits: expected {c} classes, as there are class counts, got {logits.shape[1]}.")
         logp,eps = F.log_softmax(logits, 1),self.eps.to(logits)[targets]
         own = logp.gather(1, targets[:,None])[:,0]
-        return -(1-eps)*own - eps*(logp.sum(1)-own)/max(1, c-1)
+        others = logp.mean(1) if self.own else (logp.sum(1)-own)/max(1, c-1)
+        return -(1-eps)*own - eps*others
 
 # %% ../../nbs/methods/10_mislas.ipynb #da2e6614
 def smooth(learn:Learner, counts):

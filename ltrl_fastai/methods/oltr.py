@@ -12,10 +12,18 @@ from .decouple import class_means
 from .method import MethodLoss, Stage
 
 # %% ../../nbs/methods/12_oltr.ipynb #03557dc1
+class _Affine(nn.Module):
+    "A linear layer that nobody takes for the head"
+    def __init__(self, layer): super().__init__(); self.weight,self.bias = layer.weight,layer.bias
+    def forward(self, x): return F.linear(x, self.weight, self.bias)
+
+def _distances(x, centroids): return torch.cdist(x, centroids, compute_mode='donot_use_mm_for_euclid_dist')
+
 class MemoryHead(nn.Module):
     "Classifies features with the help of class centroids (Liu et al. 2019, eq. 2 to 6): `(logits, features, centroids)` in training, logits otherwise."
     def __init__(self,
         centroids:Tensor, # `(C, D)` to begin with: class means
+        head:nn.Module=None, # The first stage's, linear: what the memory is asked by begins as it
         scale:float=16., # Of the cosine
         reach:float=10. # Over the distance to the nearest centroid
     ):
@@ -23,18 +31,19 @@ class MemoryHead(nn.Module):
         c,d = centroids.shape
         self.in_features,self.out_features,self.scale,self.reach = d,c,scale,reach
         self.centroids = nn.Parameter(centroids.clone())
-        self.hallucinate,self.select = nn.Linear(d, c),nn.Linear(d, d)
+        ask = deepcopy(head) if isinstance(head, nn.Linear) and head.bias is not None else nn.Linear(d, c)
+        self.hallucinate,self.select = _Affine(ask),_Affine(nn.Linear(d, d))
         self.weight = nn.Parameter(torch.empty(c, d)); nn.init.xavier_uniform_(self.weight)
 
-    def meta(self, x:Tensor) -> Tensor: # `(B, D)`
-        "The feature with what memory adds to it, scaled by how near it is to any centroid."
-        nearest = torch.cdist(x, self.centroids).min(1, keepdim=True).values
-        memory = F.softmax(self.hallucinate(x), 1) @ self.centroids
-        return self.reach/nearest.clamp(min=1e-3)*(x + torch.tanh(self.select(x))*memory)
+    def meta(self, x:Tensor) -> Tensor: # `(B, D)`, of lengths below 1
+        "The feature with what memory adds to it, the longer the nearer it is to any centroid."
+        nearest = _distances(x, self.centroids).amin(1, keepdim=True)
+        u = x + torch.tanh(self.select(x))*(F.softmax(self.hallucinate(x), 1) @ self.centroids)
+        return u/(u.norm(dim=1, keepdim=True)+nearest/self.reach).clamp(min=1e-12)
     def forward(self, x):
-        v = self.meta(x)
-        n = v.norm(dim=1, keepdim=True)
-        logits = self.scale*F.linear(n/(1+n)*F.normalize(v, dim=1), F.normalize(self.weight, dim=1))
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(self.weight.dtype)
+            logits = self.scale*F.linear(self.meta(x), F.normalize(self.weight, dim=1))
         return (logits,x,self.centroids) if self.training else logits
 
 class OLTRLoss(MethodLoss):
@@ -49,16 +58,16 @@ class OLTRLoss(MethodLoss):
     def logits_of(self, pred): return pred[0] if isinstance(pred, tuple) else pred
     def parts(self, pred, targets):
         logits,x,centroids = pred
-        d2 = torch.cdist(x, centroids, compute_mode='donot_use_mm_for_euclid_dist').square()
+        d2 = _distances(x, centroids).square()
         own = d2.gather(1, targets[:,None])[:,0]
-        others = (d2.sum(1)-own)/max(1, d2.shape[1]-1)
+        others = d2.scatter(1, targets[:,None], 0.).sum()/(len(d2)*max(1, d2.shape[1]-1))
         return F.cross_entropy(logits, targets, reduction='none') + self.attract*(own/2 + self.repel*(self.margin-others).clamp(min=0))
 
 def with_memory(learn:Learner, counts):
     "Put a memory head on a learner, its centroids at the class means of the training images; classes without images begin at the mean of all."
     means,n = class_means(learn, head_of(learn.model)[1].out_features)
     means[n==0] = means[n>0].mean(0)
-    replace_head(learn.model, lambda old: MemoryHead(means))
+    replace_head(learn.model, lambda old: MemoryHead(means, old))
     learn.loss_func = OLTRLoss()
 
 def _even(counts): return [EvenClasses()]

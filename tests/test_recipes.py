@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from ltrl_fastai.experiments.cli import app
 from ltrl_fastai.experiments.plan import hash_of
 from ltrl_fastai.experiments.recipes import Recipe, beside, caveat, matching, recipe, recipes
 from ltrl_fastai.experiments.summary import slides_row
 from ltrl_fastai.experiments.training import RunSettings, datasets, methods
 from ltrl_fastai.methods.nets import create_net
 from ltrl_fastai.reflective.learning import ReflectiveLearning
+from typer.testing import CliRunner
 
 ltrl = str(Path(sys.executable).parent/'ltrl')
 env = {**os.environ, 'MPLBACKEND': 'Agg', 'COLUMNS': '200'}
@@ -26,6 +28,13 @@ def run(*args, cwd, code=0):
     assert r.returncode == code, r.stdout+r.stderr
     assert 'Traceback' not in r.stderr and 'Warning' not in r.stderr, r.stderr
     return r.stdout+r.stderr
+
+
+def said_here(*args, code=0):
+    "The same in this process, which has imported everything already"
+    r = CliRunner().invoke(app, args)
+    assert r.exit_code == code and isinstance(r.exception, (SystemExit, type(None))), (r.output, r.exception)
+    return r.output
 
 
 def of(table): return [o for o in recipes.values() if o.table == table]
@@ -163,10 +172,10 @@ def test_list(tmp_path):
     every = json.loads(run('recipes', '--json', cwd=tmp_path))
     assert [o['name'] for o in every] == list(recipes) and every[0]['reported'] == {'all': 59.1} and all(isinstance(o['lacks'], list) for o in every)
     assert Recipe(**{k: tuple(v) if k == 'notes' else v for k, v in every[40].items() if k != 'lacks'}) == list(recipes.values())[40]
-    said = run('recipes', 'TABLE4/', cwd=tmp_path)
+    said = said_here('recipes', 'TABLE4/')
     assert said.count('\ntable4/') == 17 and '64.8 / 48.9 / 36.6 / ?' in said and 'resnet50' in said and '200 cosine' in said
-    assert 'left out' in run('recipes', 'table4/LADE+RL', cwd=tmp_path)
-    assert "Did you mean 'table1/BSCE+RL/100'" in run('recipes', 'table1/BSEC+RL/100', cwd=tmp_path, code=2)
+    assert 'left out' in said_here('recipes', 'table4/LADE+RL')
+    assert "Did you mean 'table1/BSCE+RL/100'" in said_here('recipes', 'table1/BSEC+RL/100', code=2)
 
 
 @pytest.fixture(scope='module')
@@ -195,14 +204,14 @@ def test_report_sets_measured_beside_reported(done):
     run('run', 'table1/BSCE+RL/100', *tiny, '--budget', '.03', '--seed', '1', '--out', 'a/s1', cwd=cwd)
     run('run', 'table6/Softmax', *tiny, '--set', 'epochs=2', '--out', 'a/full', cwd=cwd)
     run('train', '--epochs', '1', '--no-rl', '--out', 'a/plain', cwd=cwd)
-    said = run('report', 'a', cwd=cwd)
+    said = said_here('report', str(cwd/'a'))
     accs = [json.loads((cwd/f'a/{o}/result.json').read_text())['accuracy']['all'] for o in ('s0', 's1')]
     m = sum(accs)/2
     row = next(o for o in said.splitlines() if 'table1/BSCE+RL/100' in o).split('|')
     assert row[2].strip() == '2' and row[-2].strip() == f'{m:.1f} (47.9, {m-47.9:+.1f})'
     assert '(66.1, ' in said and '[1] The measured numbers are of other settings' in said and 'epochs=2' in said and '[2] The measured numbers are of a shortened' in said
-    assert '## a/plain' in said and '## a/s0' not in said
-    assert '47.9' in run('report', 'a/s0', cwd=cwd)
+    assert 'a/plain\n\n### digits-lt IF 20 bsce' in said and '## '+str(cwd/'a/s0') not in said
+    assert '47.9' in said_here('report', str(cwd/'a/s0'))
 
 
 def test_a_killed_run_goes_on(tmp_path):
@@ -224,11 +233,14 @@ def test_a_killed_run_goes_on(tmp_path):
     assert '--force' in run(*args, '--seed', '1', cwd=tmp_path, code=2)
 
 
-def test_what_is_wrong_is_said(tmp_path):
+def test_what_is_wrong_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for args, said in {('table1/RIED/100',): "Did you mean 'table1/RIDE/100'", ('table1/BSCE/100', '--set', 'tau=4'): 'without Reflective Learning',
                        ('table1/BSCE+RL/100', '--preset', 'mine'): "'published'", ('table1/BSCE+RL/100', '--budget', '0'): 'above 0',
                        ('table1/BSCE+RL/100', '--data', 'nowhere'): 'was not found at nowhere',
                        ('table1/BSCE+RL/100', '--set', 'net=resnet9', '--set', 'dataset=digits-lt'): 'resnet8'}.items():
-        assert said in run('run', *args, cwd=tmp_path, code=2)
+        assert said in said_here('run', *args, code=2)
     lacking = next((o for o in recipes.values() if o.lacks), None)
     if lacking: assert 'this installation has no' in run('run', lacking.name, cwd=tmp_path, code=2)
+    (tmp_path/'file').write_text('')
+    assert 'is a file' in said_here('run', 'table1/BSCE/100', *tiny, '--out', 'file', code=2)

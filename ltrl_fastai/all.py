@@ -14,6 +14,8 @@ from ltrl_fastai.data.imbalance import *
 from ltrl_fastai.data.fast import *
 from ltrl_fastai.data.benchmarks import *
 from ltrl_fastai.data.frozen import *
+from ltrl_fastai.data.lists import *
+from ltrl_fastai.data.own import *
 from ltrl_fastai.methods.losses import *
 from ltrl_fastai.methods.nets import *
 from ltrl_fastai.methods.weights import *

@@ -16,8 +16,13 @@ from .fast import ImageTensors, FeatureTensors, tensor_dataloaders, small_image_
 class LongTailDataLoaders(DataLoaders):
     "`DataLoaders` with `train` (long-tailed), `valid` (left over from the training images) and `test` (balanced)."
     name = imbalance_factor = None
+    notes = () # Texts that a user of the data should know
     @property
-    def test(self): return self[2]
+    def test(self): return self[2] if len(self.loaders)>2 else None
+    @property
+    def n_in(self) -> int:
+        "Channels of an image, or dimensions of a feature vector."
+        return self.train_ds.x.shape[1]
     @property
     def class_counts(self) -> Tensor: return class_counts(self)
 

@@ -99,7 +99,8 @@ class Checkpoint(Callback):
 
     def remove(self):
         "Remove the file, the one before, what a kill has left half written, and what is beside them."
-        for f in (self.file, *self.file.parent.glob(f'{self.file.name}.*'), *self.file.parent.glob(f'.{self.file.name}.*')): shutil.rmtree(f) if f.is_dir() else f.unlink(missing_ok=True)
+        folder,name = self.file.parent,self.file.name
+        for f in (self.file, *folder.glob(f'{name}.*'), *folder.glob(f'.{name}.*')): shutil.rmtree(f) if f.is_dir() else f.unlink(missing_ok=True)
 
     def load(self) -> dict:
         "What the file holds, or the one before if that can't be read; raises `UnreadableCheckpoint` if neither can, `ForeignCheckpoint` if it is of another fit."

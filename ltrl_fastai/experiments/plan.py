@@ -140,7 +140,8 @@ class PlannedRun:
         return json.loads(json.dumps({k: v for k,v in dataclasses.asdict(self.settings).items() if k!='data'}))
     @property
     def name(self) -> str:
-        words = re.sub(r'[^a-z0-9.=]+', '-', f'{self.settings.dataset} if{self.settings.imbalance_factor:g} {self.variant}'.lower()).strip('-')
+        factor = '' if self.settings.imbalance_factor is None else f' if{self.settings.imbalance_factor:g}'
+        words = re.sub(r'[^a-z0-9.=]+', '-', f'{self.settings.data_name}{factor} {self.variant}'.lower()).strip('-')
         return f"{words[:80].strip('-')}-seed{self.settings.seed}-{hash_of(self.identity)}"
     @property
     def partner(self) -> dict:
@@ -178,7 +179,7 @@ def make_plan(methods:list, # Names of methods
         if paired_data: kw['data_seed'] = seed
         if way.reflective is not None: ReflectiveLearning(**way.reflective) # refuses what can't be
         s = RunSettings(method=method, seed=seed, reflective=way.reflective, **kw)
-        group = f"{s.dataset} IF {s.imbalance_factor:g} {s.method}"
+        group = f"{s.data_name}{'' if s.imbalance_factor is None else f' IF {s.imbalance_factor:g}'} {s.method}"
         variant = f'{s.method} + {way.label}' if way.reflective is not None else f'{s.method} ({way.label})' if way.label else s.method
         run = PlannedRun(group, variant, s)
         if (group,hash_of(run.identity)) not in known: res.append(run) # a value that is the default

@@ -11,6 +11,7 @@ from fastai.basics import *
 import ast, contextlib, dataclasses, hashlib, importlib.metadata, inspect, multiprocessing, shutil, signal, threading, traceback
 from multiprocessing.connection import wait
 import filelock
+from ..data.lists import ImageFileDataLoaders
 from .plan import PlannedRun, hash_of
 from .checkpoint import UnreadableCheckpoint
 from .training import RunSettings, keep_freed_memory, train_run, write_json
@@ -37,8 +38,11 @@ def code_identity() -> dict:
 
 def data_identity(settings:RunSettings) -> str:
     "A hash of all that a run is trained, validated and tested on."
-    h = hashlib.sha256()
-    for dl in settings.dls().loaders:
+    h,dls = hashlib.sha256(),settings.dls()
+    if isinstance(dls, ImageFileDataLoaders): # of their lists: nobody wants to wait for all pixels of ImageNet
+        h.update('\n'.join(dls.listing()).encode(errors='surrogateescape'))
+        return h.hexdigest()[:16]
+    for dl in dls.loaders:
         for o in (dl.dataset.x, dl.dataset.targets): h.update(repr((o.dtype, tuple(o.shape))).encode()); h.update(o.cpu().contiguous().numpy())
     return h.hexdigest()[:16]
 
@@ -205,7 +209,7 @@ def _run_workers(missing, folder, jobs, watch, command):
     with without_main():
         for _ in range(jobs):
             ours,theirs = ctx.Pipe()
-            p = ctx.Process(target=_work, args=(theirs, folder, command), daemon=True); p.start(); theirs.close()
+            p = ctx.Process(target=_work, args=(theirs, folder, command)); p.start(); theirs.close() # no daemon, which could have no loader processes of its own
             procs[ours] = p
     def hand(conn):
         if not queue: conn.close(); procs.pop(conn).join(); return

@@ -14,17 +14,15 @@ from .margins import LDAMLoss
 from .lade import LADELoss
 from .posthoc import LogitAdjustment
 from .heads import cosine_head
-from .views import OnViews
 from .method import Method
 from .experts import expert_net
 from .ride import RIDELoss, assignment, distil_net, distillation
 from .sade import SADELoss
-from .mdcs import MDCSLoss, RampUp
+from .mdcs import MDCSLoss, RampUp, mdcs_net
 
 # %% ../../nbs/methods/21_catalogue.ipynb #c0d154a1
 def _cosine(net, counts): return cosine_head(net)
 def _experts(net, counts): return expert_net(net)
-def _on_views(net, counts): return OnViews(expert_net(net))
 def _drw(counts): return [DeferredWeights(counts)]
 
 methods = {
@@ -38,9 +36,10 @@ methods = {
     'ldam-drw': Method('LDAM, with class weights in the last fifth of the epochs', 'Cao et al., NeurIPS 2019; slides, table 6', LDAMLoss, _cosine, _drw, reported=42.0),
     'lade': Method('Balanced Softmax, with logits freed of the training prior', 'Hong et al., CVPR 2021; reported by SADE', LADELoss, reported=45.6),
     'ride': Method('three experts by LDAM, pushed apart', 'Wang et al., ICLR 2021; slides, table 1', RIDELoss, _experts, _drw, reported=48.0),
-    'ride-assigned': Method('RIDE, and then gates that ask as many experts as an image needs', 'Wang et al., ICLR 2021; its README', RIDELoss, _experts, _drw, then=(assignment,), reported=48.6),
+    'ride-assigned': Method('RIDE, and then gates that ask as many experts as an image needs', 'Wang et al., ICLR 2021; its README', RIDELoss, _experts, _drw,
+                            then=(assignment,), reported=48.6),
     'ride-distilled': Method('six experts by RIDE, and then three that follow them', 'Wang et al., ICLR 2021', RIDELoss, distil_net, _drw, then=(distillation,)),
     'sade': Method('three experts for three priors', 'Zhang et al., NeurIPS 2022; slides, table 1', SADELoss, _experts, reported=49.4),
-    'mdcs': Method('experts for three powers of the class counts, consistent over two views', 'Zhao et al., ICCV 2023; slides, table 1, with RandAugment', MDCSLoss, _on_views,
-                   lambda counts: [RampUp()], views=2, weak=True, reported=56.1),
+    'mdcs': Method('experts for three powers of the class counts, consistent over two views', 'Zhao et al., ICCV 2023; slides, table 1 (RandAugment)', MDCSLoss,
+                   mdcs_net, lambda counts: [RampUp()], views=2, weak=True, reported=56.1),
 }

@@ -8,8 +8,6 @@ __all__ = ['crt', 'lws', 'tau_norm', 'ncm', 'new_head', 'alone_and_even', 'Scale
 
 # %% ../../nbs/methods/09_decouple.ipynb #f868c1dd
 from fastai.basics import *
-from ..data.imbalance import dataset_targets
-from ..evaluation.report import ShotReport
 from .heads import head_of, replace_head, HeadOnly, EvenClasses
 from .method import Stage
 from ..reflective.features import HeadInput
@@ -61,11 +59,13 @@ def tau_normed(learn:Learner, counts=None,
               ) -> float: # The tau that was taken
     "Divide a learner's class vectors by a power of their lengths, that with the best accuracy on its validation images."
     head = head_of(learn.model)[1]
-    if not isinstance(getattr(head, 'weight', None), Tensor) or head.weight.ndim!=2: raise ValueError(f"tau-norm: expected a head with class vectors as its weight, got a {type(head).__name__}.")
+    if not isinstance(getattr(head, 'weight', None), Tensor) or head.weight.ndim!=2: raise ValueError(
+        f"tau-norm: expected a head with class vectors as its weight, got a {type(head).__name__}.")
     replace_head(learn.model, TauNormHead)
     mine = head_of(learn.model)[1]
     feats,y = features_of(learn, learn.dls.valid)
-    if y.unique().numel()<2: raise ValueError("tau-norm: tau is chosen on validation images, and there are none of two classes or more. Give the learner some, or take a tau: `TauNormHead(head, tau=1.)`.")
+    if y.unique().numel()<2: raise ValueError("tau-norm: tau is chosen on validation images, and there are none of two classes or more. "
+        "Give the learner some, or take a tau: `TauNormHead(head, tau=1.)`.")
     def score(tau):
         mine.tau = tau
         with torch.no_grad(): hits = (mine(feats.to(mine.weight)).argmax(1).cpu()==y).float()

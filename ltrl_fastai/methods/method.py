@@ -37,7 +37,10 @@ class MethodLoss(nn.Module):
     def activation(self, x:Tensor) -> Tensor: return F.softmax(x, dim=-1)
     def decodes(self, x:Tensor) -> Tensor: return x.argmax(dim=-1)
 
-def _float(x): return x.as_subclass(Tensor).float() if x.dtype in (torch.float16, torch.bfloat16) else x.as_subclass(Tensor) if isinstance(x, Tensor) else x
+def _float(x):
+    if not isinstance(x, Tensor): return x
+    x = x.as_subclass(Tensor)
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 # %% ../../nbs/methods/08_method.ipynb #3a8e53e4
 def _nothing(counts): return []
@@ -79,7 +82,8 @@ class Method:
                ) -> Learner:
         "A learner for the first stage; raises `ValueError` if counts and net speak of different classes."
         counts = class_counts(dls) if counts is None else torch.as_tensor(counts)
-        if (n := head_of(net)[1].out_features)!=len(counts): raise ValueError(f"net: its head has {n} outputs, and there are {len(counts)} classes: `create_net(name, dls.c)`.")
+        n = head_of(net)[1].out_features
+        if n!=len(counts): raise ValueError(f"net: its head has {n} outputs, and there are {len(counts)} classes: `create_net(name, dls.c)`.")
         if self.views>1: dls = two_views(dls, self.weak)
         cbs = L(SplitViews(self.views) if self.views>1 else None).filter() + L(self.cbs(counts)) + L(cbs)
         return Learner(dls, self.net(net, counts), loss_func=self.loss(counts), cbs=cbs, **kwargs)
@@ -91,7 +95,7 @@ class Method:
             cbs=None, # Function from the number of a stage to callbacks for its fit
             done=noop # Called with the number of a stage when it is done, before the next changes the learner
            ) -> Learner:
-        "Train all stages. Reflective Learning and the method's callbacks belong to the first: later stages have none but their own. Reflective Learning is back on the learner afterwards."
+        "Train all stages. Reflective Learning and the method's callbacks belong to the first: later stages have their own alone. It is back on the learner afterwards."
         cbs = cbs or (lambda i: [])
         (first or _one_cycle)(learn, epochs, lr, L(cbs(0)))
         done(0)

@@ -11,7 +11,7 @@ from fastai.basics import *
 from .losses import check_class_counts
 from .margins import LDAM
 from .heads import HeadOnly
-from .method import MethodLoss, Method, Stage
+from .method import MethodLoss, Stage
 from .experts import ExpertNet, ExpertsLoss, expert_net
 from .weights import DeferredWeights
 
@@ -146,7 +146,8 @@ def distil_net(net:nn.Module, counts) -> ExpertNet: return SixThenThree(expert_n
 
 def follow(learn:Learner, counts):
     "Let three new experts follow the six trained ones."
-    if not isinstance(learn.model, SixThenThree): raise ValueError(f"distillation: expected a trained teacher with three experts waiting, got {type(learn.model).__name__}. Make the net by `distil_net`.")
+    if not isinstance(learn.model, SixThenThree): raise ValueError(f"distillation: expected a trained teacher with three experts waiting, got {type(learn.model).__name__}. "
+        "Make the net by `distil_net`.")
     teacher = learn.model
     learn.model = WithTeacher(teacher._three[0].to(next(teacher.parameters()).device), teacher)
     learn.loss_func = Distilled(learn.loss_func)

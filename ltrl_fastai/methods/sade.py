@@ -9,7 +9,7 @@ __all__ = ['mirrored', 'SADELoss', 'aggregate_experts']
 from fastai.basics import *
 from .losses import check_class_counts
 from .views import ViewPipeline
-from .experts import ExpertNet, ExpertsLoss, expert_net
+from .experts import ExpertNet, ExpertsLoss
 
 # %% ../../nbs/methods/15_sade.ipynb #d1834729
 def mirrored(x:Tensor # `(C,)`

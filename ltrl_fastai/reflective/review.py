@@ -50,7 +50,8 @@ class KnowledgeReview(Companion):
     def full_weight(self) -> float:
         "`weight`, or its default for the learner's loss: what the review would weigh if all teachers were right."
         if self.weight is not None: return self.weight
-        return 6. if hasattr(self.learn.loss_terms.fit_loss, 'trained_logits') else 1.
+        loss = self.learn.loss_terms.fit_loss
+        return 6. if hasattr(loss, 'trained_logits') or getattr(loss, 'by_counts', False) else 1.
 
     def reset(self):
         "Forget all teachers."

@@ -1,0 +1,569 @@
+"Data sets that are lists of files, and images of one's own: the formats as they are distributed, everything that can be wrong with them, and training on them."
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fastai.vision.all import Callback, Learner, SGD
+from PIL import Image
+from typer.testing import CliRunner
+
+from ltrl_fastai.all import (CifarResNet, ReflectiveLearning, check_images, check_lists, class_counts, compare_published, hold_out, imagenet_lt, inaturalist18,
+                             own_images, places_lt, read_list, shot_groups)
+from ltrl_fastai.data.lists import DataNote, ImageList, class_names, list_sets
+from ltrl_fastai.experiments.cli import app
+from ltrl_fastai.experiments.runner import data_identity
+from ltrl_fastai.experiments.training import RunSettings, train_run
+
+pytestmark = pytest.mark.filterwarnings('ignore::ltrl_fastai.data.lists.DataNote')
+counts = [25, 20, 8, 4, 2]
+wnids = ['n01440764', 'n01443537', 'n01484850', 'n01491361', 'n01494475']
+rng = np.random.RandomState(0)
+
+
+def jpeg(f, value=None):
+    "40 by 40 pixels of noise, or of one grey value"
+    f.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rng.randint(0, 255, (40, 40, 3)).astype(np.uint8) if value is None else np.full((40, 40, 3), value, np.uint8)).save(f)
+
+
+def write_lists(root, names, lines, put=lambda p: p):
+    "List files by split, and the images that they speak of, where `put` has them"
+    root.mkdir(parents=True, exist_ok=True)
+    for split, name in names.items():
+        (root/name).write_text(''.join(f'{p} {y}\n' for p, y in lines[split]))
+        for p, _ in lines[split]: jpeg(root/put(p))
+    return lines
+
+
+def imagenet(root, put=lambda p: p):
+    return write_lists(root, list_sets['imagenet-lt']['lists'], dict(
+        train=[(f'train/{w}/{w}_{i}.JPEG', c) for c, w in enumerate(wnids) for i in range(counts[c])],
+        valid=[(f'train/{w}/{w}_{900+i}.JPEG', c) for c, w in enumerate(wnids) for i in range(2)],
+        test=[(f'val/{w}/ILSVRC2012_val_{100*c+i:08}.JPEG', c) for c, w in enumerate(wnids) for i in range(3)]), put)
+
+
+def places(root, easy, put=lambda p: p):
+    where = ['airfield', 'apartment_building-outdoor', 'bar', 'zen_garden', 'zoo'] if easy else ['a/airfield', 'a/apartment_building/outdoor', 'b/bar', 'z/zen_garden', 'z/zoo']
+    top = 'train' if easy else 'data_256'
+    return write_lists(root, list_sets['places-lt']['lists'], dict(
+        train=[(f'{top}/{w}/{i:08}.jpg', c) for c, w in enumerate(where) for i in range(counts[c])],
+        valid=[(f'{top}/{w}/{900+i:08}.jpg', c) for c, w in enumerate(where) for i in range(2)],
+        test=[(f'val/{w}/Places365_val_{100*c+i:08}.jpg' if easy else f'val_256/Places365_val_{100*c+i:08}.jpg', c) for c, w in enumerate(where) for i in range(3)]), put)
+
+
+inat_folders = ['Plantae/0', 'Plantae/1', 'Aves/2', 'Fungi/3', 'Insecta/4']
+
+
+def inat_lines():
+    return dict(train=[(f'train_val2018/{w}/{c}{i:031x}.jpg', c) for c, w in enumerate(inat_folders) for i in range(counts[c])],
+                test=[(f'train_val2018/{w}/f{c}{i:030x}.jpg', c) for c, w in enumerate(inat_folders) for i in range(3)])
+
+
+def inat(root): return write_lists(root, list_sets['inaturalist18']['lists'], inat_lines())
+
+
+def inat_json(root, change=lambda split, d: d):
+    lines = inat_lines()
+    for split, name in list_sets['inaturalist18']['json'].items():
+        ids = [7*i+3 for i in range(len(lines[split]))]
+        d = dict(info=dict(year=2018), licenses=[], images=[dict(id=i, file_name=p, width=40, height=40, license=0, rights_holder='') for i, (p, _) in zip(ids, lines[split])],
+                 categories=[dict(id=c, name=f'species {c}', supercategory=w.split('/')[0]) for c, w in enumerate(inat_folders)],
+                 annotations=[dict(id=i, image_id=i, category_id=y) for i, (_, y) in zip(ids, lines[split])][::-1])
+        root.mkdir(parents=True, exist_ok=True)
+        (root/name).write_text(json.dumps(change(split, d)))
+        for p, _ in lines[split]: jpeg(root/p)
+    return lines
+
+
+kw = dict(bs=8, size=16, device='cpu')
+files_of = lambda dl: [f for f, _ in dl.dataset.items]
+sizes = lambda dls: [len(dl.dataset) for dl in dls.loaders]
+
+
+@pytest.mark.parametrize('put', [lambda p: p, lambda p: re.sub(r'^val/[^/]+/', 'val/', p), lambda p: 'ILSVRC/Data/CLS-LOC/'+p], ids=['as listed', 'flat val', 'kaggle'])
+@pytest.mark.parametrize('where', ['', 'ImageNet_LT'], ids=['itself', 'parent'])
+def test_imagenet_lt(tmp_path, put, where):
+    lines = imagenet(tmp_path/where, put)
+    dls = imagenet_lt(tmp_path, **kw)
+    assert dls.vocab == wnids and class_counts(dls).tolist() == counts and sizes(dls) == [59, 10, 15] and dls.imbalance_factor == 12.5
+    for dl, split in zip(dls.loaders, lines):
+        assert [(os.path.basename(f), y) for f, y in zip(files_of(dl), dl.dataset.targets)] == [(os.path.basename(p), y) for p, y in lines[split]]
+    assert {k: int(m.sum()) for k, m in shot_groups(dls.class_counts).items()} == dict(many=0, medium=2, few=3, all=5)
+    x, y = dls.test.one_batch()
+    assert x.shape == (15, 3, 16, 16) and y.tolist() == [y for _, y in lines['test']]
+    assert dls.train.one_batch()[0].shape == (8, 3, 16, 16)
+
+
+@pytest.mark.parametrize('easy', [True, False], ids=['easy lists', 'lists of data_256'])
+@pytest.mark.parametrize('moved', [False, True], ids=['as listed', 'in the other format'])
+def test_places_lt(tmp_path, easy, moved):
+    from ltrl_fastai.data.lists import flat_val256, from_easy, to_easy
+    places(tmp_path/'Places_LT', easy, (lambda p: flat_val256(from_easy(p)) if easy else to_easy(p)) if moved else lambda p: p)
+    dls = places_lt(tmp_path, **kw)
+    assert dls.vocab == [o.replace('-', '-' if easy else '/') for o in ['airfield', 'apartment_building-outdoor', 'bar', 'zen_garden', 'zoo']]
+    assert class_counts(dls).tolist() == counts and sizes(dls) == [59, 10, 15]
+
+
+@pytest.mark.parametrize('make', [inat, inat_json])
+def test_inaturalist(tmp_path, make):
+    lines = make(tmp_path)
+    dls = inaturalist18(tmp_path, **kw)
+    assert class_counts(dls).tolist() == [24, 19, 7, 3, 2] and np.bincount(dls.valid_ds.targets).tolist() == [1, 1, 1, 1]
+    listed = lambda split: {str(tmp_path/p) for p, _ in lines[split]}
+    assert set(files_of(dls.test)) == listed('test') and not set(files_of(dls.valid)) & listed('test'), 'a model must not be chosen on the test set'
+    assert set(files_of(dls.train)) | set(files_of(dls.valid)) == listed('train') and not set(files_of(dls.train)) & set(files_of(dls.valid))
+    assert dls.vocab == (inat_folders if make is inat else [f'species {c}' for c in range(5)])
+    assert any('4 were taken out of training, and 55 are left. Its `val` is the test set' in o for o in dls.notes)
+    assert files_of(inaturalist18(tmp_path, data_seed=1, **kw).valid) != files_of(dls.valid)
+    by_file = dict((str(tmp_path/p), y) for o in lines.values() for p, y in o)
+    for dl in dls.loaders: assert [by_file[f] for f in files_of(dl)] == list(dl.dataset.targets)
+    (tmp_path/'categories.json').write_text(json.dumps([dict(id=c, name=f'Real {c}') for c in range(5)]))
+    assert inaturalist18(tmp_path, **kw).vocab[3] == 'Real 3'
+
+
+def broken(root, name, at, line):
+    "Replace a line of a list, or add one"
+    f = root/name
+    lines = f.read_text().splitlines()
+    lines[at-1:at] = [line] if line is not None else []
+    f.write_text('\n'.join(lines)+'\n')
+
+
+faults = {
+    'no label': ('ImageNet_LT_train.txt', 3, 'train/n01440764/n01440764_2.JPEG', r'ImageNet_LT_train.txt:3: expected `path label`'),
+    'no number': ('ImageNet_LT_val.txt', 2, 'train/n01440764/n01440764_901.JPEG tench', r"ImageNet_LT_val.txt:2: expected a class index behind the path, got 'tench'"),
+    'a fraction': ('ImageNet_LT_train.txt', 1, 'train/n01440764/n01440764_0.JPEG 0.0', r"ImageNet_LT_train.txt:1: .*got '0.0'"),
+    'negative': ('ImageNet_LT_test.txt', 1, 'val/n01440764/ILSVRC2012_val_00000000.JPEG -1', r'ImageNet_LT_test.txt:1: expected a class index of 0 or more, got -1'),
+    'a gap': ('ImageNet_LT_train.txt', 59, 'train/n01494475/n01494475_1.JPEG 7', r'ImageNet_LT_train.txt:59: class 7, but there is no training image of class 5, 6\.'),
+    'an unknown class': ('ImageNet_LT_val.txt', 10, 'train/n01494475/n01494475_901.JPEG 5', r'ImageNet_LT_val.txt:10: class 5, but the training images are of classes 0 to 4'),
+    'twice': ('ImageNet_LT_train.txt', 9, 'train/n01440764/n01440764_2.JPEG 0',
+              r'ImageNet_LT_train.txt:9: train/n01440764/n01440764_2.JPEG is listed in .*ImageNet_LT_train.txt:3 too. Each image is expected once'),
+    'twice, written differently': ('ImageNet_LT_train.txt', 9, './train//n01440764/n01440764_2.JPEG 0', r'ImageNet_LT_train.txt:9: .*ImageNet_LT_train.txt:3 too'),
+    'of two classes': ('ImageNet_LT_train.txt', 30, 'train/n01440764/n01440764_2.JPEG 1', r'ImageNet_LT_train.txt:30: .*ImageNet_LT_train.txt:3 too'),
+    'in training and in test': ('ImageNet_LT_test.txt', 4, 'train/n01440764/n01440764_2.JPEG 0',
+                                r'ImageNet_LT_test.txt:4: .*ImageNet_LT_train.txt:3 too. An image that is in train can.t be in test'),
+    'in training and in validation': ('ImageNet_LT_val.txt', 1, 'train/n01440764/n01440764_2.JPEG 0', r'ImageNet_LT_val.txt:1: .*can.t be in valid'),
+    'in validation and in test': ('ImageNet_LT_test.txt', 4, 'train/n01440764/n01440764_901.JPEG 0',
+                                  r'ImageNet_LT_test.txt:4: .*ImageNet_LT_val.txt:2 too. An image that is in valid can.t be in test'),
+}
+
+
+@pytest.mark.parametrize('fault', faults)
+def test_broken_lists(tmp_path, fault):
+    name, at, line, said = faults[fault]
+    imagenet(tmp_path)
+    broken(tmp_path, name, at, line)
+    with pytest.raises(ValueError, match=said): imagenet_lt(tmp_path, **kw)
+
+
+def test_empty_lines_count_and_an_empty_list_is_refused(tmp_path):
+    (tmp_path/'a.txt').write_bytes(b'\r\na/b.jpg 0\r\n\r\na/c d.jpg 1\r\n')
+    o = read_list(tmp_path/'a.txt')
+    assert o.paths == ['a/b.jpg', 'a/c d.jpg'] and o.lines == [2, 4] and o.where(1) == f"{tmp_path/'a.txt'}:4"
+    (tmp_path/'a.txt').write_text('\n')
+    with pytest.raises(ValueError, match='is empty'): read_list(tmp_path/'a.txt')
+
+
+def test_missing_images_are_counted_and_named_before_training(tmp_path):
+    lines = imagenet(tmp_path)
+    for i in (0, 5, 6, 7): (tmp_path/lines['train'][i][0]).unlink()
+    (tmp_path/lines['test'][14][0]).unlink()
+    with pytest.raises(FileNotFoundError) as e: imagenet_lt(tmp_path, **kw)
+    said = str(e.value)
+    assert '4 of 59 images in train' in said and 'ImageNet_LT_train.txt:1: train/n01440764/n01440764_0.JPEG' in said and 'and 1 more' in said
+    assert '1 of 15 images in test' in said and f'below {tmp_path}.' in said and 'in valid' not in said
+    for o in ('train', 'val'): shutil.rmtree(tmp_path/o)
+    with pytest.raises(FileNotFoundError, match=r'59 of 59 images in train.*10 of 10 images in valid.*looked for below .*, .*ILSVRC2012'): imagenet_lt(tmp_path, **kw)
+
+
+def test_a_whole_folder_is_asked_for_its_names_only_once(tmp_path, monkeypatch):
+    asked, real = [], os.scandir
+    monkeypatch.setattr(os, 'scandir', lambda f: asked.append(f) or real(f))
+    files = [f'a/{i}.jpg' for i in range(50)]
+    for f in files[:49]: jpeg(tmp_path/f)
+    o = ImageList(tmp_path/'x.txt', files, [0]*50)
+    o.root, o.files = str(tmp_path), [str(tmp_path/f) for f in files]
+    with pytest.raises(FileNotFoundError, match='1 of 50 images in train .*a/49.jpg'): check_images(dict(train=o))
+    assert len(asked) == 1
+
+
+def test_what_is_missing_and_where_to_put_it(tmp_path):
+    for make, name in ((imagenet_lt, 'imagenet-lt'), (places_lt, 'places-lt'), (inaturalist18, 'inaturalist18')):
+        spec = list_sets[name]
+        with pytest.raises(FileNotFoundError) as e: make(tmp_path)
+        assert all(o in str(e.value) for o in [*spec['lists'].values(), str(tmp_path/spec['folder']), '--data', spec['title'], 'train'])
+    imagenet(tmp_path)
+    (tmp_path/'ImageNet_LT_val.txt').unlink()
+    with pytest.raises(FileNotFoundError, match='lacks ImageNet_LT_val.txt. Expected in'): imagenet_lt(tmp_path)
+
+
+json_faults = {
+    'no JSON': (lambda s, d: None, None), 'test2018.json': (lambda s, d: {k: v for k, v in d.items() if k != 'annotations'}, 'there is no annotations. The test images'),
+    'no image': (lambda s, d: {**d, 'annotations': [*d['annotations'][:2], dict(id=1, image_id=1, category_id=0)]}, 'annotation 2: there is no image with the id 1'),
+    'no category': (lambda s, d: {**d, 'annotations': [dict(id=3, image_id=3)]}, 'annotation 0: expected `image_id` and `category_id`'),
+    'negative': (lambda s, d: {**d, 'annotations': [dict(id=3, image_id=3, category_id=-2)]}, 'annotation 0: expected a class index of 0 or more, got -2'),
+    'twice': (lambda s, d: {**d, 'annotations': [*d['annotations'], d['annotations'][0]]}, r'train2018.json, annotation 59: .* is listed in .*train2018.json, annotation 0 too'),
+    'the same id': (lambda s, d: {**d, 'images': [*d['images'], d['images'][0]]}, 'image 59: another image has the id 3 too'),
+    'not annotated': (lambda s, d: {**d, 'annotations': d['annotations'][2:]}, '2 of 59 images have no annotation'),
+}
+
+
+@pytest.mark.parametrize('fault', json_faults)
+def test_broken_json(tmp_path, fault):
+    change, said = json_faults[fault]
+    inat_json(tmp_path, lambda split, d: change(split, d) if split == 'train' else d)
+    if said is None: (tmp_path/'train2018.json').write_text('{"images": [')
+    with pytest.raises(ValueError, match=said or 'train2018.json is no JSON that can be read'): inaturalist18(tmp_path, **kw)
+
+
+def published(name):
+    "Lists with as many images and classes as the published ones, without paths that mean anything"
+    spec = list_sets[name]
+    n = np.full(spec['classes'], spec['n_min'])
+    n[0] = spec['n_max']
+    for i in range(1, len(n)): n[i] += min(spec['n_max']-spec['n_min'], spec['train']-n.sum())
+    lists = {k: ImageList(Path('x'), list(range(spec[k])), np.arange(spec[k]) % spec['classes']) for k in ('valid', 'test') if k in spec}
+    return dict(train=ImageList(Path('x'), list(range(spec['train'])), np.repeat(np.arange(len(n)), n)), **lists)
+
+
+@pytest.mark.parametrize('name', list_sets)
+def test_lists_are_compared_with_the_published_figures(name):
+    lists = published(name)
+    assert compare_published(name, lists) == []
+    lists['train'].labels[-1] = 0
+    lists['test'].paths.pop()
+    said, = compare_published(name, lists)
+    n, test = list_sets[name]['n_max'], list_sets[name]['test']
+    assert f'{n+1:,} images of the largest class ({n:,})' in said and f'{test-1:,} test images' in said and 'training images' not in said
+
+
+def test_a_list_that_differs_is_told_by_a_warning(tmp_path):
+    imagenet(tmp_path)
+    with pytest.warns(DataNote, match=r'is not the published ImageNet-LT: there are 5 classes \(1,000\)'): imagenet_lt(tmp_path, **kw)
+
+
+def test_names_of_imagenet_classes():
+    folders = [f'n{i:08}' for i in range(1000)]
+    o = ImageList(Path('x'), [f'train/{w}/{w}_0.JPEG' for w in folders], list(range(1000)))
+    assert class_names(o, 1000)[:2] == ['n00000000 tench', 'n00000001 goldfish'] and len(set(class_names(o, 1000))) == 1000
+    flat = ImageList(Path('x'), ['images/a.jpg', 'images/b.jpg'], [0, 1])
+    assert class_names(flat, 2) == ['0', '1']
+
+
+def test_hold_out_spares_the_rarest():
+    y = np.repeat(np.arange(6), [100, 14, 5, 3, 2, 1])
+    train, valid = hold_out(y)
+    assert np.bincount(y[valid], minlength=6).tolist() == [20, 2, 1, 1, 0, 0] and sorted(train+valid) == list(range(len(y)))
+    assert hold_out(y) == (train, valid) and hold_out(y, seed=1)[1] != valid
+    with pytest.raises(ValueError, match='No class has three images'): hold_out([0, 0, 1, 1])
+
+
+def test_as_large_as_inaturalist(tmp_path):
+    "Names of 461,939 images are read and checked in seconds"
+    import time
+    n = np.r_[np.full(8141, 53), 437513-53*8141]
+    for split, each in (('train', n), ('val', np.full(8142, 3))):
+        (tmp_path/f'{split}.txt').write_text(''.join(f'train_val2018/P/{c}/{split}{i}.jpg {c}\n' for c, k in enumerate(each) for i in range(k)))
+    start = time.time()
+    assert check_lists(dict(train=read_list(tmp_path/'train.txt'), test=read_list(tmp_path/'val.txt'))) == 8142
+    assert time.time()-start < 60
+
+
+# Images of one's own
+
+discs = dict(blue=40, green=15, red=5, yellow=2)
+
+
+def own_folder(root, splits=('',), each=None):
+    for s in splits:
+        for c, n in (each or discs).items():
+            for i in range(n): jpeg(root/s/c/f'{i}.jpg')
+    return root
+
+
+def own_csv(root, split=True):
+    own_folder(root)
+    rows = [(f'{c}/{i}.jpg', c, 'test' if i < n//5 else 'train') for c, n in discs.items() for i in range(n)]
+    (root/'images.csv').write_text('\n'.join([','.join(('image', 'label', 'split')[:2+split]), *(','.join(r[:2+split]) for r in rows)])+'\n')
+    return root/'images.csv'
+
+
+def test_a_folder(tmp_path):
+    dls = own_images(own_folder(tmp_path/'a'), **kw)
+    assert dls.vocab == ['blue', 'green', 'red', 'yellow'] and class_counts(dls).tolist() == [32, 12, 4, 2] and dls.test is None and dls.imbalance_factor == 16
+    assert np.bincount(dls.valid_ds.targets, minlength=4).tolist() == [8, 3, 1, 0] and any('No validation image of 1 of 4 classes: yellow.' in o for o in dls.notes)
+    assert 'There is no test set: reports are of validation images.' in dls.notes
+    for dl in dls.loaders: assert [Path(f).parent.name for f in files_of(dl)] == [dls.vocab[i] for i in dl.dataset.targets]
+    assert own_images(tmp_path/'a', n_valid=2, **kw).valid_ds.targets.count(0) == 2
+
+
+def test_a_folder_with_splits(tmp_path):
+    own_folder(tmp_path, ('train', 'val', 'test'))
+    dls = own_images(tmp_path, **kw)
+    tops = lambda dl: {Path(f).parent.parent.name for f in files_of(dl)}
+    assert sizes(dls) == [62]*3 and not dls.notes and tops(dls.test) == {'test'} and tops(dls.valid) == {'val'}
+    shutil.rmtree(tmp_path/'val')
+    dls = own_images(tmp_path, **kw)
+    assert sizes(dls) == [50, 12, 62] and tops(dls.valid) == {'train'}
+    jpeg(tmp_path/'test/pink/0.jpg')
+    with pytest.raises(ValueError, match='no training image is of class pink'): own_images(tmp_path, **kw)
+
+
+def test_a_folder_that_is_none_of_these(tmp_path):
+    with pytest.raises(FileNotFoundError, match='There is no folder or file'): own_images(tmp_path/'x')
+    with pytest.raises(ValueError, match='found no image'): own_images(tmp_path)
+    jpeg(tmp_path/'a/0.jpg')
+    with pytest.raises(ValueError, match="expected two classes or more, got 'a' alone"): own_images(tmp_path)
+    jpeg(tmp_path/'b/0.jpg')
+    with pytest.raises(ValueError, match='No class has three images'): own_images(tmp_path)
+    jpeg(tmp_path/'0.jpg')
+    with pytest.raises(ValueError, match='0.jpg is in no folder of a class'): own_images(tmp_path)
+    jpeg(tmp_path/'test/a/0.jpg')
+    with pytest.raises(ValueError, match='expected a folder `train`'): own_images(tmp_path)
+    (tmp_path/'x.tsv').write_text('')
+    with pytest.raises(ValueError, match='ends in .csv'): own_images(tmp_path/'x.tsv')
+
+
+def test_size(tmp_path):
+    own_folder(tmp_path)
+    shape = lambda **k: own_images(tmp_path, device='cpu', bs=4, **k).one_batch()[0].shape[2:]
+    assert shape() == (40, 40) and shape(size=24) == (24, 24)
+    Image.new('RGB', (90, 60)).save(tmp_path/'blue/large.jpg')
+    assert shape() == (224, 224)
+    Image.new('L', (40, 40)).save(tmp_path/'blue/large.jpg')  # grey becomes RGB
+    assert shape() == (40, 40)
+
+
+def test_a_csv_file(tmp_path):
+    dls = own_images(own_csv(tmp_path), **kw)
+    assert sizes(dls) == [41, 9, 12] and dls.imbalance_factor == 13 and class_counts(dls).tolist() == [26, 10, 3, 2]
+    for dl in dls.loaders: assert [Path(f).parent.name for f in files_of(dl)] == [dls.vocab[i] for i in dl.dataset.targets]
+    assert own_images(own_csv(tmp_path, split=False), **kw).test is None
+    f = tmp_path/'images.csv'
+    f.write_text('\ufeff'+f.read_text().replace('image,label', 'where it is,species'), encoding='utf-8')  # as spreadsheets write it
+    with pytest.raises(ValueError, match='expected a header with one column of paths.*got where it is, species.*path_col'): own_images(f, **kw)
+    assert sizes(own_images(f, path_col='where it is', label_col='species', **kw)) == [50, 12]
+    with pytest.raises(ValueError, match="there is no column 'x', but where it is, species"): own_images(f, path_col='x', label_col='species')
+
+
+csv_faults = {
+    'no label': ('blue/20.jpg,,train', 'images.csv:22: expected a path and a label'),
+    'another split': ('blue/20.jpg,blue,eval', "images.csv:22: expected train, valid or test as split, got 'eval'"),
+    'too many': ('blue/20.jpg,blue,train,x', 'images.csv:22: more values'),
+    'too few': ('blue/20.jpg,blue', "images.csv:22: expected train, valid or test as split, got ''"),
+    'twice': ('blue/19.jpg,blue,train', 'images.csv:22: blue/19.jpg is listed in .*images.csv:21 too. Each'),
+    'in training and in test': ('blue/19.jpg,blue,test', "images.csv:22: .*can't be in test"),
+    'missing': ('blue/x.jpg,blue,train', '1 of 50 images in train .*images.csv:22: blue/x.jpg'),
+    'only in test': ('blue/20.jpg,pink,test', "images.csv:22: class 'pink' is in test, but no training image"),
+}
+
+
+@pytest.mark.parametrize('fault', csv_faults)
+def test_broken_csv(tmp_path, fault):
+    line, said = csv_faults[fault]
+    f = own_csv(tmp_path)
+    broken(tmp_path, 'images.csv', 22, line)
+    with pytest.raises((ValueError, FileNotFoundError), match=said): own_images(f, **kw)
+
+
+# Training
+
+class Probe(Callback):
+    "Are the sample ids those of the images that are in the batch? Each image has a grey value of its own"
+    order = 0
+    def before_fit(self): self.seen = []
+    def before_batch(self):
+        if not self.training: return
+        ids, ds = self.learn.sample_ids.ids.tolist(), self.learn.dls.train_ds
+        mean, std = torch.tensor([.485, .456, .406]).view(3, 1, 1), torch.tensor([.229, .224, .225]).view(3, 1, 1)
+        grey = ((self.x.as_subclass(torch.Tensor)*std+mean)*255).round().amax((1, 2, 3)).int().tolist()  # around it are zeros
+        assert [int(Path(ds.items[i][0]).stem) for i in ids] == grey and [ds.targets[i] for i in ids] == self.y.tolist()
+        self.seen += ids
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('csv', [False, True], ids=['folder', 'csv'])
+def test_samples_and_predictions_stay_aligned(tmp_path, workers, csv, quick_fit):
+    value = iter(range(100, 200))
+    files = [tmp_path/c/f'{next(value)}.png' for c, n in dict(a=30, b=11, c=4).items() for _ in range(n)]
+    for f in files: jpeg(f, int(f.stem))
+    if csv: (tmp_path/'x.csv').write_text('\n'.join(['path,label', *(f'{f.relative_to(tmp_path)},{f.parent.name}' for f in files[::-1])])+'\n')
+    dls = own_images(tmp_path/'x.csv' if csv else tmp_path, bs=8, num_workers=workers, device='cpu')
+    learn = Learner(dls, CifarResNet(3, depth=8), opt_func=SGD, cbs=[ReflectiveLearning(ks=True, kc=True), Probe()])
+    quick_fit(learn, 2)
+    assert sorted(learn.probe.seen) == sorted(list(range(36))*2)
+
+
+def test_a_single_image_is_not_left_over_for_batch_norm(tmp_path, quick_fit):
+    dls = own_images(own_folder(tmp_path, each=dict(a=16, b=6)), bs=17, size=16, device='cpu')  # 18 to train on
+    assert len(dls.train_ds) == 18 and [len(b[1]) for b in dls.train] == [17]
+    assert [len(b[1]) for b in own_images(tmp_path, bs=99, size=16, device='cpu').train] == [18]
+
+
+def settings(path, **kwargs): return RunSettings(str(path), net='resnet8', size=16, epochs=1, bs=16, reflective=dict(ks=True, kc=True), **kwargs)
+
+
+def test_a_run_on_a_folder_has_no_test_accuracy_and_one_on_a_csv_file_has(tmp_path):
+    res, report = train_run(settings(own_folder(tmp_path/'a')), bar=False)
+    assert 'accuracy' not in res and res['imbalance_factor'] == 16 and res['class_counts'] == [32, 12, 4, 2] and res['valid_accuracy']['few'] is not None
+    assert report.totals.tolist() == [8, 3, 1, 0] and res['per_class'][3] is None and report.vocab == ['blue', 'green', 'red', 'yellow']
+    assert {'base_loss', 'review_loss', 'summary_loss', 'conflicts'} <= set(res['history'])
+    res, report = train_run(settings(own_csv(tmp_path/'b'), diagnose=True), bar=False)
+    assert report.totals.tolist() == [8, 3, 1, 0] and 'accuracy' in res and res['class_counts'] == [26, 10, 3, 2] and len(res['diagnosis']['similarity']) == 4
+    again, _ = train_run(settings(tmp_path/'b/images.csv', diagnose=True), bar=False)
+    assert again['history'] == res['history'] and again['accuracy'] == res['accuracy']
+
+
+def test_a_run_on_lists(tmp_path):
+    imagenet(tmp_path)
+    s = RunSettings('imagenet-lt', net='resnet8', size=16, epochs=1, bs=16, data=str(tmp_path), policy='randaugment', flip=False, reflective={})
+    assert any('is not the published' in o for o in s.check())
+    res, report = train_run(s, bar=False)
+    assert report.totals.tolist() == [3]*5 and res['class_counts'] == counts and res['accuracy']['many'] is None and res['settings']['imbalance_factor'] is None
+    inat(tmp_path)
+    res, report = train_run(RunSettings('inaturalist18', net='resnet8', size=16, epochs=1, bs=16, data=str(tmp_path), n_valid=2), bar=False, test=False)
+    assert 'accuracy' not in res and report.totals.tolist() == [2, 2, 1, 1, 0]
+
+
+def test_training_accuracy_is_measured_without_augmentation(tmp_path):
+    from ltrl_fastai.experiments.training import eval_view
+    dls = own_images(own_folder(tmp_path), **kw)
+    dl = dls.valid.new(eval_view(dls.train_ds))
+    (a, y), (b, _) = dl.one_batch(), dl.one_batch()
+    assert torch.equal(a, b) and y.tolist() == dls.train_ds.targets[:16] and dls.train_ds.split_idx == 0
+    assert not torch.equal(dls.train.new(shuffle=False).one_batch()[0], dls.train.new(shuffle=False).one_batch()[0])
+
+
+def test_what_can_not_be_chosen_is_refused(tmp_path):
+    own_folder(tmp_path/'a')
+    for bad, said in ((dict(imbalance_factor=10), 'imbalance_factor: .* is long-tailed already'), (dict(n_max=5), 'n_max: .* all its images'),
+                      (dict(crop=4), 'crop: photographs'), (dict(data='x'), 'data: the path')):
+        with pytest.raises(ValueError, match=said): settings(tmp_path/'a', **bad)
+    with pytest.raises(ValueError, match='n_valid: imagenet-lt has a list of validation images'): RunSettings('imagenet-lt', n_valid=3)
+    with pytest.raises(FileNotFoundError, match='is not there'): settings(tmp_path/'b')
+    with pytest.raises(ValueError, match="Did you mean 'imagenet-lt'"): RunSettings('imagenet')
+    with pytest.raises(ValueError, match="net: mlp8 can't take images"): RunSettings(str(tmp_path/'a'), net='mlp8', size=16).check()
+
+
+def test_the_identity_of_data_is_that_of_its_lists(tmp_path):
+    own_csv(tmp_path)
+    s = settings(tmp_path/'images.csv')
+    first = data_identity(s)
+    os.utime(tmp_path/'blue/7.jpg', (1, 1))
+    assert data_identity(s) == first
+    Image.new('RGB', (40, 40)).save(tmp_path/'blue/9.jpg')
+    assert data_identity(s) != first
+    jpeg(tmp_path/'blue/9.jpg')
+    first = data_identity(s)
+    broken(tmp_path, 'images.csv', 22, 'blue/20.jpg,green,train')
+    assert data_identity(s) != first and data_identity(settings(tmp_path/'images.csv', data_seed=1)) != data_identity(s)
+
+
+# The command line
+
+ltrl = str(Path(sys.executable).parent/'ltrl')
+env = {**os.environ, 'MPLBACKEND': 'Agg', 'COLUMNS': '200'}
+
+
+def run(*args, cwd, check=True, **more):
+    r = subprocess.run([ltrl, *map(str, args)], cwd=cwd, env={**env, **more}, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert not check or r.returncode == 0, r.stdout+r.stderr
+    assert 'Traceback' not in r.stderr and 'Warning' not in r.stderr, r.stderr
+    return r.stdout+r.stderr
+
+
+def test_train_on_a_folder(tmp_path):
+    own_folder(tmp_path/'mine')
+    said = run('train', '--dataset', 'mine', '--net', 'resnet18', '--size', '32', '--epochs', '1', cwd=tmp_path)
+    assert 'Note: No validation image of 1 of 4 classes: yellow.' in said and 'mine, as it is, resnet18' in said
+    assert 'Accuracy on validation images, since there is no test set' in said
+    out, = (tmp_path/'ltrl-runs').iterdir()
+    res = json.loads((out/'result.json').read_text())
+    assert out.name.startswith('mine-bsce-rl-and-without-1ep-seed0') and res['gain']['many'] is None
+    assert res['gain']['all'] == pytest.approx(res['valid_accuracy']['all']-res['baseline']['valid_accuracy']['all'], abs=1e-5)
+    assert '| bsce + RL |' in run('report', 'ltrl-runs', cwd=tmp_path)
+
+
+small = ('--set', 'net=resnet8', '--set', 'epochs=1', '--seeds', '1', '--jobs', '1')
+
+
+def test_train_and_compare_on_a_csv_file(tmp_path):
+    own_csv(tmp_path)
+    said = run('train', '--dataset', 'images.csv', '--net', 'resnet8', '--size', '16', '--epochs', '1', '--no-rl', '--out', 'a', cwd=tmp_path)
+    assert 'Accuracy on the test set, in percent' in said and json.loads((tmp_path/'a/result.json').read_text())['dataset'] == 'images.csv'
+    args = ('compare', '--dataset', 'images.csv', *small, '--set', 'size=16', '--out', 'b')
+    assert '2 computed, 0 were there already' in run(*args, cwd=tmp_path) and '0 computed, 2 were there already' in run(*args, cwd=tmp_path)
+    jpeg(tmp_path/'blue/0.jpg', 3)
+    said = run(*args, cwd=tmp_path)
+    assert 'the data changed' in said and '2 computed' in said
+
+
+def test_compare_loads_images_in_processes(tmp_path):
+    "Runs of a comparison are processes of their own, and must be allowed to have more for loading images, as they do from a thousand on"
+    own_folder(tmp_path/'mine', each=dict(a=900, b=400))
+    said = run('compare', '--dataset', 'mine', *small, '--set', 'size=8', '--set', 'bs=256', '--rl', 'on', '--out', 'b', cwd=tmp_path)
+    assert '1 computed' in said
+
+
+@pytest.mark.parametrize('args,said', [
+    (('--dataset', 'mine', '--imbalance-factor', '10'), 'is long-tailed already'),
+    (('--dataset', 'nowhere/mine'), 'nowhere/mine is not there'),
+    (('--dataset', 'mine', '--data', '.'), 'the path of your images is the data set itself'),
+    (('--dataset', 'imagenet-lt', '--data', '.'), 'ImageNet_LT_train.txt:3: expected `path label`'),
+    (('--dataset', 'places-lt', '--data', '.'), 'Places-LT was not found at .'),
+    (('--dataset', 'mine', '--net', 'mlp8', '--size', '16'), "can't take images")])
+def test_what_is_wrong_is_said_in_a_line(tmp_path, monkeypatch, args, said):
+    own_folder(tmp_path/'mine')
+    imagenet(tmp_path)
+    broken(tmp_path, 'ImageNet_LT_train.txt', 3, 'train/n01440764/n01440764_2.JPEG')
+    monkeypatch.chdir(tmp_path)
+    r = CliRunner().invoke(app, ['train', *args, '--epochs', '1'])
+    assert r.exit_code == 2 and r.output.startswith('Error: ') and said in r.output and r.output.count('\n') == 1
+
+
+def test_datasets(tmp_path, monkeypatch):
+    imagenet(tmp_path/'data/ImageNet_LT')
+    places(tmp_path/'data', easy=True)
+    (tmp_path/'data/val/zoo/Places365_val_00000401.jpg').unlink()
+    out = run('datasets', '--data', 'data', cwd=tmp_path)
+    state = dict(re.findall(r'^(\S+) +[\d,]+ +[\d,]+ +[\d,]+ +(.+)$', out, re.M))
+    assert state == {'digits-lt': 'there', **{f'cifar{o}-lt': 'missing' for o in ('10', '100', '100-frozen')},
+                     'imagenet-lt': 'there', 'places-lt': 'in part', 'inaturalist18': 'missing'}
+    assert 'all 84 images below data/ImageNet_LT' in out and 'train2018.json' in out
+    assert '1 of 15 images in test (data/Places_LT_test.txt:14: val/zoo/Places365_val_00000401.jpg)' in out
+    assert 'imagenet-lt is not the published ImageNet-LT' in out and re.search(r'inaturalist18 +8,142 +437,513 +24,426', out)
+    monkeypatch.chdir(tmp_path)
+    here = lambda *args: CliRunner().invoke(app, ['datasets', *args]).output
+    rows = {o['name']: o for o in json.loads(here('--json', '--data', 'data'))}
+    assert rows['cifar100-lt']['train'] == 10847 and rows['places-lt']['missing'].startswith('Images are missing')
+    assert rows['imagenet-lt']['state'] == 'there' and not rows['imagenet-lt']['missing']
+    assert 'x is not there, where a folder was expected' in here('--data', 'x')
+    home = run('datasets', cwd=tmp_path, FASTAI_HOME=str(tmp_path/'home'))
+    assert str(tmp_path/'home/data/iNaturalist18') in home and 'untar_data(URLs.CIFAR_100)' in home
+
+
+def test_every_data_set_is_in_the_catalogue():
+    from ltrl_fastai.data.catalogue import catalogue
+    from ltrl_fastai.experiments.training import datasets
+    assert [o['name'] for o in catalogue('nowhere')] == list(datasets)
+
+
+def test_pickled_learners_predict(tmp_path, quick_fit):
+    "What fastai's users do with a trained model: export it, load it, and predict on a file"
+    from fastai.vision.all import load_learner
+    dls = own_images(own_folder(tmp_path/'a'), **kw)
+    learn = quick_fit(Learner(dls, CifarResNet(4, depth=8), opt_func=SGD, path=tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn.export('m.pkl')
+        loaded = load_learner(tmp_path/'m.pkl')
+    with loaded.no_bar(): word, i, p = loaded.predict(tmp_path/'a/blue/3.jpg')
+    assert word == dls.vocab[int(i)] and p.shape == (4,) and (tmp_path/'m.pkl').stat().st_size < 2e6

@@ -45,8 +45,9 @@ class SplitViews(Callback):
                 ): self.n = n
     def before_batch(self):
         if not self.training: return
-        b,views = self.learn.xb[0],self.n
-        if not (len(self.learn.xb)==1 and isinstance(b, Tensor) and isinstance(self.dls.train.after_batch, ViewPipeline) and b.shape[1]==views): raise ValueError(
+        b,views,train = self.learn.xb[0],self.n,self.dls.train
+        pipe = getattr(vars(train).get('dl', train), 'after_batch', None) # of a distributed loader, that of the one it wraps
+        if not (len(self.learn.xb)==1 and isinstance(b, Tensor) and isinstance(pipe, ViewPipeline) and b.shape[1]==views): raise ValueError(
             f"views: this method wants {views} views of each training image, and the batch holds one: {tuple(b.shape)}. Train it on `two_views(dls)`.")
         self.learn.xb = tuple(b.unbind(1))
 

@@ -5,6 +5,7 @@ import warnings
 import pytest
 
 os.environ.setdefault('MPLBACKEND', 'Agg')
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # two files of tests run side by side, and threads that wait for each other's cores are slow
 warnings.filterwarnings('ignore', category=FutureWarning, module='torch')
 
 from fastai.vision.all import nn, set_seed  # noqa: E402

@@ -21,8 +21,8 @@ class MethodLoss(nn.Module):
     def __init__(self, reduction:str='mean' # 'mean', 'sum' or 'none'
                 ): super().__init__(); self.reduction = reduction
     def parts(self, pred, targets:Tensor) -> Tensor:
-        "Loss of each sample `(B,)`, of what the model gives in training."
-        raise NotImplementedError
+        "Loss of each sample `(B,)`, of what the model gives in training; if a subclass does not say, that of the prediction alone."
+        return self.alone(self.logits_of(pred), targets)
     def logits_of(self, pred) -> Tensor:
         "The prediction `(B, C)` in what the model gives."
         return pred

@@ -34,7 +34,7 @@ def photos():
     return block.dataloaders(list(range(48)), bs=12, num_workers=0, device='cpu')
 
 
-@pytest.mark.parametrize('arch', [resnet18, mobilenet_v3_small, 'resnet10t'], ids=str)
+@pytest.mark.parametrize('arch', [resnet18, mobilenet_v3_small, 'resnet10t'], ids=lambda o: o if isinstance(o, str) else o.__name__)
 def test_vision_learner(photos, quick_fit, arch):
     learn = vision_learner(photos, arch, pretrained=False, normalize=False, loss_func=BalancedSoftmaxLoss(class_counts(photos)), metrics=accuracy)
     learn.add_cbs(ReflectiveLearning(ks=True, kc=True))

@@ -434,7 +434,7 @@ def test_a_run_on_lists(tmp_path):
 
 
 def test_training_accuracy_is_measured_without_augmentation(tmp_path):
-    from ltrl_fastai.experiments.training import eval_view
+    from ltrl_fastai.data.imbalance import eval_view
     dls = own_images(own_folder(tmp_path), **kw)
     dl = dls.valid.new(eval_view(dls.train_ds))
     (a, y), (b, _) = dl.one_batch(), dl.one_batch()
@@ -478,6 +478,14 @@ def run(*args, cwd, check=True, **more):
     assert not check or r.returncode == 0, r.stdout+r.stderr
     assert 'Traceback' not in r.stderr and 'Warning' not in r.stderr, r.stderr
     return r.stdout+r.stderr
+
+
+@pytest.mark.parametrize('method', ['paco', 'mdcs', 'mislas', 'ncm'])
+def test_methods_on_photographs(method, tmp_path):
+    "Of two views, of stages, of class means: on images that are transformed one by one"
+    own_folder(tmp_path/'mine')
+    res, _ = train_run(RunSettings(str(tmp_path/'mine'), net='resnet18', size=32, bs=8, epochs=1, method=method, policy='randaugment', reflective={}), bar=False)
+    assert res['valid_accuracy']['all'] is not None and len(res.get('stages', [])) == (method in ('mislas', 'ncm'))
 
 
 def test_train_on_a_folder(tmp_path):

@@ -13,7 +13,7 @@ from ltrl_fastai.experiments.cli import app
 from ltrl_fastai.experiments.plan import hash_of
 from ltrl_fastai.experiments.recipes import Recipe, beside, caveat, matching, recipe, recipes
 from ltrl_fastai.experiments.summary import slides_row
-from ltrl_fastai.experiments.training import RunSettings, datasets, methods
+from ltrl_fastai.experiments.training import RunSettings
 from ltrl_fastai.methods.nets import create_net
 from ltrl_fastai.reflective.learning import ReflectiveLearning
 from typer.testing import CliRunner
@@ -108,19 +108,13 @@ def test_names_are_unique_and_round_trip():
     with pytest.raises(dataclasses.FrozenInstanceError): recipes['table1/RIDE+RL/50'].epochs = 1
 
 
-def test_settings_are_valid_or_say_what_is_lacking():
+def test_settings_are_valid():
     for o in recipes.values():
-        if o.lacks:
-            with pytest.raises(ValueError, match='this installation has no') as e: o.settings()
-            assert all(w in str(e.value) for w in o.lacks.values())
-            assert (o.dataset not in datasets) == ('dataset' in o.lacks) and (o.method not in methods) == ('method' in o.lacks)
-        known = {**({} if o.dataset in datasets else dict(dataset='cifar100-lt', imbalance_factor=100.)), **({} if o.method in methods else dict(method='bsce'))}
-        s = o.settings(seed=7, **known)
+        s = o.settings(seed=7)
         assert isinstance(s, RunSettings) and s.seed == 7
         for k in 'net schedule epochs lr bs wd policy pretrained reflective dataset method imbalance_factor'.split():
-            assert k in known or getattr(s, k) == getattr(o, k), (o.name, k)
+            assert getattr(s, k) == getattr(o, k), (o.name, k)
         if o.reflective: ReflectiveLearning(**o.reflective)
-    assert not recipes['table1/SADE+RL/100'].lacks
     for net in {o.net for o in recipes.values()}:
         with torch.device('meta'): create_net(net, 10)
 
@@ -170,8 +164,8 @@ def test_a_shortened_schedule():
 
 def test_list(tmp_path):
     every = json.loads(run('recipes', '--json', cwd=tmp_path))
-    assert [o['name'] for o in every] == list(recipes) and every[0]['reported'] == {'all': 59.1} and all(isinstance(o['lacks'], list) for o in every)
-    assert Recipe(**{k: tuple(v) if k == 'notes' else v for k, v in every[40].items() if k != 'lacks'}) == list(recipes.values())[40]
+    assert [o['name'] for o in every] == list(recipes) and every[0]['reported'] == {'all': 59.1}
+    assert Recipe(**{k: tuple(v) if k == 'notes' else v for k, v in every[40].items()}) == list(recipes.values())[40]
     said = said_here('recipes', 'TABLE4/')
     assert said.count('\ntable4/') == 17 and '64.8 / 48.9 / 36.6 / ?' in said and 'resnet50' in said and '200 cosine' in said
     assert 'left out' in said_here('recipes', 'table4/LADE+RL')
@@ -240,7 +234,5 @@ def test_what_is_wrong_is_said(tmp_path, monkeypatch):
                        ('table1/BSCE+RL/100', '--data', 'nowhere'): 'was not found at nowhere',
                        ('table1/BSCE+RL/100', '--set', 'net=resnet9', '--set', 'dataset=digits-lt'): 'resnet8'}.items():
         assert said in said_here('run', *args, code=2)
-    lacking = next((o for o in recipes.values() if o.lacks), None)
-    if lacking: assert 'this installation has no' in run('run', lacking.name, cwd=tmp_path, code=2)
     (tmp_path/'file').write_text('')
     assert 'is a file' in said_here('run', 'table1/BSCE/100', *tiny, '--out', 'file', code=2)

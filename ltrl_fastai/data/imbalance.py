@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_imbalance_factor', 'imbalanced_counts', 'long_tail_indices', 'long_tail_subset', 'LongTailSplitter',
-           'dataset_targets', 'check_counts', 'class_counts']
+           'dataset_targets', 'eval_view', 'check_counts', 'class_counts']
 
 # %% ../../nbs/data/00_imbalance.ipynb #5a6a132c
 from fastai.basics import *
@@ -101,6 +101,14 @@ def dataset_targets(ds # A fastai `Datasets`, `TabularPandas`, torchvision datas
     if len(res) and np.ndim(res[0])>0 and np.size(res[0])>1: raise TypeError(f"The targets of this {type(ds).__name__} are no single class indices (the first is {res[0]}): "
         "counting classes is for single-label data.")
     return [int(o) for o in res]
+
+def eval_view(ds # A training set: fastai `Datasets`, or anything with a `split_idx`
+             ):
+    "The same items, to be looked at without augmentation; its targets stay known."
+    if not isinstance(ds, Datasets): res = copy(ds); res.split_idx = 1; return res
+    res = Datasets(tls=[o._new(o.items, split_idx=1) for o in ds.tls], n_inp=ds.n_inp) # its own `split_idx` can't be set
+    if getattr(ds, 'targets', None) is not None: res.targets = ds.targets
+    return res
 
 def check_counts(class_counts # Training images of each class: a list, array or tensor
                 ) -> Tensor: # `(C,)`

@@ -178,7 +178,7 @@ class TrainCrop(RandomResizedCrop):
 class ImageAugment(Transform):
     "A torchvision transform of single images, for training."
     split_idx,order = 0,TrainCrop.order+1
-    def __init__(self, f): super().__init__(); self.f = f
+    def __init__(self, f, strong:bool=False): super().__init__(); self.f,self.strong = f,strong
     def encodes(self, x:PILImage): return PILImage(self.f(x))
 
 _policies = dict(randaugment=lambda: v2.RandAugment(num_ops=2, magnitude=9), autoaugment=lambda: v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET))
@@ -191,8 +191,10 @@ def photo_tfms(size:int=224, # Pixels of a side
     "What ImageNet training does to an image; normalised by ImageNet's statistics."
     if policy not in (None,*_policies): raise ValueError(f"policy: expected None or one of {list(_policies)}, got {policy!r}")
     norm = [IntToFloatTensor(), Normalize.from_stats(*imagenet_stats, cuda=False)]
-    if small: return [],([BatchAug(pad_crop, pad=max(1, size//8))] + [BatchAug(random_flip, 1)]*flip + ([BatchAug(chunkwise, 2, tfm=_policies[policy]())] if policy else []) + norm)
-    return [TrainCrop(size)] + [FlipItem()]*flip + [ImageAugment(_policies[policy]() if policy else v2.ColorJitter(.4, .4, .4))],norm
+    if small:
+        strong = [BatchAug(chunkwise, 2, strong=True, tfm=_policies[policy]())] if policy else []
+        return [],[BatchAug(pad_crop, pad=max(1, size//8))] + [BatchAug(random_flip, 1)]*flip + strong + norm
+    return [TrainCrop(size)] + [FlipItem()]*flip + [ImageAugment(_policies[policy]() if policy else v2.ColorJitter(.4, .4, .4), strong=bool(policy))],norm
 
 # %% ../../nbs/data/04_lists.ipynb #a1675da6
 class DataNote(UserWarning): "Something about a data set that its user should know."
@@ -205,9 +207,9 @@ class ImageFileDataLoaders(LongTailDataLoaders):
         return [f"{k} {os.path.relpath(f, self.root)} {y} {os.path.getsize(f)}" for k,dl in zip(('train','valid','test'), self.loaders)
                 for (f,_),y in zip(dl.dataset.items, dl.dataset.targets)]
 
-def with_targets(tls, labels:list, split_idx:int=None) -> Datasets:
+def with_targets(tls, labels:list) -> Datasets:
     "`Datasets` of these `TfmdLists` that knows its class indices."
-    res = Datasets(tls=[o if split_idx is None else o._new(o.items, split_idx=split_idx) for o in tls], n_inp=1)
+    res = Datasets(tls=tls, n_inp=1)
     res.targets = labels
     return res
 

@@ -82,12 +82,7 @@ def train(
         out = out or Path('ltrl-runs')/_name(todo[0], both=rl is None)
         settings = _identity(todo)
         kept = [Checkpoint(out/f'.fit-{i}.pt') for i in range(2)]
-        if resume and not _begun(kept) and (out/'result.json').exists():
-            _check_out(out, settings, False)
-            return typer.echo(f"Nothing to go on with: {out/'result.json'} is complete.")
-        _check_out(out, settings, force)
-        if force and not resume: [o.remove() for o in kept]
-        if _begun(kept) and not resume: raise ValueError(f"--out: {out} holds an interrupted run. Add --resume to go on with it, or --force to start anew.")
+        if _ready(out, kept, settings, resume, force): return typer.echo(f"Nothing to go on with: {out/'result.json'} is complete.")
         for o in todo[0].check(): typer.echo(f"Note: {o}")
     except (ValueError, TypeError, OSError) as e: fail(e)
     results = []
@@ -128,6 +123,14 @@ def _identity(todo) -> list:
     import dataclasses
     return json.loads(json.dumps([{k: v for k,v in dataclasses.asdict(s).items() if k!='data'} for s in todo]))
 
+def _ready(out, kept, settings, resume, force) -> bool:
+    "Make the output folder ready for a run. Is what is there complete already, with nothing to go on with?"
+    complete = resume and not _begun(kept) and (out/'result.json').exists()
+    _check_out(out, settings, force and not complete)
+    if force and not resume: [o.remove() for o in kept]
+    if _begun(kept) and not resume: raise ValueError(f"--out: {out} holds an interrupted run. Add --resume to go on with it, or --force to start anew.")
+    return complete
+
 def _check_out(out, settings, force):
     if out.exists() and not out.is_dir(): raise NotADirectoryError(f"--out: {out} is a file, where a folder was expected.")
     out.mkdir(parents=True, exist_ok=True)
@@ -147,7 +150,7 @@ def _next(s, rl):
 @app.command()
 def recipes(
     pattern:Annotated[str|None, typer.Argument(help="A name, a part of one, or a pattern: table1, RIDE, 'table1/*RL/100'. Default: all.")]=None,
-    as_json:Annotated[bool, _opt(_where, "A list of objects, with all settings, notes, and what this installation lacks for it.", '--json')]=False,
+    as_json:Annotated[bool, _opt(_where, "A list of objects, with all settings and notes.", '--json')]=False,
 ):
     "List tables 1 to 8 and figure 5 of the slides as recipes for `ltrl run`: net, method, schedule, augmentation and reported numbers. With the name of one: its notes too."
     _quiet()
@@ -155,14 +158,13 @@ def recipes(
     from ltrl_fastai.experiments.recipes import matching
     try: found = matching(pattern)
     except ValueError as e: fail(e)
-    if as_json: return typer.echo(json.dumps([{**dataclasses.asdict(o), 'lacks': list(o.lacks.values())} for o in found], indent=1))
+    if as_json: return typer.echo(json.dumps([dataclasses.asdict(o) for o in found], indent=1))
     parts = lambda o: '-' if o.reflective is None else '+'.join(k.upper() for k in ('kr','ks','kc') if o.reflective.get(k)) if 'ks' in o.reflective else 'RL'
     rows = [dict(recipe=o.name, data=o.dataset+('' if o.imbalance_factor is None else f' IF {o.imbalance_factor:g}'), net=o.net, method=o.method, RL=parts(o),
                  schedule=f"{o.epochs} {o.schedule}", augmentation=o.policy or '-', reported=_reported(o.reported)) for o in found]
     width = {k: max(map(len, (k, *(r[k] for r in rows)))) for k in rows[0]}
     for r in [{k: k for k in width}, *rows]: typer.echo('  '.join(v.ljust(width[k]) for k,v in r.items()).rstrip())
     typer.echo("\nReported: All in percent, or Many / Medium / Few / All; ? is a number that can't be read for sure or is not given.")
-    if (lacks := sorted({w for o in found for w in o.lacks.values()})): typer.echo(f"Not in this installation, so that their recipes can't be trained yet: {', '.join(lacks)}.")
     if len(found)==1: typer.echo('\n'.join(found[0].notes))
 
 def _reported(acc):
@@ -200,12 +202,7 @@ def run(
         mark,settings = r.mark(budget, changed),_identity([s])
         out = out or Path('ltrl-runs')/_recipe_folder(r, mark, seed)
         kept = Checkpoint(out/'.fit-0.pt')
-        if resume and not _begun([kept]) and (out/'result.json').exists():
-            _check_out(out, settings, False)
-            return typer.echo(f"Nothing to go on with: {out/'result.json'} is complete.")
-        _check_out(out, settings, force)
-        if force and not resume: kept.remove()
-        if _begun([kept]) and not resume: raise ValueError(f"--out: {out} holds an interrupted run. Add --resume to go on with it, or --force to start anew.")
+        if _ready(out, [kept], settings, resume, force): return typer.echo(f"Nothing to go on with: {out/'result.json'} is complete.")
         notes = [*r.notes, *s.check()]
     except (ValueError, TypeError, OSError, ImportError) as e: fail(e)
     factor = '' if s.imbalance_factor is None else f', imbalance factor {s.imbalance_factor:g}'

@@ -7,9 +7,10 @@ __all__ = ['recipes', 'Recipe', 'changed_by', 'matching', 'recipe', 'beside', 'c
 
 # %% ../../nbs/experiments/08_recipes.ipynb #7ee070c5
 from fastai.basics import *
-import dataclasses, difflib, fnmatch
+import dataclasses, fnmatch
+from ..reflective.functional import did_you_mean
 from ..reflective.learning import ReflectiveLearning
-from .training import RunSettings, datasets, methods, schedules
+from .training import RunSettings
 from .plan import parse_setting, _merge
 
 # %% ../../nbs/experiments/08_recipes.ipynb #fdb09da2
@@ -38,19 +39,11 @@ class Recipe:
     def settings(self, budget:float=1., # Share of the schedule, above 0
                  **over # Fields of `RunSettings` that are to be others
                 ) -> RunSettings:
-        "The run; raises `ValueError` that names what this installation does not know."
+        "The run; raises `ValueError` for what is no setting."
         if not 0<budget<=1: raise ValueError(f"budget: expected a share of the schedule, above 0 and at most 1, got {budget}.")
         if budget<1 and 'epochs' in over: raise ValueError("epochs: they are given, and a budget to shorten them by too. Leave one of the two.")
-        if (lacks := [o for k,o in self.lacks.items() if k not in over]): raise ValueError(
-            f"{self.name}: this installation has no {' and no '.join(lacks)} yet. It has the data sets {', '.join(datasets)}, and the methods {', '.join(methods)}.")
         mine = {k: deepcopy(getattr(self, k)) for k in 'dataset imbalance_factor net pretrained method reflective schedule epochs lr bs wd policy'.split()}
         return RunSettings(**{**mine, 'epochs': max(1, round(self.epochs*budget)), **over})
-
-    @property
-    def lacks(self) -> dict: # From field to words
-        "What this installation does not know of it."
-        return {k: f"{word} {getattr(self, k)!r}" for k,word,known in (('dataset','data set',datasets), ('method','method',methods), ('schedule','schedule',schedules))
-                if getattr(self, k) not in known}
 
     def mark(self, budget:float=1., # Share of the schedule
              changed:dict=None # Settings that were others
@@ -324,9 +317,7 @@ def recipe(name:str # As in `recipes`
           ) -> Recipe:
     "The recipe of that name; raises `ValueError` with the nearest names."
     if name in recipes: return recipes[name]
-    known = {k.lower(): k for k in recipes}
-    near = [known[o] for o in difflib.get_close_matches(str(name).lower(), list(known), n=4, cutoff=.5)]
-    raise ValueError(f"recipe: got {name!r}. {f'''Did you mean {', '.join(map(repr, near))}? ''' if near else ''}`ltrl recipes` lists all {len(recipes)}.")
+    raise ValueError(f"recipe: got {name!r}.{did_you_mean(name, recipes, n=4, cutoff=.5)} `ltrl recipes` lists all {len(recipes)}.")
 
 # %% ../../nbs/experiments/08_recipes.ipynb #2ae5a16f
 def beside(accuracy:dict, # Measured, in percent, by shot

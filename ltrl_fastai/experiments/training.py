@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['datasets', 'schedules', 'spec_of', 'one_of', 'check_type', 'RunSettings', 'keep_freed_memory', 'versions', 'command',
-           'write_json', 'write_text', 'history', 'train_run', 'stage_file', 'label_of', 'eval_view']
+           'write_json', 'write_text', 'history', 'train_run', 'stage_file', 'label_of']
 
 # %% ../../nbs/experiments/01_training.ipynb #c0ea3bfe
 from fastai.vision.all import *
 import contextlib, dataclasses, importlib.metadata, math, platform, shlex
-from ..data.imbalance import check_imbalance_factor
+from ..data.imbalance import check_imbalance_factor, eval_view
 from ..data.benchmarks import digits_lt, cifar10_lt, cifar100_lt
 from ..data.frozen import cifar100_frozen_lt
-from ..data.lists import imagenet_lt, places_lt, inaturalist18, with_targets
+from ..data.lists import imagenet_lt, places_lt, inaturalist18
 from ..data.own import own_images
 from ..methods.nets import create_net
 from ..methods.heads import pretrained_net
@@ -20,6 +20,7 @@ from ..methods.catalogue import methods
 from ..evaluation.metrics import shot_accuracies
 from ..evaluation.report import ShotReport
 from ..evaluation.diagnosis import Diagnosis, diagnosis_of
+from ..reflective.functional import did_you_mean
 from ..reflective.learning import ReflectiveLearning
 from .checkpoint import Checkpoint, plain
 
@@ -56,10 +57,9 @@ schedules = {
 
 def one_of(name:str, value, known):
     "`value`, if it is among `known`; else raises `ValueError` with the nearest of them."
-    import difflib
     if value in known: return value
-    near = difflib.get_close_matches(str(value), list(known), n=1)
-    raise ValueError(f"{name}: got {value!r}. Did you mean {near[0]!r}? There are {', '.join(known)}." if near else f"{name}: expected one of {', '.join(known)}, got {value!r}.")
+    near = did_you_mean(value, known)
+    raise ValueError(f"{name}: got {value!r}.{near} There are {', '.join(known)}." if near else f"{name}: expected one of {', '.join(known)}, got {value!r}.")
 
 _kinds = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a text'}
 def check_type(name:str, value, kind, none:bool=True # Is None all right?
@@ -271,8 +271,4 @@ def label_of(settings:RunSettings) -> str:
     on = [k for k in rl.parts if rl.is_on(k)]
     return f"{settings.method} + " + ('RL' if on==[k for k in rl.parts if usual.is_on(k)] else ' + '.join(map(str.upper, on)) or 'nothing')
 
-def eval_view(ds):
-    "The training images, to be looked at without augmentation."
-    if isinstance(ds, Datasets): return with_targets(ds.tls, ds.targets, split_idx=1)
-    res = copy(ds); res.split_idx = 1
-    return res
+

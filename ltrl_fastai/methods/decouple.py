@@ -8,7 +8,7 @@ __all__ = ['crt', 'lws', 'tau_norm', 'ncm', 'new_head', 'alone_and_even', 'Scale
 
 # %% ../../nbs/methods/09_decouple.ipynb #f868c1dd
 from fastai.basics import *
-from fastai.data.all import *
+from ..data.imbalance import eval_view
 from .heads import head_of, replace_head, HeadOnly, EvenClasses
 from .method import Stage
 from ..reflective.features import HeadInput
@@ -95,10 +95,7 @@ def features_of(learn:Learner, dl) -> tuple[Tensor, Tensor]: # `(N, D)` float32 
 
 def unaugmented(learn:Learner):
     "A loader of the training images as they are, in order."
-    ds = learn.dls.train_ds
-    if isinstance(ds, Datasets): ds = Datasets(tls=[o._new(o.items, split_idx=1) for o in ds.tls], n_inp=ds.n_inp) # its own `split_idx` can't be set
-    else: ds = copy(ds); ds.split_idx = 1
-    return learn.dls.valid.new(ds)
+    return learn.dls.valid.new(eval_view(learn.dls.train_ds))
 
 # %% ../../nbs/methods/09_decouple.ipynb #7de12513
 class MeanHead(nn.Module):

@@ -105,7 +105,8 @@ def loader_in_order(train:DataLoader, # For training
     state = random.getstate()
     res = train.new(shuffle=True, get_idxs=order)
     random.setstate(state) # so that a run that is resumed, and makes its loader later, goes on as it would have
-    res.after_batch = train.after_batch # a pipeline of several views, too
+    for k in ('after_item','after_batch'): # pipelines of several views, too
+        if hasattr(train, k): setattr(res, k, getattr(train, k))
     return res
 
 class EvenClasses(Callback):

@@ -8,6 +8,7 @@ __all__ = ['CosineHead', 'BasicBlock', 'CifarResNet', 'mlp', 'create_net']
 # %% ../../nbs/methods/01_nets.ipynb #3afd95ce
 from fastai.basics import *
 import torchvision
+from ..reflective.functional import did_you_mean
 
 # %% ../../nbs/methods/01_nets.ipynb #5cbaf97b
 class CosineHead(nn.Module):
@@ -87,7 +88,5 @@ def create_net(name:str, # 'resnet32', 'resnet8', ... (CIFAR), 'mlp256', ... (fo
     if (units := name.removeprefix('mlp'))!=name and units.isdigit() and int(units)>0: return mlp(n_in, int(units), n_classes)
     if name in known: return torchvision.models.get_model(name, num_classes=n_classes, **kwargs)
     if name.startswith('resnet') and digits.isdigit() and (int(digits)-2)%6==0 and int(digits)>=8: return CifarResNet(n_classes, int(digits), n_in=n_in, **kwargs)
-    import difflib
-    near = difflib.get_close_matches(name, [*known, 'resnet8', 'resnet20', 'resnet32'], n=4)
     raise ValueError(f"net: expected a CIFAR ResNet (resnet8, resnet20, resnet32, ...), mlp256 for features, or a torchvision classifier, got {name!r}."
-        f"{f' Did you mean {near}?' if near else ''}")
+        f"{did_you_mean(name, [*known, 'resnet8', 'resnet20', 'resnet32'], n=4)}")

@@ -8,7 +8,7 @@ __all__ = ['mirrored', 'SADELoss', 'aggregate_experts']
 # %% ../../nbs/methods/15_sade.ipynb #0fafd015
 from fastai.basics import *
 from .losses import check_class_counts
-from .views import ViewPipeline
+from .views import two_views
 from .experts import ExpertNet, ExpertsLoss
 
 # %% ../../nbs/methods/15_sade.ipynb #d1834729
@@ -53,8 +53,8 @@ def aggregate_experts(learn:Learner, # Its model is an `ExpertNet`
     "Weigh experts by how well two augmented views of each image agree (Zhang et al. 2022, section 4.3)."
     net = learn.model
     if not isinstance(net, ExpertNet): raise ValueError(f"aggregate_experts: expected a learner with an ExpertNet, got {type(net).__name__}.")
-    views = dl.new(shuffle=True)
-    views.after_batch = ViewPipeline(learn.dls.train.after_batch)
+    views = two_views(DataLoaders(learn.dls.train.new(dl.dataset, bs=dl.bs, shuffle=True, drop_last=False))).train
+    if epochs<1: raise ValueError(f"epochs: expected at least 1, got {epochs}")
     a = torch.zeros(len(net.experts), device=net.weights.device, requires_grad=True)
     opt = torch.optim.SGD([a], lr=lr, momentum=.9)
     net.eval()

@@ -6,8 +6,9 @@
 __all__ = ['presets', 'ReflectiveLearning']
 
 # %% ../../nbs/reflective/10_learning.ipynb #7c1c98c5
-import difflib, inspect
+import inspect
 from fastai.basics import *
+from .functional import did_you_mean
 from .terms import Companion, LossTerms
 from .review import KnowledgeReview
 from .summary import KnowledgeSummary
@@ -27,8 +28,7 @@ def _make(part, cls, args):
     known = list(inspect.signature(cls.__init__).parameters)[1:]
     for o in args:
         if o in known: continue
-        near = difflib.get_close_matches(str(o), known, n=1)
-        raise ValueError(f"{part}: a {cls.__name__} has no argument {o!r}.{f' Did you mean {near[0]!r}?' if near else ''} It has {', '.join(known)}.")
+        raise ValueError(f"{part}: a {cls.__name__} has no argument {o!r}.{did_you_mean(o, known)} It has {', '.join(known)}.")
     return cls(**args)
 
 def _toggle(part):

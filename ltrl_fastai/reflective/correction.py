@@ -12,6 +12,8 @@ from .functional import _upcast, conflict_coefficient
 from .terms import Companion, LossTerms
 
 # %% ../../nbs/reflective/09_correction.ipynb #37b1529b
+def _dot(a, b): return torch.dot(_upcast(a).flatten(), _upcast(b).flatten())
+
 class KnowledgeCorrection(Companion):
     "Projects the gradient of the added loss terms where it conflicts with that of the main loss (LTRL eq. 10). Costs a second backward pass."
     order,run_valid = MixedPrecision.order-2,False
@@ -43,13 +45,13 @@ class KnowledgeCorrection(Companion):
         for p in grads:
             if p.grad is None: p.grad = torch.zeros_like(p)
         everything = list(grads) if self.granularity=='tensor' else [p for p in self.learn.model.parameters() if p.grad is not None]
-        dots  = torch.stack([(_upcast(g)*_upcast(p.grad)).sum() for p,g in grads.items()])
-        norm2 = torch.stack([_upcast(p.grad).square().sum() for p in everything])
+        zero = _upcast(next(iter(grads)).new_zeros(()))
+        dots,norm2 = torch.stack([torch.stack([_dot(grads[p], p.grad) if p in grads else zero, _dot(p.grad, p.grad)]) for p in everything]).T
         if self.granularity=='global': dots,norm2 = dots.sum()[None],norm2.sum()[None]
         coefs = conflict_coefficient(dots, norm2)
-        for p,c in zip(everything, coefs.expand(len(everything))):
-            p.grad.mul_(1-self.every*c)
-            if p in grads: p.grad.add_(grads[p])
+        for p,keep in zip(everything, (1-self.every*coefs).expand(len(everything))): # one way through memory, where a batch is small that is what correction costs
+            if p in grads: torch.addcmul(grads[p], p.grad, keep.to(p.dtype), out=p.grad)
+            else: p.grad.mul_(keep)
         hits = (coefs<0).float()
         self.learn.loss_terms.log('conflicts', hits.mean())
         if self.granularity=='tensor': self._conflicts[tuple(grads)] = self._conflicts.get(tuple(grads), 0)+torch.stack([hits, torch.ones_like(hits)])

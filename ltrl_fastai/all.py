@@ -41,5 +41,6 @@ from ltrl_fastai.evaluation.metrics import *
 from ltrl_fastai.evaluation.report import *
 from ltrl_fastai.evaluation.shift import *
 from ltrl_fastai.evaluation.diagnosis import *
+from ltrl_fastai.evaluation.pictures import *
 from ltrl_fastai.experiments.checkpoint import Checkpoint
 from ltrl_fastai.experiments.recipes import Recipe, recipe, recipes

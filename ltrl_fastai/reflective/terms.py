@@ -84,8 +84,8 @@ def _keep_buffers(model):
 class LossTerms(Callback):
     "Adds terms to the loss of a batch, keeps their means per epoch in the Recorder's table, and their gradient apart where that is asked for."
     order,run_valid = Recorder.order+1,False
-    _stateattrs = ('terms','projected','sums','counts','grads','_full','_batch')
-    terms,projected,grads,_full,_batch,_row,_looked,history = None,(),None,None,{},None,False,()
+    _stateattrs = ('terms','projected','sums','counts','grads','_full','_batch','record')
+    terms,projected,grads,_full,_batch,_row,_looked,history,record = None,(),None,None,{},None,False,(),None
 
     def before_fit(self):
         if len(self.learn._grab_cbs(LossTerms))>1: raise ValueError("This learner has two LossTerms. The callbacks that need one bring it along: remove your own.")
@@ -101,6 +101,7 @@ class LossTerms(Callback):
         if any(hasattr(type(cb), 'splits_gradient') for cb in self.learn.cbs): _keep_buffers(self.learn.model)
         self.sums,self.counts = {},{} # not `grads`: an accumulated step may reach over the end of an epoch
         if self.epoch==0 or not self.history: self.history = [] # not in `before_fit`, which predicting calls too
+        if hasattr(self.learn, 'recorder'): self.record = list(self.learn.recorder.metric_names[1:]),self.learn.recorder.values # it takes a new list whenever one predicts
     def before_batch(self): self.terms,self.projected,self._batch,self._full = {},[],{},None
 
     def add(self,

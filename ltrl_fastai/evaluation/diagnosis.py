@@ -7,6 +7,7 @@ __all__ = ['Diagnosis', 'feature_similarity', 'shot_means', 'diagnosis_of']
 
 # %% ../../nbs/evaluation/02_diagnosis.ipynb #3a87e988
 from fastai.basics import *
+from ..data.imbalance import eval_view
 from ..reflective.samples import SampleIds
 from ..reflective.memory import TeacherMemory
 from ..reflective.terms import Companion, LossTerms
@@ -55,7 +56,7 @@ def feature_similarity(learn:Learner, # Trained
                        head:str|nn.Module=None # See `find_head`
                       ) -> Tensor: # `(C, C)`
     "Cosine similarity of the classes' median features."
-    dl = dl or learn.dls.train.new(shuffle=False, drop_last=False)
+    dl = dl or learn.dls.valid.new(eval_view(learn.dls.train_ds))
     module,feats = find_head(learn.model, head, learn.dls.c),[]
     hook = module.register_forward_pre_hook(lambda m, args: feats.append(args[0].detach().flatten(1).cpu()))
     try:

@@ -484,7 +484,7 @@ def draw_terms(history:list, # By epoch a dict of means: `learn.loss_terms.histo
               ) -> np.ndarray: # Of these two Axes, with descriptions in `ltrl_alt`
     "Curves of every term: losses on one Axes, what is a share on the other."
     if not len(history): raise ValueError("history: no epoch was trained.")
-    if ax is not None and len(L(ax))!=2: raise ValueError(f"ax: expected two Axes, one for losses and one for shares, got {len(L(ax))}.")
+    if ax is not None and np.size(ax)!=2: raise ValueError(f"ax: expected two Axes, one for losses and one for shares, got {np.size(ax)}.")
     curves = {k: _floats([o.get(k) for o in history]) for k in dict.fromkeys(k for o in history for k in o)}
     if record is not None:
         names,rows = record
@@ -493,7 +493,7 @@ def draw_terms(history:list, # By epoch a dict of means: `learn.loss_terms.histo
                 curves[k] = np.concatenate([np.full(max(0, len(history)-len(rows)), np.nan), _floats([r[i] if i<len(r) else None for r in rows])])[-len(history):]
     def loss(k): return k in _loss_names or (k not in _share_names and k.endswith('_loss')) # also of terms that are not ours
     with picture_style():
-        axs = plt.subplots(2, 1, figsize=(7,5), layout='constrained', sharex=True)[1] if ax is None else np.array(list(ax))
+        axs = plt.subplots(2, 1, figsize=(7,5), layout='constrained', sharex=True)[1] if ax is None else np.ravel(ax)
         for a,mine,names in ((axs[0],loss,_loss_names), (axs[1],lambda k: k in _share_names,_share_names)):
             keys = [k for k in (*names, *curves) if k in curves and mine(k) and np.isfinite(curves[k]).any()]; keys = list(dict.fromkeys(keys))
             for i,k in enumerate(keys):

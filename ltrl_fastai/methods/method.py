@@ -10,7 +10,7 @@ from fastai.basics import *
 from fastai.callback.schedule import *
 import dataclasses
 from ..data.imbalance import class_counts
-from ..reflective.terms import Companion
+from ..reflective.terms import Companion, LossTerms
 from .heads import head_of
 from .views import two_views, SplitViews
 
@@ -103,6 +103,7 @@ class Method:
         counts = class_counts(learn.dls)
         mine = {type(o) for o in self.cbs(counts)}
         learn.remove_cbs([o for o in learn.cbs if type(o) in mine])
+        kept = learn._grab_cbs(LossTerms) # goes with the last that needs it, and comes back as another
         with learn.removed_cbs([o for o in learn.cbs if isinstance(o, Companion)]):
             for i,s in enumerate(self.then, 1):
                 s.prepare(learn, counts)
@@ -112,6 +113,7 @@ class Method:
                     if s.lr is None: (first or _one_cycle)(learn, n, lr, L(s.cbs(counts))+L(cbs(i)))
                     else: learn.fit(n, s.lr, cbs=L(s.cbs(counts))+L(ParamScheduler({'lr': SchedCos(s.lr, 0.)}))+L(cbs(i)))
                 done(i)
+        for was,now in zip(kept, learn._grab_cbs(LossTerms)): now.history,now.record = was.history,was.record
         return learn
 
 def _one_cycle(learn, epochs, lr, cbs): learn.fit_one_cycle(epochs, lr, cbs=cbs)

@@ -1,0 +1,422 @@
+"Pictures show the numbers that reports and callbacks keep, can be read in every kind of colour vision and on white and dark pages, and say what they lack."
+from functools import partial
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from fastai.vision.all import SGD, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, nn, set_seed
+from ltrl_fastai.all import (BalancedSoftmaxLoss, Diagnosis, KnowledgeCorrection, ReflectiveLearning, ShotReport, class_counts, create_net, digits_lt, feature_similarity,
+                             methods, shot_accuracies, shot_groups)
+from ltrl_fastai.evaluation.metrics import group_interval
+from ltrl_fastai.evaluation.pictures import (draw_by_class, draw_classes, draw_conflicts, draw_drift, draw_drift_by_class, draw_per_class, draw_shots, draw_similarity,
+                                             draw_terms, ink, palette, picture_params, picture_style)
+from matplotlib.colors import to_rgb
+from scipy.stats import binomtest, t
+
+
+@pytest.fixture(autouse=True)
+def close():
+    yield
+    plt.close('all')
+
+
+def train(*cbs, epochs=3, seed=0, data=None):
+    set_seed(seed, reproducible=True)
+    dls = data or digits_lt(device='cpu')
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, dls.c)), loss_func=BalancedSoftmaxLoss(class_counts(dls)),
+                    opt_func=partial(SGD, mom=.9), metrics=shot_accuracies(class_counts(dls)), cbs=cbs)
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, .1)
+    return learn
+
+
+@pytest.fixture(scope='module')
+def learn(): return train(Diagnosis(), ReflectiveLearning(ks=True, kc=True))
+
+
+@pytest.fixture(scope='module')
+def plain(): return train(Diagnosis(), seed=1)
+
+
+class Points(torch.utils.data.Dataset):
+    "Points of as many classes as there are counts"
+    def __init__(self, counts):
+        self.targets = [c for c, n in enumerate(counts) for _ in range(n)]
+        self.x = torch.randn(len(self.targets), 64, generator=torch.Generator().manual_seed(0))
+    def __len__(self): return len(self.targets)
+    def __getitem__(self, i): return self.x[i], self.targets[i]
+
+
+def points(counts, bs=64):
+    dls = DataLoaders(*[DataLoader(Points(counts), bs=bs, shuffle=s, num_workers=0) for s in (True, False)], device='cpu')
+    dls.c = len(counts)
+    return dls
+
+
+def bars(ax): return [[p.get_height() for p in c.patches] for c in ax.containers if hasattr(c, 'patches')]
+def spans(ax):
+    "Lower and upper ends of the error bars, a list for each setting"
+    return [[tuple(s[:, 1]) for s in c.lines[2][0].get_segments()] for c in ax.containers if hasattr(c, 'has_yerr')]
+def report(acc, counts, n=100, **kwargs):
+    return ShotReport((torch.as_tensor(acc, dtype=torch.double)*n/100).round().long(), torch.full((len(counts),), n), counts, **kwargs)
+
+
+# What they show
+
+def test_classes_are_ordered_by_size_and_shots_marked():
+    counts = [5, 300, 40, 19, 100, 101, 0]
+    ax = draw_classes(counts, vocab=list('abcdefg'))
+    assert [b.get_height() for b in ax.patches] == [300, 101, 100, 40, 19, 5, 0] and ax.get_yscale() == 'log'
+    assert [o.get_text() for o in ax.get_xticklabels()] == list('bfecdag')
+    assert [o.get_text() for o in ax.get_legend().get_texts()] == ['Many (2): more than 100', 'Medium (2): 20 to 100', 'Few (3): fewer than 20']
+    assert [len(c) for c in ax.containers] == [2, 2, 3] and len({c.patches[0].get_hatch() for c in ax.containers}) == 3
+    assert '1 classes have none' in ax.ltrl_alt and 'from 300' in ax.ltrl_alt
+    ax = draw_classes([300, 50, 10], many=40, few=20)
+    assert [len(c) for c in ax.containers] == [2, 1]
+
+
+def test_classes_of_a_learner(learn):
+    ax = learn.plot_classes()
+    assert [b.get_height() for b in ax.patches] == class_counts(learn.dls).sort(descending=True).values.tolist()
+
+
+def test_bars_by_class_are_those_of_the_reports(learn, plain):
+    ax = learn.plot_per_class(plain, dl=learn.dls.test, labels=('a', 'b'))
+    want = [ShotReport.from_learner(o, dl=learn.dls.test).per_class for o in (learn, plain)]
+    order = class_counts(learn.dls).argsort(descending=True, stable=True)
+    np.testing.assert_allclose(bars(ax), np.array(want)[:, order])
+    assert [o.get_text() for o in ax.get_legend().get_texts()] == ['a', 'b']
+    same = learn.plot_per_class(ShotReport.from_learner(plain, dl=learn.dls.test), dl=learn.dls.test)
+    np.testing.assert_allclose(bars(same), bars(ax))
+    assert 'with RL' in same.ltrl_alt and bars(plain.plot_per_class(dl=learn.dls.test)) == bars(ax)[1:]
+    valid = learn.plot_per_class()  # the validation set by default
+    np.testing.assert_allclose(bars(valid)[0], np.array(ShotReport.from_learner(learn).per_class)[order])
+
+
+def test_bars_by_shot_and_intervals_over_test_images(learn, plain):
+    ax = plain.plot_shots(learn, dl=learn.dls.test)
+    reports = [ShotReport.from_learner(o, dl=learn.dls.test) for o in (plain, learn)]
+    np.testing.assert_allclose(bars(ax), [list(o.accuracy.values()) for o in reports])
+    np.testing.assert_allclose(spans(ax), [list(o.intervals.values()) for o in reports])
+    for b, s in zip(np.ravel(bars(ax)), np.reshape(spans(ax), (-1, 2))): assert s[0]-1e-9 <= b <= s[1]+1e-9 and s[0] < s[1]
+    assert ax.get_xlabel() == '95% interval over test images'
+    assert [o.get_text() for o in ax.get_legend().get_texts()] == ['without RL', 'with RL']
+    assert [o.get_text() for o in ax.get_xticklabels()] == ['Many\n(1)', 'Medium\n(5)', 'Few\n(4)', 'All\n(10)']
+
+
+def test_intervals_shrink_with_test_images():
+    counts, acc = [300, 50, 10], [90, 70, 40]
+    width = [np.array(spans(draw_shots({'': report(acc, counts, n)}))[0]) @ [-1, 1] for n in (10, 40, 160, 640)]
+    for a, b in zip(width, width[1:]): assert (b < .65*a).all() and (b > .4*a).all()  # by half, with four times as many
+
+
+def test_interval_is_wilsons_of_as_many_images_as_the_mean_is_worth():
+    one = torch.tensor([True])
+    for h, n in ((0, 5), (5, 5), (7, 9), (180, 200)):
+        np.testing.assert_allclose(group_interval(torch.tensor([h]), torch.tensor([n]), one), binomtest(h, n).proportion_ci(method='wilson'), rtol=1e-6, atol=1e-9)
+    lo, hi = group_interval(torch.tensor([2, 1000]), torch.tensor([4, 1000]), torch.tensor([True, True]))
+    assert lo < .58 and hi > .88  # the class of four images decides, though most images are of the other
+    assert hi-lo > 3*np.subtract(*binomtest(753, 1004).proportion_ci(method='wilson')[::-1])
+    assert group_interval(torch.tensor([3]), torch.tensor([0]), one) is None
+    narrow, wide = [np.subtract(*group_interval(torch.tensor([7]), torch.tensor([9]), one, level)) for level in (.5, .99)]
+    assert abs(narrow) < abs(wide)
+
+
+def test_intervals_over_seeds_are_of_the_paired_gain():
+    counts, rng = [300, 50, 10], np.random.RandomState(0)
+    base = [np.array([80., 60, 40])+d for d in (-8, 0, 8)]  # seeds differ by much
+    runs = dict(a=[report(o, counts, 1000) for o in base], b=[report(o+2+rng.normal(0, .3, 3), counts, 1000) for o in base])
+    ax = draw_shots(runs)
+    acc = {k: np.array([list(o.accuracy.values()) for o in v]) for k, v in runs.items()}
+    np.testing.assert_allclose(bars(ax), [acc['a'].mean(0), acc['b'].mean(0)])
+    d = acc['b']-acc['a']
+    half = t.ppf(.975, 2)*d.std(0, ddof=1)/3**.5
+    assert len(spans(ax)) == 1  # the first is what the others' gain is over
+    np.testing.assert_allclose(spans(ax)[0], np.stack([acc['b'].mean(0)-half, acc['b'].mean(0)+half], 1))
+    assert (half < 2).all() and acc['a'].std(0, ddof=1).min() > 5  # unpaired they would be lost among seeds
+    assert ax.get_xlabel() == '95% interval of the paired gain over a' and [o.get_text() for o in ax.get_legend().get_texts()] == ['a (3 runs)', 'b (3 runs)']
+
+
+def test_runs_by_several_seeds_of_learners(learn, plain):
+    more = [train(seed=2), train(ReflectiveLearning(), seed=2)]
+    ax = plain.plot_shots([learn, more[1]], runs=[more[0]])
+    acc = [np.mean([list(ShotReport.from_learner(o).accuracy.values()) for o in os], 0) for os in ((plain, more[0]), (learn, more[1]))]
+    np.testing.assert_allclose(bars(ax), acc)
+    assert ax.get_xlabel().endswith('paired gain over without RL')
+
+
+def test_similarity_is_ordered_by_size():
+    counts, m = [5, 300, 40], torch.tensor([[1., .1, .2], [.1, 1., .3], [.2, .3, 1.]])
+    ax = draw_similarity(m, counts, vocab=['x', 'y', 'z'])
+    np.testing.assert_allclose(ax.images[0].get_array(), [[1, .3, .1], [.3, 1, .2], [.1, .2, 1]], rtol=1e-6)
+    assert [o.get_text() for o in ax.get_xticklabels()] == [o.get_text() for o in ax.get_yticklabels()] == ['y', 'z', 'x']
+    assert 'Many and Few 0.10' in ax.ltrl_alt and 'All and All 0.20' in ax.ltrl_alt
+    opposed = draw_similarity(torch.tensor([[1., -.5], [-.5, 1.]]), [9, 8])
+    assert opposed.images[0].get_clim() == (-.5, 1.)
+
+
+def test_similarity_is_what_the_summary_kept_or_else_the_nets(learn, plain):
+    order = class_counts(learn.dls).argsort(descending=True, stable=True)
+    np.testing.assert_array_equal(learn.plot_similarity().images[0].get_array(), learn.knowledge_summary.similarity[order][:, order])
+    np.testing.assert_allclose(plain.plot_similarity().images[0].get_array(), feature_similarity(plain)[order][:, order], rtol=1e-5)
+    anew = learn.plot_similarity(dl=learn.dls.train.new(shuffle=False, drop_last=False)).images[0].get_array()
+    assert not np.allclose(anew, learn.knowledge_summary.similarity[order][:, order])
+
+
+@pytest.mark.parametrize('what,times', [('kl', 1), ('right', 100)])
+def test_drift_by_shot_and_class(learn, plain, what, times):
+    groups = shot_groups(class_counts(learn.dls))
+    ax = learn.plot_drift(plain, what=what)
+    rows = [times*np.array(getattr(o.diagnosis, what))[:, groups[k].numpy()].mean(1) for o in (learn, plain) for k in ('many', 'medium', 'few')]
+    np.testing.assert_allclose([o.get_ydata() for o in ax.lines], rows, rtol=1e-6)
+    assert [tuple(o.get_xdata()) for o in ax.lines] == [(1, 2, 3)]*6
+    assert len({o.get_marker() for o in ax.lines[:3]}) == 3 and ax.lines[0].get_linestyle() != ax.lines[3].get_linestyle()
+    assert [o.get_text() for o in ax.get_legend().get_texts()] == ['Many', 'Medium', 'Few', 'with RL', 'without RL']
+    order = class_counts(learn.dls).argsort(descending=True, stable=True)
+    m = np.array(getattr(learn.diagnosis, what))[:, order]*times
+    np.testing.assert_allclose(learn.plot_drift(by='class', what=what).images[0].get_array().filled(np.nan), m, rtol=1e-6)
+
+
+def test_conflicts_by_layer_tensor_and_epoch(learn):
+    rates = learn.knowledge_correction.conflict_rates
+    assert rates[0] == {} and rates[-1]
+    ax = learn.plot_conflicts(by='tensor')
+    np.testing.assert_allclose(bars(ax)[0], [100*v for v in rates[-1].values()])
+    assert [o.get_text() for o in ax.get_xticklabels()] == list(rates[-1]) == ['1.weight', '1.bias', '3.weight', '3.bias']
+    layers = lambda r: [100*np.mean([r[f'{i}.weight'], r[f'{i}.bias']]) for i in (1, 3)]
+    np.testing.assert_allclose(bars(learn.plot_conflicts(1))[0], layers(rates[1]))
+    every = learn.plot_conflicts(epoch=None).images[0].get_array().filled(np.nan)
+    np.testing.assert_allclose(every[:, 1:].T, [layers(o) for o in rates[1:]])
+    assert np.isnan(every[:, 0]).all()
+
+
+def test_terms_are_the_history_also_after_predicting(learn):
+    history, (names, rows) = learn.loss_terms.history, learn.loss_terms.record
+    assert len(rows) == 3
+    shown = {o.get_gid(): (o.axes, o.get_ydata()) for a in learn.plot_terms() for o in a.lines}
+    with learn.no_bar(), learn.no_logging(): learn.get_preds(), learn.validate()
+    assert len(learn.recorder.values) == 1  # fastai's own table begins anew
+    again = {o.get_gid(): o.get_ydata() for a in learn.plot_terms() for o in a.lines}
+    assert set(shown) == set(again) == {'base_loss', 'review_loss', 'summary_loss', 'valid_loss', 'right', 'conflicts', 'many', 'medium', 'few', 'all'}
+    for k, (_, y) in shown.items(): np.testing.assert_array_equal(y, again[k])
+    none = lambda v: np.nan if v is None else v
+    for k in ('base_loss', 'review_loss', 'summary_loss'): np.testing.assert_array_equal(again[k], [none(o[k]) for o in history])
+    for k in ('right', 'conflicts'): np.testing.assert_allclose(again[k], [100*none(o[k]) for o in history])
+    np.testing.assert_array_equal(again['valid_loss'], [r[names.index('valid_loss')] for r in rows])
+    np.testing.assert_allclose(again['few'], [100*r[names.index('few')] for r in rows])
+    assert len({id(shown[k][0]) for k in ('base_loss', 'valid_loss')}) == 1 and shown['few'][0] is not shown['base_loss'][0]
+
+
+def test_a_second_fit_is_shown_by_itself(plain):
+    learn = train(ReflectiveLearning(), epochs=2)
+    with learn.no_bar(), learn.no_logging(): learn.fit(4, .1)
+    assert {len(o.get_xdata()) for a in learn.plot_terms() for o in a.lines} == {4}
+    without = {o.get_gid() for a in plain.plot_terms() for o in a.lines}  # `Diagnosis` keeps what there is
+    assert without == {'base_loss', 'valid_loss', 'many', 'medium', 'few', 'all'}
+
+
+def test_terms_of_a_pickled_learner(learn, tmp_path):
+    import pickle
+    copied = pickle.loads(pickle.dumps(learn.loss_terms.history))
+    assert {o.get_gid() for a in draw_terms(copied) for o in a.lines} == {'base_loss', 'review_loss', 'summary_loss', 'right', 'conflicts'}
+
+
+def test_report_draws_both():
+    a, b = report([90, 70, 40], [300, 50, 10], label='a'), report([80, 75, 60], [300, 50, 10], label='b')
+    by_class, _, by_shot = (lambda x: (x[0], None, x[1]))([o for o in a.plot(b).axes if o.containers])
+    np.testing.assert_allclose(bars(by_class), [[90, 70, 40], [80, 75, 60]])
+    np.testing.assert_allclose(np.array(bars(by_shot))[:, -1], [200/3, 215/3])
+
+
+@pytest.mark.parametrize('n', [2, 21, 8142])
+def test_any_number_of_classes(n, tmp_path):
+    import time
+    rng = np.random.RandomState(0)
+    counts = np.maximum(1, 1000*np.exp(-np.arange(n)/n*6)).astype(int)[rng.permutation(n)]
+    acc, m = rng.uniform(0, 100, n), np.corrcoef(rng.randn(n, 8)+1).astype(np.float32)
+    began = time.time()
+    a, b = report(acc, counts, 50, label='a'), report(acc[::-1].copy(), counts, 50, label='b')
+    figs = [draw_classes(counts).figure, draw_per_class(a, b).figure, draw_shots(dict(a=a, b=b)).figure, draw_similarity(m, counts).figure,
+            draw_drift_by_class(rng.rand(20, n), counts).figure, a.plot(b)]
+    for f in figs: f.savefig(tmp_path/'a.png', dpi=80)
+    assert time.time()-began < 40
+    for ax in (o for f in figs for o in f.axes):
+        labels = [o for o in ax.get_xticklabels() if o.get_text()]
+        assert len(labels) <= 20
+        boxes = sorted((o.get_window_extent() for o in labels), key=lambda o: o.x0)
+        if n > 20: assert all(x.x1 <= y.x0+1 for x, y in zip(boxes, boxes[1:])), [o.get_text() for o in labels]
+    if n <= 500: return
+    shown, order = figs[3].axes[0].images[0].get_array(), np.argsort(-counts, kind='stable')
+    assert shown.shape == (500, 500)
+    corner = m[order][:, order][:16, :16]
+    np.testing.assert_allclose(shown[0, 0], corner[~np.eye(16, dtype=bool)].mean(), rtol=1e-4)
+    np.testing.assert_allclose(shown[0, 1], m[order][:, order][:16, 16:32].mean(), rtol=1e-3)
+
+
+def test_training_with_many_classes_and_with_two():
+    for counts in ([40, 4], [max(2, 120//(i+1)) for i in range(300)]):
+        learn = train(Diagnosis(), ReflectiveLearning(ks=True, kc=True), epochs=2, data=points(counts))
+        n = len(counts)
+        assert learn.plot_similarity().images[0].get_array().shape == (n, n) and learn.plot_drift(by='class').images[0].get_array().shape == (2, n)
+        assert learn.plot_drift().lines and learn.plot_conflicts().patches and len(learn.plot_terms()) == 2
+        for ax in (learn.plot_classes(), learn.plot_per_class(), learn.plot_shots()): ax.figure.canvas.draw()
+
+
+@pytest.mark.parametrize('name', ['ride', 'sade', 'paco', 'mislas', 'bbn', 'ncl'])
+def test_other_methods(name):
+    set_seed(0)
+    dls, m = digits_lt(device='cpu'), methods[name]
+    learn = m.learner(dls, create_net('resnet8', 10, n_in=1), cbs=[Diagnosis(), ReflectiveLearning(kc=True)], metrics=shot_accuracies(class_counts(dls)))
+    with learn.no_bar(), learn.no_logging(): m.fit(learn, 4, .05)
+    want = ShotReport.from_learner(learn).accuracy['all']
+    assert bars(learn.plot_shots())[0][-1] == want
+    assert np.shape(bars(learn.plot_per_class())) == (1, 10) and learn.plot_similarity().images[0].get_array().shape == (10, 10)
+    assert learn.plot_terms()[0].lines and learn.plot_classes().patches
+    if len(learn.diagnosis.kl) > 1: assert len(learn.plot_drift().lines) == 3
+    else: assert len(learn.plot_drift(what='right').lines) == 3  # the last stage was one epoch
+
+
+def test_tensors_that_numpy_does_not_take():
+    m = torch.rand(3, 3, dtype=torch.bfloat16).requires_grad_()  # as a CUDA tensor, it refuses to become an array by itself
+    with pytest.raises((TypeError, RuntimeError)): np.asarray(m)
+    shown = draw_similarity(m, torch.tensor([3, 2, 1])).images[0].get_array()
+    np.testing.assert_allclose(shown, m.detach().float().numpy())
+    draw_drift_by_class(m, torch.tensor([3, 2, 1]))
+
+
+# Where they are drawn
+
+def test_on_given_axes(learn, plain):
+    fig, axs = plt.subplots(2, 4)
+    for ax, f in zip(axs.flat, (learn.plot_classes, learn.plot_per_class, learn.plot_shots, learn.plot_similarity, learn.plot_drift, learn.plot_conflicts)):
+        assert f(ax=ax) is ax and ax.has_data() and to_rgb(ax.xaxis.label.get_color()) == to_rgb(ink)
+        assert len(ax.ltrl_alt) > 30
+    losses, shares = learn.plot_terms(ax=axs[1, 2:])
+    assert losses is axs[1, 2] and shares is axs[1, 3] and 'validation' in shares.ltrl_alt
+    assert len(plt.get_fignums()) == 1
+    fig.canvas.draw()
+    for ax in axs.flat:
+        for o in (*ax.get_xticklabels(), *ax.get_yticklabels()): assert to_rgb(o.get_color()) == to_rgb(ink)
+
+
+def test_style_is_put_back():
+    before = dict(plt.rcParams)
+    with picture_style():
+        assert plt.rcParams['text.color'] == ink
+        plt.rcParams['font.size'] = 3
+    draw_classes([3, 2, 1])
+    with pytest.raises(ValueError):
+        with picture_style(): raise ValueError
+    assert dict(plt.rcParams) == before
+    assert draw_classes([3, 2, 1]).figure.get_facecolor()[3] == 0  # nothing is painted behind
+
+
+# Who can read them: WCAG's contrast ratio, and colours as they are seen without one kind of cone (Machado et al. 2009, severity 1)
+
+def linear(c):
+    c = np.array(to_rgb(c))
+    return np.where(c <= .04045, c/12.92, ((c+.055)/1.055)**2.4)
+def contrast(a, b):
+    a, b = sorted((linear(o) @ [.2126, .7152, .0722] for o in (a, b)), reverse=True)
+    return (a+.05)/(b+.05)
+
+
+seen_by = dict(all=np.eye(3),
+               protanopia=np.array([[.152286, 1.052583, -.204868], [.114503, .786281, .099216], [-.003882, -.048116, 1.051998]]),
+               deuteranopia=np.array([[.367322, .860646, -.227968], [.280085, .672501, .047413], [-.011820, .042940, .968881]]),
+               tritanopia=np.array([[1.255528, -.076749, -.178779], [-.078411, .930809, .147602], [.004733, .691367, .303900]]))
+
+
+def lab(c, eyes):
+    x = np.array([[.4124564, .3575761, .1804375], [.2126729, .7151522, .0721750], [.0193339, .1191920, .9503041]]) @ np.clip(eyes @ linear(c), 0, 1)/[.95047, 1, 1.08883]
+    f = np.where(x > (6/29)**3, np.cbrt(x), x/(3*(6/29)**2)+4/29)
+    return np.array([116*f[1]-16, 500*(f[0]-f[1]), 200*(f[1]-f[2])])
+def distance(a, b, eyes): return np.linalg.norm(lab(a, eyes)-lab(b, eyes))
+
+
+def test_the_measures_themselves():
+    assert contrast('white', 'black') == pytest.approx(21) and contrast('#777777', 'white') == pytest.approx(4.48, abs=.01)
+    np.testing.assert_allclose(lab('#ff0000', np.eye(3)), [53.24, 80.09, 67.20], atol=.05)
+    red, green = '#c00000', '#4a7a00'  # told apart by everyone but those who lack the cone
+    assert distance(red, green, seen_by['deuteranopia']) < .4*distance(red, green, np.eye(3))
+
+
+@pytest.mark.parametrize('page', ['white', '#1e1e1e'])
+def test_contrast_on_white_and_on_dark(page):
+    assert contrast(ink, page) >= 4
+    for c in palette: assert contrast(c, page) >= 3, c
+    colours = {k: v for k, v in picture_params.items() if k.endswith('color') and isinstance(v, str) and v not in ('none', 'auto')}
+    assert len(colours) >= 7 and all(contrast(v, page) >= 3 for v in colours.values())
+
+
+@pytest.mark.parametrize('eyes', seen_by)
+def test_colours_can_be_told_apart(eyes):
+    assert distance(*palette[:2], seen_by[eyes]) > 60  # the pair of nearly every picture
+    least = min(distance(a, b, seen_by[eyes]) for i, a in enumerate(palette) for b in palette[i+1:])
+    assert least > 15  # with a mark and a line of their own besides
+
+
+def test_heat_is_ordered_by_brightness_for_everyone():
+    for eyes in seen_by.values():
+        light = [lab(plt.get_cmap('cividis')(v)[:3], eyes)[0] for v in np.linspace(0, 1, 32)]
+        assert (np.diff(light) > 0).all()
+
+
+def test_nothing_rests_on_colour_alone(learn, plain):
+    look = lambda o: (o.get_marker(), o.get_linestyle(), o.get_markerfacecolor() == 'none')
+    for ax in (learn.plot_drift(plain), *learn.plot_terms()):
+        drawn = [look(o) for o in ax.lines]
+        assert len(drawn) > 1 and len(set(drawn)) == len(drawn)
+    for ax in (learn.plot_per_class(plain), learn.plot_shots(plain)):
+        hatches = [c.patches[0].get_hatch() for c in ax.containers if hasattr(c, 'patches')]
+        assert len(set(hatches)) == len(hatches) == 2
+
+
+# What they lack
+
+def test_what_is_missing_is_said_with_what_to_add(learn, plain):
+    bare = Learner(learn.dls, nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), loss_func=CrossEntropyLossFlat())
+    for f, text in ((bare.plot_drift, r'learn\.add_cbs\(Diagnosis\(\)\)'), (bare.plot_conflicts, r'ReflectiveLearning\(kc=True\)'),
+                    (plain.plot_conflicts, 'no KnowledgeCorrection'), (bare.plot_terms, r'learn\.add_cbs\(ReflectiveLearning\(\)\)'), (bare.plot_similarity, 'never trained')):
+        with pytest.raises(ValueError, match=text): f()
+    with pytest.raises(ValueError, match='Diagnosis'): learn.plot_drift(bare)
+
+
+def test_never_trained_and_too_short():
+    learn = Learner(digits_lt(device='cpu'), nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), loss_func=CrossEntropyLossFlat())
+    learn.add_cbs([Diagnosis(), ReflectiveLearning(ks=True, kc=True)])
+    for f, text in ((learn.plot_drift, 'Fit the learner first'), (learn.plot_conflicts, 'fit two epochs'), (learn.plot_terms, 'Fit the learner first'),
+                    (learn.plot_similarity, 'never trained')):
+        with pytest.raises(ValueError, match=text): f()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, .1)
+    with pytest.raises(ValueError, match='only one was trained'): learn.plot_drift()
+    assert learn.plot_drift(what='right').lines and learn.plot_terms()[0].lines
+    with pytest.raises(ValueError, match="granularity='global'"):
+        learn.remove_cbs(ReflectiveLearning)
+        learn.add_cbs(KnowledgeCorrection('global'))
+        learn.plot_conflicts()
+
+
+@pytest.mark.parametrize('call,error,text', [
+    (lambda o: o.plot_drift(by='sample'), ValueError, "expected 'shot' or 'class'"),
+    (lambda o: o.plot_drift(what='loss'), ValueError, "expected 'kl' or 'right'"),
+    (lambda o: o.plot_drift(o, by='class'), ValueError, 'shows one learner'),
+    (lambda o: o.plot_per_class(3), TypeError, 'expected a Learner or a ShotReport'),
+    (lambda o: o.plot_per_class(o, labels=('a',)), ValueError, 'labels: expected 2'),
+    (lambda o: o.plot_per_class(report([90, 50], [30, 20])), ValueError, 'same training set'),
+    (lambda o: o.plot_shots([o, o]), ValueError, 'as many for each label'),
+    (lambda o: o.plot_conflicts(3), ValueError, 'expected -3 to 2'),
+    (lambda o: o.plot_conflicts(0), ValueError, 'in epoch 1'),
+    (lambda o: o.plot_conflicts(by='net'), ValueError, "expected 'layer' or 'tensor'"),
+    (lambda o: o.plot_terms(ax=plt.gca()), ValueError, 'expected two Axes'),
+    (lambda o: draw_shots([o]), TypeError, 'expected a dict'),
+    (lambda o: draw_similarity(torch.rand(3, 2), [1, 2, 3]), ValueError, r'expected \(3, 3\)'),
+    (lambda o: draw_classes([1, 2], vocab=['a']), ValueError, 'a name for each of 2'),
+    (lambda o: draw_by_class(dict(a=[1.]), [1, 2]), ValueError, 'expected one for each of 2'),
+    (lambda o: draw_drift(dict(a=dict(few=[1.])), 'loss'), ValueError, "expected 'kl' or 'right'"),
+    (lambda o: draw_drift_by_class([[1., 2.]], [1, 2, 3]), ValueError, 'for each of 3 classes'),
+    (lambda o: draw_conflicts([{}]), ValueError, 'no epoch has any'),
+    (lambda o: draw_terms([]), ValueError, 'no epoch was trained'),
+])
+def test_mistakes(learn, call, error, text):
+    with pytest.raises(error, match=text): call(learn)

@@ -158,7 +158,7 @@ def draw_by_class(values:dict, # From labels to a value for each class, `(C,)`; 
         def mean(v): return ', '.join(f'{g.title()} {_num(o[0])}' for g,o in shot_means([_floats(v)], groups).items())
         alt = f"{ylabel} of {n} classes, from most to fewest training images. Means: " + '; '.join((f'{o}: ' if o else '') + mean(v) for o,v in values.items()) + '.'
         labelled = any(values) or n>20
-        return _dress(ax, alt, dict(loc='lower left', bbox_to_anchor=(0,1), ncols=2) if labelled else None)
+        return _dress(ax, alt, dict(loc='lower left', bbox_to_anchor=(0,1), ncols=3) if labelled else None)
 
 def _check_reports(reports):
     for o in reports:
@@ -241,6 +241,7 @@ def draw_shots(runs:dict, # From labels to a `ShotReport`, or to a list of them:
             bars = ax.bar(at, m, w, label=name or None, **_fill(i))
             if lo is not None: ax.errorbar(at, m, np.abs(np.array([m-lo, hi-m])), fmt='none', ecolor=ink, elinewidth=1.6, capsize=3, capthick=1.6)
             top = m if hi is None else np.where(np.isnan(hi), m, hi)
+            if n>1: top = np.fmax(top, acc[first_].mean(0)) # above the dashed line too
             for b,v,t in zip(bars, m, top):
                 if np.isnan(v): continue
                 ax.annotate(f'{v:.1f}', (b.get_x()+w/2, t), (0,2), textcoords='offset points', ha='center', va='bottom', fontsize=7 if len(runs)<3 else 6, color=ink)
@@ -250,7 +251,7 @@ def draw_shots(runs:dict, # From labels to a `ShotReport`, or to a list of them:
         what = '95% interval over test images' if n==1 else f'95% interval of the paired gain over {first_}' if len(runs)>1 else f'mean of {n} runs'
         ax.set_xticks(x, [f'{k.title()}\n({sizes[k]})' for k in shots]); ax.set(ylabel='accuracy (%)', xlabel=what, ylim=(0,None)); ax.grid(axis='y')
         ax.set_ylim(0, max(105, ax.get_ylim()[1]) if np.nanmax([o.max() for o in acc.values()])>60 else None)
-        return _dress(ax, f"Accuracy in percent by shot ({what}). "+'; '.join(said)+'.', dict(loc='lower left', bbox_to_anchor=(0,1), ncols=2) if any(runs) else None)
+        return _dress(ax, f"Accuracy in percent by shot ({what}). "+'; '.join(said)+'.', dict(loc='lower left', bbox_to_anchor=(0,1), ncols=3) if any(runs) else None)
 
 @patch
 def plot_shots(self:Learner,
@@ -444,8 +445,8 @@ def draw_conflicts(rates, # By epoch: dicts from parameter names to shares of st
     every = math.ceil(n/40)
     with picture_style():
         if epoch is None:
-            ax = _axes(ax, (min(9, 3+.25*len(table)), min(8, 1.2+.2*n))); most = max(1e-9, np.nanmax(table.values))
-            im = ax.imshow(table.T.values, cmap=heat, vmin=0, vmax=most, aspect='auto', interpolation='nearest', extent=(.5,len(table)+.5,n-.5,-.5))
+            ax = _axes(ax, (min(9, 3+.25*len(table)), min(8, 1.2+.2*n)))
+            im = ax.imshow(table.T.values, cmap=heat, vmin=0, vmax=100, aspect='auto', interpolation='nearest', extent=(.5,len(table)+.5,n-.5,-.5))
             bar = ax.figure.colorbar(im, ax=ax, label='steps in conflict (%)'); _dress(bar.ax); bar.outline.set_visible(False)
             ax.set_yticks(range(0, n, every), names[::every], fontsize=7); ax.set(xlabel='epoch'); ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
             means = table.mean(axis=1).dropna()

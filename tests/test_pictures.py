@@ -10,7 +10,7 @@ from ltrl_fastai.all import (BalancedSoftmaxLoss, Diagnosis, KnowledgeCorrection
                              methods, shot_accuracies, shot_groups)
 from ltrl_fastai.evaluation.metrics import group_interval
 from ltrl_fastai.evaluation.pictures import (draw_by_class, draw_classes, draw_conflicts, draw_drift, draw_drift_by_class, draw_per_class, draw_shots, draw_similarity,
-                                             draw_terms, ink, palette, picture_params, picture_style)
+                                             draw_terms, picture_ink, picture_palette, picture_params, picture_style)
 from matplotlib.colors import to_rgb
 from scipy.stats import binomtest, t
 
@@ -289,20 +289,20 @@ def test_tensors_that_numpy_does_not_take():
 def test_on_given_axes(learn, plain):
     fig, axs = plt.subplots(2, 4)
     for ax, f in zip(axs.flat, (learn.plot_classes, learn.plot_per_class, learn.plot_shots, learn.plot_similarity, learn.plot_drift, learn.plot_conflicts)):
-        assert f(ax=ax) is ax and ax.has_data() and to_rgb(ax.xaxis.label.get_color()) == to_rgb(ink)
+        assert f(ax=ax) is ax and ax.has_data() and to_rgb(ax.xaxis.label.get_color()) == to_rgb(picture_ink)
         assert len(ax.ltrl_alt) > 30
     losses, shares = learn.plot_terms(ax=axs[1, 2:])
     assert losses is axs[1, 2] and shares is axs[1, 3] and 'validation' in shares.ltrl_alt
     assert len(plt.get_fignums()) == 1
     fig.canvas.draw()
     for ax in axs.flat:
-        for o in (*ax.get_xticklabels(), *ax.get_yticklabels()): assert to_rgb(o.get_color()) == to_rgb(ink)
+        for o in (*ax.get_xticklabels(), *ax.get_yticklabels()): assert to_rgb(o.get_color()) == to_rgb(picture_ink)
 
 
 def test_style_is_put_back():
     before = dict(plt.rcParams)
     with picture_style():
-        assert plt.rcParams['text.color'] == ink
+        assert plt.rcParams['text.color'] == picture_ink
         plt.rcParams['font.size'] = 3
     draw_classes([3, 2, 1])
     with pytest.raises(ValueError):
@@ -343,16 +343,16 @@ def test_the_measures_themselves():
 
 @pytest.mark.parametrize('page', ['white', '#1e1e1e'])
 def test_contrast_on_white_and_on_dark(page):
-    assert contrast(ink, page) >= 4
-    for c in palette: assert contrast(c, page) >= 3, c
+    assert contrast(picture_ink, page) >= 4
+    for c in picture_palette: assert contrast(c, page) >= 3, c
     colours = {k: v for k, v in picture_params.items() if k.endswith('color') and isinstance(v, str) and v not in ('none', 'auto')}
     assert len(colours) >= 7 and all(contrast(v, page) >= 3 for v in colours.values())
 
 
 @pytest.mark.parametrize('eyes', seen_by)
 def test_colours_can_be_told_apart(eyes):
-    assert distance(*palette[:2], seen_by[eyes]) > 60  # the pair of nearly every picture
-    least = min(distance(a, b, seen_by[eyes]) for i, a in enumerate(palette) for b in palette[i+1:])
+    assert distance(*picture_palette[:2], seen_by[eyes]) > 60  # the pair of nearly every picture
+    least = min(distance(a, b, seen_by[eyes]) for i, a in enumerate(picture_palette) for b in picture_palette[i+1:])
     assert least > 15  # with a mark and a line of their own besides
 
 

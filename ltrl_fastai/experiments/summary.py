@@ -10,7 +10,7 @@ __all__ = ['shots', 'result_folders', 'load_results', 'runs_table', 'summarise',
 from fastai.basics import *
 from ..reflective.learning import ReflectiveLearning
 from ..evaluation.metrics import interval
-from ..evaluation.pictures import picture_style, palette, ink
+from ..evaluation.pictures import picture_style, picture_palette, picture_ink
 from .plan import hash_of
 from .runner import read_result
 from .training import write_text
@@ -207,12 +207,12 @@ def _draw_gains(summary, title):
     for ax,(name,g) in zip(axs[:,0], groups):
         rows = g[g.gain_all.notna()] if gains else g
         y = np.arange(len(rows))[::-1]
-        for k,colour,mark,dy in (('all',palette[0],'o',.14), ('few',palette[1],'s',-.14)):
+        for k,colour,mark,dy in (('all',picture_palette[0],'o',.14), ('few',picture_palette[1],'s',-.14)):
             m = rows[f'gain_{k}' if gains else k].to_numpy(float)
             if gains: err = np.nan_to_num(np.abs(np.stack([rows[f'gain_{k}_lo'], rows[f'gain_{k}_hi']]).astype(float)-m))
             else: err = np.nan_to_num(np.stack([rows[f'{k}_sd']]*2).astype(float))
             ax.errorbar(m, y+dy, xerr=err, fmt=mark, color=colour, ms=4.5, capsize=2.5, lw=1.3, label=k.title())
-        if gains: ax.axvline(0, color=ink, lw=.8)
+        if gains: ax.axvline(0, color=picture_ink, lw=.8)
         ax.set_yticks(y, rows.variant); ax.set_ylim(-.6, len(rows)-.4); ax.set_title(name, loc='left', fontsize=9); ax.grid(axis='x'); ax.set_axisbelow(True)
         for o in ('top','right','left'): ax.spines[o].set_visible(False)
         ax.tick_params(axis='y', length=0)

@@ -8,7 +8,7 @@ __all__ = ['picture_ink', 'picture_palette', 'picture_params', 'picture_style', 
            'draw_terms']
 
 # %% ../../nbs/evaluation/04_pictures.ipynb #74d53523
-import contextlib
+import contextlib, itertools
 from fastai.basics import *
 from matplotlib.colors import to_rgba
 from matplotlib.lines import Line2D
@@ -58,6 +58,9 @@ def _fill(i):
     c = picture_palette[i%4]
     return dict(facecolor=to_rgba(c, .35), edgecolor=c, hatch=_hatches[i%4])
 
+def _free(name, taken):
+    "`name`, or with the first number behind it that makes it another"
+    return next(o for o in (name, *(f'{name} {i}' for i in itertools.count(2))) if o not in taken)
 def _floats(x): return np.array([np.nan if v is None else float(v) for v in x])
 def _matrix(x): return (x.detach().float().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x, dtype=np.float32))
 def _counts(counts): return check_counts(counts).detach().cpu()
@@ -170,10 +173,7 @@ def _check_reports(reports):
 def _labelled(reports):
     "Reports by labels that differ"
     res = {}
-    for o in reports:
-        label,i = o.label or (f'report {len(res)+1}' if len(reports)>1 else ''),2
-        while label in res: label,i = f'{o.label} {i}',i+1
-        res[label] = o
+    for o in reports: res[_free(o.label or (f'report {len(res)+1}' if len(reports)>1 else ''), res)] = o
     return res
 
 def draw_per_class(*reports, # Of `ShotReport`, of runs on the same training set
@@ -268,9 +268,7 @@ def plot_shots(self:Learner,
     settings,res = [[self, *runs], *[list(o) if is_listy(o) else [o] for o in others]],{}
     for os,label in zip(settings, _check_labels(labels, len(settings))):
         reports = [_report(o, label, ds_idx, dl, many, few) for o in os]
-        own = first(o.label for o in reports if o.label); name,i = label or own or f'setting {len(res)+1}',2
-        while name in res: name,i = f'{label or own} {i}',i+1
-        res[name] = reports
+        res[_free(label or first(o.label for o in reports if o.label) or f'setting {len(res)+1}', res)] = reports
     return draw_shots({'': next(iter(res.values()))} if len(res)==1 and labels is None else res, ax)
 
 # %% ../../nbs/evaluation/04_pictures.ipynb #70c06a2a
@@ -283,6 +281,14 @@ def draw_report(*reports, # Of `ShotReport`, of runs on the same training set
     draw_per_class(*reports, ax=ax); draw_shots(_labelled(reports), axb); axb.set_ylabel('')
     if axb.get_legend(): axb.get_legend().remove() # the other has it
     return fig
+
+@patch
+def plot(self:ShotReport,
+         other:ShotReport=None, # Drawn beside it
+         figsize=(9,3.6) # Inches
+        ) -> plt.Figure:
+    "Accuracy of each class from head to tail, and the means by shot with their intervals: see `draw_report`."
+    return draw_report(self, *L(other), figsize=figsize)
 
 # %% ../../nbs/evaluation/04_pictures.ipynb #dfaab4f5
 def _blocks(m, most=500):
@@ -421,9 +427,7 @@ def plot_drift(self:Learner,
         return draw_drift_by_class(_drift(self, what), counts, what, _vocab(self, len(counts)), ax, many, few)
     series = {}
     for o,label in zip((self, *others), _check_labels(labels, 1+len(others))):
-        name,i = label or _label(o),2
-        while name in series: name,i = f'{label or _label(o)} {i}',i+1
-        series[name] = shot_means(_drift(o, what), shot_groups(class_counts(o.dls), many, few))
+        series[_free(label or _label(o), series)] = shot_means(_drift(o, what), shot_groups(class_counts(o.dls), many, few))
     return draw_drift(series, what, ax)
 
 # %% ../../nbs/evaluation/04_pictures.ipynb #5f24da71

@@ -73,11 +73,4 @@ class ShotReport:
         sizes = {k: f"{k.title()} ({int(m.sum())})" for k,m in self.groups.items()}
         return df.rename(columns=sizes).round(2).astype(object).where(df.notna().values, '-')
 
-    def plot(self, other:'ShotReport'=None, # Drawn beside it
-             figsize=(9,3.6) # Inches
-            ) -> plt.Figure:
-        "Accuracy of each class from head to tail, and the means by shot with their intervals: `draw_report`."
-        from ltrl_fastai.evaluation.pictures import draw_report # which knows of learners, and so of this
-        return draw_report(self, *L(other), figsize=figsize)
-
     def __repr__(self): return f"{self.label or 'ShotReport'}: " + ', '.join(f"{k.title()} {'-' if a is None else f'{a:.1f}'}" for k,a in self.accuracy.items())

@@ -273,7 +273,7 @@ def bench(only:list=parts, # Which of `parts`
     if 'overhead' in only:
         a = bench_step('resnet32' if not quick else 'resnet8', 128, 32, 100, less(20), device)
         echo(f"{a['net']}: {a}")
-        b = bench_step('resnet50' if not quick else 'resnet18', 16, 64, 1000, less(10), device)
+        b = bench_step('resnet50' if not quick else 'resnet18', 16, 64, 1000, less(30), device)
         echo(f"{b['net']}: {b}")
         res['overhead'] = dict(**{k: a[k] for k in ('kr_ks','full','bound','fast')}, steps=[a, b])
     if 'training' in only:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['shots', 'result_folders', 'load_results', 'runs_table', 'summarise', 'slides_row', 'show_gain', 'text_table',
-           'markdown', 'recipe_table', 'evidence', 'plot_gains', 'write_summary', 'interval']
+           'markdown', 'recipe_table', 'evidence', 'plot_gains', 'write_summary']
 
 # %% ../../nbs/experiments/05_summary.ipynb #ae5bec50
 from fastai.basics import *
@@ -74,8 +74,6 @@ def runs_table(results:list # As `load_results` gives
     return df.drop(columns=['key','partner'])
 
 # %% ../../nbs/experiments/05_summary.ipynb #fcc76c0b
-_all_ = ['interval']
-
 def summarise(runs:pd.DataFrame # As `runs_table` gives
              ) -> pd.DataFrame: # A row a variant, in order of appearance
     "Mean and standard deviation by shot; mean and 95% interval of the paired gains; how much longer it took (median)."

@@ -60,7 +60,7 @@ def _fill(i):
 
 def _free(name, taken):
     "`name`, or with the first number behind it that makes it another"
-    return next(o for o in (name, *(f'{name} {i}' for i in itertools.count(2))) if o not in taken)
+    return next(o for o in itertools.chain([name], (f'{name} {i}' for i in itertools.count(2))) if o not in taken)
 def _floats(x): return np.array([np.nan if v is None else float(v) for v in x])
 def _matrix(x): return (x.detach().float().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x, dtype=np.float32))
 def _counts(counts): return check_counts(counts).detach().cpu()

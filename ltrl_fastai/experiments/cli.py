@@ -66,6 +66,7 @@ def train(
     """
     _quiet()
     from ltrl_fastai.experiments.training import RunSettings, keep_freed_memory, train_run, write_json, label_of
+    from ltrl_fastai.evaluation.pictures import draw_report
     from ltrl_fastai.reflective.learning import ReflectiveLearning
     from ltrl_fastai.experiments.checkpoint import Checkpoint, ForeignCheckpoint, UnreadableCheckpoint
     keep_freed_memory()
@@ -102,7 +103,7 @@ def train(
         write_json(res, out/'result.json')
     for o in kept: o.remove()
     first,*others = [r for _,r in reversed(results)]
-    fig = first.plot(*others); fig.savefig(out/'.per_class.png', dpi=120); (out/'.per_class.png').replace(out/'per_class.png')
+    fig = draw_report(first, *others); fig.savefig(out/'.per_class.png', dpi=120); (out/'.per_class.png').replace(out/'per_class.png')
     where = 'validation images, since there is no test set' if on!='accuracy' else 'the test set' if s.imbalance_factor is None else 'the balanced test set'
     typer.echo(f"\nAccuracy on {where}, in percent (number of classes), one seed:\n{first.table(*others).to_string()}")
     if rest: typer.echo("One seed decides little: repeat with --seed 1, --seed 2 ... before you believe a gain.")
@@ -192,6 +193,7 @@ def run(
     """
     _quiet()
     from ltrl_fastai.experiments.training import keep_freed_memory, train_run, write_json, label_of
+    from ltrl_fastai.evaluation.pictures import draw_report
     from ltrl_fastai.experiments.recipes import recipe, changed_by, beside, caveat
     from ltrl_fastai.experiments.checkpoint import Checkpoint, ForeignCheckpoint, UnreadableCheckpoint
     keep_freed_memory()
@@ -213,7 +215,7 @@ def run(
     res.update(recipe=mark, identity=settings)
     write_json(res, out/'result.json')
     kept.remove()
-    fig = rep.plot(); fig.savefig(out/'.per_class.png', dpi=120); (out/'.per_class.png').replace(out/'per_class.png')
+    fig = draw_report(rep); fig.savefig(out/'.per_class.png', dpi=120); (out/'.per_class.png').replace(out/'per_class.png')
     typer.echo(f"\nAccuracy on {'the test set' if 'accuracy' in res else 'validation images'}, in percent, one seed:\n{beside(rep.accuracy, r.reported).to_string()}")
     if (why := caveat(mark, s.epochs)): typer.echo(why)
     if r.reported is None: typer.echo("The slides give no number for this.")

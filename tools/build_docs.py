@@ -1,0 +1,122 @@
+"""Build the docs site from the notebooks into _docs/: `python tools/build_docs.py`. Needs no Quarto and no network.
+
+nbdev makes pages of the notebooks, smalldocs makes HTML of the pages. In between and after it are four changes, so that links are those that nbdev writes, and no page asks
+for anything that is not on the site: pages are named as nbdev's links have them, formulas become MathML, fonts are those of the reader, and "source" leads to a page of code.
+"""
+import argparse
+import html
+import os
+import re
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+root = Path(__file__).resolve().parent.parent
+numbered = re.compile(r'\b\d+[a-z]?_(?=\w+\.ipynb\b)')  # nbdev leaves it off: 07_review.ipynb becomes review.html
+
+
+def processed(workers):
+    "What nbdev makes of the notebooks, in a folder that it keeps for the next time"
+    from nbdev.config import get_config
+    from nbdev.doclinks import nbdev_export
+    from nbdev.quarto import refresh_quarto_yml
+    from nbdev.serve import proc_nbs
+    os.chdir(root)
+    nbdev_export()  # links to names need an index that is fresh
+    refresh_quarto_yml()
+    return proc_nbs(get_config().nbs_path, n_workers=workers)
+
+
+def staged(pages, to):
+    "The pages under the names that links have, and what they include"
+    shutil.rmtree(to, ignore_errors=True)
+    shutil.copytree(pages, to/'pages', ignore=shutil.ignore_patterns('_docs', '__pycache__'))
+    for o in ('images', 'styles.css', 'sidebar.yml', 'nbdev.yml'):
+        src, dst = root/'nbs'/o, to/'pages'/o
+        if src.is_dir(): shutil.copytree(src, dst, dirs_exist_ok=True)
+        else: shutil.copy(src, dst)
+    shutil.copy(root/'CHANGELOG.md', to)
+    for p in sorted((to/'pages').rglob('*')):
+        if p.suffix not in ('.ipynb', '.qmd', '.md', '.yml'): continue
+        p.write_text(numbered.sub('', p.read_text(encoding='utf-8')), encoding='utf-8')
+        if p.suffix == '.ipynb': p.rename(p.with_name(numbered.sub('', p.name)))
+    return to/'pages'
+
+
+def rendered(pages):
+    "The site that smalldocs makes of the pages; raises `SystemExit` if it warns of anything"
+    from smalldocs.site import build
+    site = build(pages, quiet=True)
+    if site.warnings: sys.exit('\n'.join(['The docs have faults:', *site.warnings]))
+    return site.out
+
+
+def with_mathml(text):
+    "Formulas that a browser draws by itself"
+    from latex2mathml.converter import convert
+    def formula(m): return convert(html.unescape(m[2]), display='block' if m[1] == 'display' else 'inline')
+    text = re.sub(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', formula, text, flags=re.S)
+    return re.sub(r'<(?:link|script)[^>]*katex[^>]*>(?:</script>)?', '', text)
+
+
+def of_source(text, depth, wanted):
+    "Links to code, which have no address on the network, as links to pages of the site; takes note of the lines that are `wanted`"
+    def link(m):
+        wanted.setdefault(m[1], set()).add(int(m[2]))
+        return f'href="{"../"*depth}source/{m[1].removesuffix(".py")}.html#L{m[2]}"'
+    return re.sub(r'href="[./]*/blob/[^/"]+/([^"#]+\.py)#L(\d+)" target="_blank"', link, text)
+
+
+def source_page(file, template, depth):
+    "A page of code, within the frame that `template`, a page at the top of the site, has"
+    from pygments import highlight
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import PythonLexer
+    code = highlight((root/file).read_text(encoding='utf-8'), PythonLexer(), HtmlFormatter(nowrap=True))
+    lines = '\n'.join(f'<span id="L{i}">{line}</span>' for i, line in enumerate(code.rstrip('\n').split('\n'), 1))
+    up = '../'*depth
+    page = re.sub(r'(href|src)="(?!#|[a-z]+:|/)', rf'\1="{up}', template)
+    page = re.sub(r'<title>.*?</title>', f'<title>{file}</title>', page, flags=re.S)
+    main = f'<h1 class="title">{file}</h1>\n<div class="sourceCode"><pre class="sourceCode python sourceview"><code>{lines}\n</code></pre></div>'
+    page, n = re.subn(r'(<main\b[^>]*>).*(</main>)', lambda m: f'{m[1]}\n{main}\n{m[2]}', page, flags=re.S)
+    if n != 1: sys.exit(f'{file}: the frame of a page was not found')
+    return re.sub(r'<nav[^>]*id="TOC".*?</nav>', '', page, flags=re.S)
+
+
+def finished(site):
+    "The four changes, and a look at each page for what is not on the site"
+    wanted = {}
+    template = (site/'citing.html').read_text(encoding='utf-8')
+    for p in sorted(site.rglob('*.html')):
+        text = with_mathml(p.read_text(encoding='utf-8'))
+        p.write_text(of_source(text, len(p.relative_to(site).parts)-1, wanted), encoding='utf-8')
+    for file in sorted(wanted):
+        to = site/'source'/file.replace('.py', '.html')
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_text(source_page(file, template, len(to.relative_to(site).parts)-1), encoding='utf-8')
+    for p in site.rglob('*.css'):
+        p.write_text(re.sub(r'@import\s+url\("?https?:[^;]*;', '', p.read_text(encoding='utf-8')), encoding='utf-8')
+    away = [(p.relative_to(site), m) for p in sorted(site.rglob('*.html')) for m in re.findall(r'<(?:script|link|img|iframe)[^>]*(?:src|href)="(?:https?:)?//[^"]*"', p.read_text(encoding='utf-8'))]
+    if away: sys.exit('\n'.join(f'{p} asks for what is not on the site: {m}' for p, m in away))
+    raw = [p.relative_to(site) for p in sorted(site.rglob('*.html')) if re.search(r'class="math (?:inline|display)"', p.read_text(encoding='utf-8'))]
+    if raw: sys.exit(f'formulas are left as they were in {", ".join(map(str, raw))}')
+
+
+def main():
+    parser = argparse.ArgumentParser(description='Build the docs site from the notebooks.')
+    parser.add_argument('--out', type=Path, default=root/'_docs', help='folder of the site; default: _docs')
+    parser.add_argument('--workers', type=int, default=2, help='processes; default: 2')
+    args = parser.parse_args()
+    warnings.filterwarnings('ignore', message='Failed to create YAML dict')  # nbdev tries whether a list in prose is front matter
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+    stage = root/'_proc'/'_stage'
+    site = rendered(staged(processed(args.workers), stage))
+    finished(site)
+    shutil.rmtree(args.out, ignore_errors=True)
+    shutil.move(site, args.out)
+    shutil.rmtree(stage)
+    print(f"{sum(1 for _ in args.out.rglob('*.html'))} pages: {args.out/'index.html'}")
+
+
+if __name__ == '__main__': main()

@@ -1,5 +1,6 @@
 "Make README.md from nbs/index.ipynb: its prose, its code, and what the code printed. Needs no Quarto."
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -22,11 +23,16 @@ def outputs(cell):
         elif text: yield f"```\n{''.join(text).rstrip()}\n```"
 
 
+def from_root(text):
+    "Links, which are relative to the notebook, as the README has them"
+    return re.sub(r'\]\((?![a-z]+:|#)([^)#]+)', lambda m: f']({(root/"nbs"/m[1]).resolve().relative_to(root).as_posix()}', text)
+
+
 def readme(notebook):
     "The notebook at path `notebook` as Markdown."
     parts = ['<!-- Made from nbs/index.ipynb by tools/make_readme.py: edit that. -->']
     for cell in json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']:
-        if cell['cell_type'] == 'markdown': parts.append(''.join(cell['source']).strip('\n'))
+        if cell['cell_type'] == 'markdown': parts.append(from_root(''.join(cell['source']).strip('\n')))
         else:
             flags, source = shown(cell)
             if 'hide' in flags: continue

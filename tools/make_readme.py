@@ -25,7 +25,7 @@ def outputs(cell):
 
 def from_root(text):
     "Links, which are relative to the notebook, as the README has them"
-    return re.sub(r'\]\((?![a-z]+:|#)([^)#]+)', lambda m: f']({(root/"nbs"/m[1]).resolve().relative_to(root).as_posix()}', text)
+    return re.sub(r'(\]\(|src=")(?![a-z]+:|#)([^)#"]+)', lambda m: m[1]+(root/'nbs'/m[2]).resolve().relative_to(root).as_posix(), text)
 
 
 def readme(notebook):

@@ -102,6 +102,7 @@ def loader_in_order(train:DataLoader, # For training
                    ) -> DataLoader:
     "Another loader of the same items and transforms, in an order of its own; making it draws no random number."
     if not isinstance(train, DataLoader): raise TypeError(f"expected a fastai DataLoader for training, got {type(train).__module__}.{type(train).__name__}.")
+    if 'dl' in vars(train): return type(train)(loader_in_order(train.dl, order), train.rank, train.world_size, train.device) # distributed: the first rank's order is that of all
     state = random.getstate()
     res = train.new(shuffle=True, get_idxs=order)
     random.setstate(state) # so that a run that is resumed, and makes its loader later, goes on as it would have

@@ -72,6 +72,7 @@ class HeadOnly(Callback):
         for m in self.learn.model.modules():
             if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
     def after_fit(self): self._restore()
+    after_crash = after_fit
     def _restore(self):
         for p,was in self._kept: p.requires_grad_(was)
         self._kept = ()
@@ -126,3 +127,4 @@ class EvenClasses(Callback):
             self._targets = tensor(dataset_targets(train.dataset))
         self.learn.dl = self._dl
     def after_fit(self): self._dl = self._targets = None
+    after_crash = after_fit

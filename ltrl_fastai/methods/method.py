@@ -109,9 +109,13 @@ class Method:
                 s.prepare(learn, counts)
                 n = epochs if s.epochs is None else min(s.epochs, epochs)
                 if n:
-                    learn.opt = None
-                    if s.lr is None: (first or _one_cycle)(learn, n, lr, L(s.cbs(counts))+L(cbs(i)))
-                    else: learn.fit(n, s.lr, cbs=L(s.cbs(counts))+L(ParamScheduler({'lr': SchedCos(s.lr, 0.)}))+L(cbs(i)))
+                    learn.opt,mine = None,L(s.cbs(counts))
+                    try:
+                        if s.lr is None: (first or _one_cycle)(learn, n, lr, mine+L(cbs(i)))
+                        else: learn.fit(n, s.lr, cbs=mine+L(ParamScheduler({'lr': SchedCos(s.lr, 0.)}))+L(cbs(i)))
+                    except BaseException:
+                        for cb in mine: getattr(cb, 'after_crash', noop)()
+                        raise
                 done(i)
         for was,now in zip(kept, learn._grab_cbs(LossTerms)): now.history,now.record = was.history,was.record
         return learn

@@ -1007,6 +1007,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'ltrl_fastai/methods/method.py'),
                                             'ltrl_fastai.methods.method.Stage': ( 'methods/method.html#stage',
                                                                                   'ltrl_fastai/methods/method.py'),
+                                            'ltrl_fastai.methods.method._cosine': ( 'methods/method.html#_cosine',
+                                                                                    'ltrl_fastai/methods/method.py'),
                                             'ltrl_fastai.methods.method._float': ( 'methods/method.html#_float',
                                                                                    'ltrl_fastai/methods/method.py'),
                                             'ltrl_fastai.methods.method._nothing': ( 'methods/method.html#_nothing',

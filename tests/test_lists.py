@@ -445,7 +445,7 @@ def test_training_accuracy_is_measured_without_augmentation(tmp_path):
 def test_what_can_not_be_chosen_is_refused(tmp_path):
     own_folder(tmp_path/'a')
     for bad, said in ((dict(imbalance_factor=10), 'imbalance_factor: .* is long-tailed already'), (dict(n_max=5), 'n_max: .* all its images'),
-                      (dict(crop=4), 'crop: photographs'), (dict(data='x'), 'data: the path')):
+                      (dict(crop=4), 'crop: photographs'), (dict(cut=4), 'cut: photographs'), (dict(data='x'), 'data: the path')):
         with pytest.raises(ValueError, match=said): settings(tmp_path/'a', **bad)
     with pytest.raises(ValueError, match='n_valid: imagenet-lt has a list of validation images'): RunSettings('imagenet-lt', n_valid=3)
     with pytest.raises(FileNotFoundError, match='is not there'): settings(tmp_path/'b')

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from fastai.callback.core import Callback
+from fastai.basics import Callback, DataLoaders, accuracy, set_seed
 from ltrl_fastai.all import Method, ReflectiveLearning, Stage, digits_lt, methods
 from ltrl_fastai.experiments.training import RunSettings, train_run
 from ltrl_fastai.methods.nets import create_net
@@ -90,3 +90,38 @@ def test_a_state_is_plain(name):
     torch.save(learn.model.state_dict(), f := learn.path/'state.pt')
     try: learn.model.load_state_dict(torch.load(f, weights_only=True))
     finally: f.unlink()
+
+
+def small_digits():
+    "Twenty images, two of each class, to train on and to be asked about"
+    dls = digits_lt(device='cpu')
+    ds = dls.train_ds
+    ids = torch.cat([(ds.targets == c).nonzero().flatten()[:2] for c in range(10)])
+    few = type(ds)(ds.x[ids], ds.targets[ids], ds.vocab, 1)
+    return DataLoaders(dls.train.new(type(ds)(ds.x[ids], ds.targets[ids], ds.vocab, ds.split_idx), bs=20), dls.valid.new(few), device='cpu')
+
+
+@pytest.mark.parametrize('rl', [None, dict(ks=True, kc=True)], ids=['alone', 'with RL'])
+@pytest.mark.parametrize('name', methods)
+def test_a_small_batch_by_heart(name, rl):
+    "After all stages; with Reflective Learning too, which reviews logits of classes and summarises a feature for each"
+    set_seed(0, reproducible=True)
+    m, dls = methods[name], small_digits()
+    learn = m.learner(dls, create_net('resnet8', 10, n_in=1), cbs=[] if rl is None else ReflectiveLearning(**rl), metrics=accuracy)
+    with learn.no_bar(), learn.no_logging():
+        m.fit(learn, 200 if name == 'paco' else 60, .01)  # its centres have to stand out from a queue of keys that are all alike at first
+        assert learn.validate()[1] == 1.
+    if rl is None: return
+    assert learn.knowledge_review.teachers.store.get(torch.arange(20))[0].shape == (20, 10)
+    assert len(learn.knowledge_summary.centers) == 10 and learn.knowledge_summary.centers.isfinite().all()
+    assert all(o['review_loss'] >= 0 for o in learn.loss_terms.history[1:])
+
+
+@pytest.mark.parametrize('name', ['crt', 'mislas', 'ride-assigned', 'ride-distilled'])
+def test_a_crash_in_the_second_stage_leaves_nothing_frozen(name):
+    "As a newcomer ends a cell of a notebook: all may learn again, Reflective Learning is back, the loss has no late weights"
+    m = methods[name]
+    learn = m.learner(small_digits(), create_net('resnet8', 10, n_in=1), cbs=ReflectiveLearning())
+    with learn.no_bar(), learn.no_logging(), pytest.raises(KeyboardInterrupt): m.fit(learn, 3, .01, cbs=lambda i: [Crash(0, 2)] if i else [])
+    assert all(p.requires_grad for p in learn.model.parameters()) and learn.knowledge_review in learn.cbs
+    assert getattr(learn.loss_func, 'weight', None) is None

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip('accelerate')
+import methods_worker
 import ranks_worker as worker
 
 here = Path(__file__).parent
@@ -50,3 +51,24 @@ def test_ranks_learn_what_one_process_learns(trained, name):
         assert got.keys() == want.keys()
         for k, v in want.items(): torch.testing.assert_close(got[k], v, rtol=1e-5, atol=1e-6, equal_nan=True, check_dtype=False, msg=lambda m, k=k: f'{k}: {m}')
     assert want['history.review_loss'][1:].gt(0).all()
+
+
+@pytest.fixture(scope='module')
+def methods_trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('methods')
+    command, more = start(2, folder)
+    r = subprocess.run([*command, str(here/'methods_worker.py'), str(folder)], capture_output=True, text=True, timeout=600, env={**os.environ, 'OMP_NUM_THREADS': '1', **more})
+    assert r.returncode == 0, r.stderr[-5000:]
+    return folder
+
+
+@pytest.mark.parametrize('name', methods_worker.names)
+def test_methods_stay_one_over_ranks(methods_trained, name):
+    "The same weights on all ranks, queue and slow copy too; even classes are even over all ranks together"
+    a, b = [torch.load(methods_trained/f'{name}-{rank}.pt', weights_only=True) for rank in range(2)]
+    for k, v in a['state'].items():
+        assert v.isfinite().all()
+        if 'running_' not in k: torch.testing.assert_close(b['state'][k], v, rtol=1e-5, atol=1e-6)
+    n = torch.bincount(torch.tensor(a['seen'][-1]+b['seen'][-1]), minlength=10)
+    if name in ('crt', 'mislas'): assert n.max()-n.min() <= 2  # one more is to make ranks equally long
+    if name == 'paco': assert (a['state']['labels'] >= 0).sum() == sum(len(o) for r in (a, b) for o in r['seen'])

@@ -117,7 +117,7 @@ class RunSettings:
         why = dict(imbalance_factor=f"{self.dataset} is long-tailed already, and its imbalance factor can't be chosen.",
                    n_max=f"{self.dataset} is long-tailed already: all its images are used.",
                    n_valid=f"{self.dataset} has a list of validation images.",
-                   crop="photographs are cropped by `size`.", data="the path of your images is the data set itself.")
+                   crop="photographs are cropped by `size`.", cut="photographs are not cut out of.", data="the path of your images is the data set itself.")
         for k,text in why.items():
             if k not in takes and getattr(self, k) is not None: raise ValueError(f"{k}: {text} Leave it out.")
 

@@ -10,6 +10,7 @@ from fastai.basics import *
 from ..data.imbalance import dataset_targets
 from .heads import dealt, head_of, loader_in_order
 from .experts import split_late
+from .views import check_unmixed
 from .method import MethodLoss
 
 # %% ../../nbs/methods/19_bbn.ipynb #55a017a1
@@ -17,7 +18,7 @@ class ReversedBatch(Callback):
     "Adds to each training batch another, in which classes come as one over their number of images, its targets, and how far training has come: `model(x, x_r, y_r, lam)`."
     order,run_valid,_stateattrs = -1,False,('_dl','_targets','_share','_batches')
     _dl = _targets = _share = _batches = None
-    def before_fit(self): self._dl = self._batches = None
+    def before_fit(self): self.after_fit(); check_unmixed(self.learn)
     def before_train(self):
         if self._dl is None:
             train = self.dls.train
@@ -32,7 +33,8 @@ class ReversedBatch(Callback):
         lam = 1-(self.epoch/self.n_epoch)**2
         self.learn.xb = *self.learn.xb,x,y,torch.tensor(lam, device=x.device)
     def after_train(self): self._batches = None
-    after_fit = after_cancel_fit = after_crash = before_fit
+    def after_fit(self): self._dl = self._batches = None
+    after_cancel_fit = after_crash = after_fit
 
 # %% ../../nbs/methods/19_bbn.ipynb #de92db17
 class BilateralNet(nn.Module):

@@ -72,6 +72,7 @@ class HeadOnly(Callback):
         for m in self.learn.model.modules():
             if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
     def after_fit(self): self._restore()
+    after_crash = after_fit
     def _restore(self):
         for p,was in self._kept: p.requires_grad_(was)
         self._kept = ()
@@ -102,6 +103,7 @@ def loader_in_order(train:DataLoader, # For training
                    ) -> DataLoader:
     "Another loader of the same items and transforms, in an order of its own; making it draws no random number."
     if not isinstance(train, DataLoader): raise TypeError(f"expected a fastai DataLoader for training, got {type(train).__module__}.{type(train).__name__}.")
+    if 'dl' in vars(train): return type(train)(loader_in_order(train.dl, order), train.rank, train.world_size, train.device) # distributed: the first rank's order is that of all
     state = random.getstate()
     res = train.new(shuffle=True, get_idxs=order)
     random.setstate(state) # so that a run that is resumed, and makes its loader later, goes on as it would have
@@ -125,3 +127,4 @@ class EvenClasses(Callback):
             self._targets = tensor(dataset_targets(train.dataset))
         self.learn.dl = self._dl
     def after_fit(self): self._dl = self._targets = None
+    after_crash = after_fit

@@ -53,7 +53,7 @@ class Stage:
     prepare:callable=noop # Changes the learner; it is called with the learner and the class counts
     cbs:callable=_nothing # Makes the callbacks of this stage, of the class counts
     epochs:int=0 # At most, and no more than the first fit had; 0 for no training, None for as many as the first
-    lr:float=.1 # Where its cosine schedule begins; None for that of the first
+    lr:float=.1 # Where its cosine schedule begins, or a function of the first's rate; None for the first's schedule and rate
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -109,11 +109,16 @@ class Method:
                 s.prepare(learn, counts)
                 n = epochs if s.epochs is None else min(s.epochs, epochs)
                 if n:
-                    learn.opt = None
-                    if s.lr is None: (first or _one_cycle)(learn, n, lr, L(s.cbs(counts))+L(cbs(i)))
-                    else: learn.fit(n, s.lr, cbs=L(s.cbs(counts))+L(ParamScheduler({'lr': SchedCos(s.lr, 0.)}))+L(cbs(i)))
+                    learn.opt,mine = None,L(s.cbs(counts))
+                    try:
+                        if s.lr is None: (first or _one_cycle)(learn, n, lr, mine+L(cbs(i)))
+                        else: _cosine(learn, n, s.lr(lr) if callable(s.lr) else s.lr, mine+L(cbs(i)))
+                    except BaseException:
+                        for cb in mine: getattr(cb, 'after_crash', noop)()
+                        raise
                 done(i)
         for was,now in zip(kept, learn._grab_cbs(LossTerms)): now.history,now.record = was.history,was.record
         return learn
 
 def _one_cycle(learn, epochs, lr, cbs): learn.fit_one_cycle(epochs, lr, cbs=cbs)
+def _cosine(learn, epochs, lr, cbs): learn.fit(epochs, lr, cbs=L(ParamScheduler({'lr': SchedCos(lr, 0.)}))+cbs)

@@ -49,4 +49,4 @@ def smooth(learn:Learner, counts):
 
 def _head_and_scales(net): return [p for m in net.modules() if isinstance(m, ScaledHead) for p in m.parameters()]
 def shifted_and_even(counts): return [HeadOnly(_head_and_scales, shift_bn=True), EvenClasses()]
-mislas_stage = Stage('smoothed labels on even classes, with shifted statistics', smooth, shifted_and_even, epochs=10, lr=.02)
+mislas_stage = Stage('smoothed labels on even classes, with shifted statistics', smooth, shifted_and_even, epochs=10, lr=lambda lr: .2*lr)

@@ -93,6 +93,7 @@ class PaCoLoss(MethodLoss):
         if not isinstance(pred, tuple): raise ValueError("PaCo: expected logits, queries, keys and queue in training: "
             "make the net by `queued_net`, and train it on `two_views(dls)`.")
         logits,q,keys,queue,labels = pred
+        if logits.shape[1]!=len(self.log_prior): raise ValueError(f"logits: expected {len(self.log_prior)} classes, as there are class counts, got {logits.shape[1]}.")
         others,of = torch.cat([q, keys, queue]),torch.cat([targets, targets, labels])
         sim = (q@others.T)/self.temperature
         out = (of<0).expand(len(q), -1) | torch.eye(len(q), len(of), dtype=torch.bool, device=q.device) # places not filled, and the query itself

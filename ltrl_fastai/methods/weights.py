@@ -58,6 +58,7 @@ class DeferredWeights(Callback):
         m,old = self._before
         m.weight = self.weights.to(self.dls.device) if self.epoch>=round(self.start*self.n_epoch) else old
     def after_fit(self): self._restore()
+    after_crash = after_fit
     def _restore(self):
         if self._before is not None: m,m.weight = self._before
         self._before = None

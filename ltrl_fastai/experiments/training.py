@@ -168,7 +168,8 @@ def versions() -> dict:
 
 def command() -> str:
     "The command line that this process was started with, without the path of the program."
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    name = Path(sys.argv[0]).name
+    return shlex.join([*(['python','-m','ltrl_fastai'] if name=='__main__.py' else [name]), *sys.argv[1:]])
 
 def write_json(o, # Of plain types; no NaN
                path:Path # Replaced as a whole, or not at all

@@ -37,16 +37,16 @@ def long_tailed(train:tuple, # uint8 images `(N, C, H, W)` or floating point fea
                 test:tuple, # The same, for the report
                 vocab:list, # Class names
                 imbalance_factor:float, # Largest over smallest class
-                n_max:int=None, # Images of the largest class; default: as many as the smallest class of `train` has
+                n_max:int|None=None, # Images of the largest class; default: as many as the smallest class of `train` has
                 n_valid:int=20, # Validation images of each class, at most
                 profile:str='exp', # See `imbalanced_counts`
                 data_seed:int=0, # Of the draw
                 bs:int=128, # Batch size
-                tfms:dict=None, # Arguments of `small_image_tfms`; features are not transformed
-                size:int=None, # `shrink` images to this many pixels; default: leave them
+                tfms:dict|None=None, # Arguments of `small_image_tfms`; features are not transformed
+                size:int|None=None, # `shrink` images to this many pixels; default: leave them
                 device=None, # Default: fastai's
                 path='.', # For saved models
-                name:str=None # Of the data set
+                name:str|None=None # Of the data set
                ) -> LongTailDataLoaders:
     "Make a balanced training set long-tailed, and keep the rest for validation."
     (x,y),c = train,len(vocab)
@@ -72,7 +72,7 @@ def digits_lt(imbalance_factor:float=20, # Largest over smallest class
               n_valid:int=10, # Validation images of each class, at most
               data_seed:int=0, # Of the draw
               bs:int=32, # Batch size
-              tfms:dict=None, # Arguments of `small_image_tfms`; default: a crop padded by one pixel
+              tfms:dict|None=None, # Arguments of `small_image_tfms`; default: a crop padded by one pixel
               **kwargs # Passed on to `long_tailed`
              ) -> LongTailDataLoaders: # Images `(1, 8, 8)`, ten classes
     "scikit-learn's handwritten digits, long-tailed; nothing is downloaded."
@@ -119,7 +119,7 @@ def _folder_tensors(path:Path) -> tuple: # images, targets, vocab
     return x,y,vocab
 
 def load_cifar(n_classes:int=100, # 10 or 100
-               path:str|Path=None # Where it is; default: where fastai's `untar_data` has it
+               path:str|Path|None=None # Where it is; default: where fastai's `untar_data` has it
               ) -> tuple: # (images, targets) for training, the same for test, class names
     "All images of CIFAR as uint8 `(N, 3, 32, 32)`; raises `FileNotFoundError` that says how to get them."
     spec = _cifar[n_classes]
@@ -151,22 +151,22 @@ def _cifar_lt(n_classes, imbalance_factor, path, n_valid, data_seed, bs, tfms, *
     return long_tailed(train, test, vocab, imbalance_factor, n_valid=n_valid, data_seed=data_seed, bs=bs, tfms=tfms, name=f'cifar{n_classes}-lt', **kwargs)
 
 def cifar100_lt(imbalance_factor:float=100, # Largest over smallest class
-                path:str|Path=None, # See `load_cifar`
+                path:str|Path|None=None, # See `load_cifar`
                 n_valid:int=20, # Validation images of each class, at most
                 data_seed:int=0, # Of the draw
                 bs:int=128, # Batch size
-                tfms:dict=None, # Arguments of `small_image_tfms`; default: pad-crop 4 and flip
+                tfms:dict|None=None, # Arguments of `small_image_tfms`; default: pad-crop 4 and flip
                 **kwargs # Passed on to `long_tailed`
                ) -> LongTailDataLoaders: # Images `(3, 32, 32)`, 100 classes
     "CIFAR-100-LT with the published profile (Cao et al. 2019): 10,847 training images at a factor of 100, 10,000 test images."
     return _cifar_lt(100, imbalance_factor, path, n_valid, data_seed, bs, tfms, **kwargs)
 
 def cifar10_lt(imbalance_factor:float=100, # Largest over smallest class
-               path:str|Path=None, # See `load_cifar`
+               path:str|Path|None=None, # See `load_cifar`
                n_valid:int=20, # Validation images of each class, at most
                data_seed:int=0, # Of the draw
                bs:int=128, # Batch size
-               tfms:dict=None, # Arguments of `small_image_tfms`; default: pad-crop 4 and flip
+               tfms:dict|None=None, # Arguments of `small_image_tfms`; default: pad-crop 4 and flip
                **kwargs # Passed on to `long_tailed`
               ) -> LongTailDataLoaders: # Images `(3, 32, 32)`, 10 classes
     "CIFAR-10-LT with the published profile (Cao et al. 2019): 12,406 training images at a factor of 100, 10,000 test images."

@@ -19,9 +19,9 @@ class TensorItems:
     n_inp,loss_func,wrap = 1,CrossEntropyLossFlat(),staticmethod(noop)
     def __init__(self,
         x:Tensor, # `(N, ...)` all items
-        targets:Tensor=None, # `(N,)` class indices; None for items to predict
-        vocab:list=None, # Class names
-        split_idx:int=None # 0 for training, 1 for validation: which batch transforms run
+        targets:Tensor|None=None, # `(N,)` class indices; None for items to predict
+        vocab:list|None=None, # Class names
+        split_idx:int|None=None # 0 for training, 1 for validation: which batch transforms run
     ):
         self.check(x)
         if targets is not None and len(targets)!=len(x): raise ValueError(f"targets: expected one for each of {len(x)} items, got {len(targets)}.")
@@ -129,7 +129,7 @@ _policies = dict(randaugment=lambda: v2.RandAugment(num_ops=2, magnitude=9), aut
 def small_image_tfms(train:Tensor, # `(N, C, H, W)` uint8: the training images, for the statistics
                      crop:int=4, # Padding of the random crop; 0 for none
                      flip:bool=True, # Mirror?
-                     policy:str=None, # 'randaugment', 'autoaugment' or None
+                     policy:str|None=None, # 'randaugment', 'autoaugment' or None
                      cut:int=0, # Side of the Cutout square; 0 for none
                      chunk:int=8 # Images that share a draw of the policy
                     ) -> list: # Of batch transforms

@@ -53,12 +53,12 @@ class Lite0:
 
 # %% ../../nbs/data/03_frozen.ipynb #2c92c582
 def cifar100_frozen_lt(imbalance_factor:float=100, # Largest over smallest class
-                       path:str|Path=None, # See `load_cifar`
+                       path:str|Path|None=None, # See `load_cifar`
                        n_valid:int=20, # Validation images of each class, at most
                        data_seed:int=0, # Of the draw
                        bs:int=128, # Batch size
-                       tfms:dict=None, # None: features are not transformed
-                       folder:Path=None, # Where features are kept; default: `ltrl-features` in fastai's data folder
+                       tfms:dict|None=None, # None: features are not transformed
+                       folder:Path|None=None, # Where features are kept; default: `ltrl-features` in fastai's data folder
                        extract=Lite0, # Makes a function from images `(B, 3, 32, 32)` to features; has a `name`
                        echo=print, # Called with a line of text after each file of features
                        **kwargs # Passed on to `long_tailed`

@@ -55,7 +55,7 @@ def long_tail_indices(targets, # Class index of every item
 
 def long_tail_subset(dataset, # Any dataset whose targets can be had: see `dataset_targets`
                      imbalance_factor:float, # Largest over smallest class
-                     n_max:int=None, # Items of the largest class; default: as many as the smallest class of `dataset` has
+                     n_max:int|None=None, # Items of the largest class; default: as many as the smallest class of `dataset` has
                      profile:str='exp', # See `imbalanced_counts`
                      seed:int=0, # Of the draw
                      targets=None # Class indices, if `dataset` doesn't tell
@@ -72,7 +72,7 @@ def long_tail_subset(dataset, # Any dataset whose targets can be had: see `datas
 def LongTailSplitter(splitter, # Splits items into train and validation: `GrandparentSplitter()`, `RandomSplitter(seed=0)`, ...
                      get_y, # Label of an item: `parent_label`, ...
                      imbalance_factor:float, # Largest over smallest class
-                     n_max:int=None, # Items of the largest class; default: as many as the smallest class has
+                     n_max:int|None=None, # Items of the largest class; default: as many as the smallest class has
                      profile:str='exp', # See `imbalanced_counts`
                      seed:int=0 # Of the draw
                     ):
@@ -120,7 +120,7 @@ def check_counts(class_counts # Training images of each class: a list, array or 
     return n
 
 def class_counts(dls, # `DataLoaders`, or a dataset
-                 n_classes:int=None # Number of classes; default: what `dls` says, else the largest index + 1
+                 n_classes:int|None=None # Number of classes; default: what `dls` says, else the largest index + 1
                 ) -> Tensor: # `(C,)` int64
     "Training images of each class of `dls`; classes without any count 0."
     if isinstance(dls, Learner): raise TypeError("class_counts: expected DataLoaders or a dataset, got a Learner: `class_counts(learn.dls)`.")

@@ -24,7 +24,7 @@ class ImageList:
         file:Path, # That lists them, or the folder that holds them
         paths:list, # Of `str`, relative to the folder of images
         labels:list, # Class index of each
-        lines:list=None, # Line number of each; None if there are no lines
+        lines:list|None=None, # Line number of each; None if there are no lines
         word:str='line' # What is numbered
     ):
         store_attr()
@@ -144,7 +144,7 @@ def _names_in(folder):
     with os.scandir(folder) as it: return {o.name for o in it}
 
 def check_images(lists:dict, # Located, by split
-                 roots:list=None # Folders that were tried; default: those that the lists were located in
+                 roots:list|None=None # Folders that were tried; default: those that the lists were located in
                 ):
     "Raise `FileNotFoundError` if images are missing: how many, which, and where they were looked for."
     gone = {k: missing_images(o) for k,o in lists.items()}
@@ -156,7 +156,7 @@ def check_images(lists:dict, # Located, by split
 # %% ../../nbs/data/04_lists.ipynb #359925cf
 def hold_out(labels:list, # Class index of each training image
              share:float=.2, # Of each class, rounded down
-             n_valid:int=None, # At most so many of each class
+             n_valid:int|None=None, # At most so many of each class
              seed:int=0 # Of the draw
             ) -> tuple: # Indices to train on and indices to validate on, ascending
     "Draw validation images: of each class `share` of its images, at least one of a class of three or more, none of a smaller one."
@@ -184,7 +184,7 @@ class ImageAugment(Transform):
 _policies = dict(randaugment=lambda: v2.RandAugment(num_ops=2, magnitude=9), autoaugment=lambda: v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET))
 
 def photo_tfms(size:int=224, # Pixels of a side
-               policy:str=None, # 'randaugment' or 'autoaugment'; None takes colour jitter
+               policy:str|None=None, # 'randaugment' or 'autoaugment'; None takes colour jitter
                flip:bool=True, # Mirror?
                small:bool=False # Images that are of this size already, and stay so?
               ) -> tuple: # Of item and batch transforms
@@ -217,12 +217,12 @@ def image_dataloaders(lists:dict, # Located `ImageList` by split: 'train', 'vali
                       vocab:list, # Class names
                       bs:int=64, # Batch size of training; the others take twice as many
                       size:int=224, # Pixels of a side
-                      policy:str=None, # See `photo_tfms`
+                      policy:str|None=None, # See `photo_tfms`
                       flip:bool=True, # Mirror?
                       small:bool=False, # See `photo_tfms`
-                      name:str=None, # Of the data set
+                      name:str|None=None, # Of the data set
                       notes=(), # Texts that its user should know
-                      num_workers:int=None, # Default: fastai's, or none for less than 1,000 images
+                      num_workers:int|None=None, # Default: fastai's, or none for less than 1,000 images
                       device=None, # Default: fastai's
                       path='.' # For saved models
                      ) -> ImageFileDataLoaders:
@@ -262,7 +262,7 @@ list_sets = {
 def _base(path): return Path(path).expanduser() if path is not None else Path(fastai_cfg().path('data'))
 
 def find_lists(name:str, # In `list_sets`
-               path:str|Path=None # Folder to look in; default: fastai's data folder
+               path:str|Path|None=None # Folder to look in; default: fastai's data folder
               ) -> dict: # File by split
     "The files that list a data set; raises `FileNotFoundError` that says what is missing and where to put it."
     spec,base = list_sets[name],_base(path)
@@ -276,7 +276,7 @@ def find_lists(name:str, # In `list_sets`
     here = f"{some[0]} lacks {', '.join(lacks)}" if len(lacks)<len(some[1]) else f"{spec['title']} was not found at {base}"
     raise FileNotFoundError(f"{here}. {where_to_put(name, path)}")
 
-def where_to_put(name:str, path:str|Path=None # See `find_lists`
+def where_to_put(name:str, path:str|Path|None=None # See `find_lists`
                 ) -> str:
     "What a data set consists of, and where it belongs."
     spec = list_sets[name]
@@ -308,7 +308,7 @@ def compare_published(name:str, # In `list_sets`
     return [f"{name} is not the published {spec['title']}: there are {', '.join(diff)}. Results can't be compared with published ones."] if diff else []
 
 def read_lists(name:str, # In `list_sets`
-               path:str|Path=None # See `find_lists`
+               path:str|Path|None=None # See `find_lists`
               ) -> tuple: # `ImageList` by split, located but not looked for; class names; folders that images are looked for in
     "Read and check the lists of a data set."
     spec,base = list_sets[name],_base(path)
@@ -334,21 +334,21 @@ def _list_dls(name, path, n_valid=None, data_seed=0, **kwargs):
         notes.append(f"{name} has no validation images of its own: {len(valid):,} were taken out of training, and {len(train):,} are left. Its `val` is the test set.")
     return image_dataloaders(lists, vocab, name=name, notes=notes, **kwargs)
 
-def imagenet_lt(path:str|Path=None, # See `find_lists`
+def imagenet_lt(path:str|Path|None=None, # See `find_lists`
                 bs:int=256, # Batch size
                 **kwargs # Passed on to `image_dataloaders`
                ) -> ImageFileDataLoaders: # Images `(3, 224, 224)`, 1,000 classes
     "ImageNet-LT (Liu et al. 2019): 115,846 training images of 1,000 classes, 1,280 to 5 of each; 20,000 for validation, 50,000 for test."
     return _list_dls('imagenet-lt', path, bs=bs, **kwargs)
 
-def places_lt(path:str|Path=None, # See `find_lists`
+def places_lt(path:str|Path|None=None, # See `find_lists`
               bs:int=256, # Batch size
               **kwargs # Passed on to `image_dataloaders`
              ) -> ImageFileDataLoaders: # Images `(3, 224, 224)`, 365 classes
     "Places-LT (Liu et al. 2019): 62,500 training images of 365 classes, 4,980 to 5 of each; 7,300 for validation, 36,500 for test."
     return _list_dls('places-lt', path, bs=bs, **kwargs)
 
-def inaturalist18(path:str|Path=None, # See `find_lists`
+def inaturalist18(path:str|Path|None=None, # See `find_lists`
                   bs:int=256, # Batch size
                   n_valid:int=1, # Validation images of each class, at most: taken out of training by `hold_out`
                   data_seed:int=0, # Of their draw

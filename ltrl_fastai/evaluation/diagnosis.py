@@ -53,7 +53,7 @@ class Diagnosis(Companion):
 # %% ../../nbs/evaluation/02_diagnosis.ipynb #44d57893
 def feature_similarity(learn:Learner, # Trained
                        dl=None, # Loader of the samples; default: the training samples, in order and as in validation
-                       head:str|nn.Module=None # See `find_head`
+                       head:str|nn.Module|None=None # See `find_head`
                       ) -> Tensor: # `(C, C)`
     "Cosine similarity of the classes' median features."
     dl = dl or learn.dls.valid.new(eval_view(learn.dls.train_ds))

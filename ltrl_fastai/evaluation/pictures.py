@@ -91,7 +91,7 @@ def _names(vocab, n):
 
 # %% ../../nbs/evaluation/04_pictures.ipynb #26fe3fa3
 def draw_classes(counts, # Training images of each class, `(C,)`
-                 vocab:list=None, # Class names, shown if there are at most 20
+                 vocab:list|None=None, # Class names, shown if there are at most 20
                  ax=None, # Axes to draw on; default: a new figure
                  many:int=100, few:int=20 # See `shot_groups`
                 ) -> plt.Axes: # With a description in `ltrl_alt`
@@ -134,7 +134,7 @@ def _vocab(learn, n):
 # %% ../../nbs/evaluation/04_pictures.ipynb #644e97e2
 def draw_by_class(values:dict, # From labels to a value for each class, `(C,)`; None where there is none
                   counts, # Training images of each class
-                  vocab:list=None, # Class names, shown if there are at most 20
+                  vocab:list|None=None, # Class names, shown if there are at most 20
                   ylabel:str='', # What the values are
                   ax=None, # Axes to draw on; default: a new figure
                   many:int=100, few:int=20 # See `shot_groups`
@@ -196,11 +196,11 @@ def _label(learn): return 'with RL' if any(learn._grab_cbs(o) for o in (Knowledg
 
 @patch
 def plot_per_class(self:Learner,
-                   other:Learner|ShotReport=None, # Drawn beside it
+                   other:Learner|ShotReport|None=None, # Drawn beside it
                    ax=None, # Axes to draw on; default: a new figure
                    ds_idx:int=1, # Of the data set: 1 is the validation set; not with `dl`
                    dl=None, # Loader of test images, for both: `dls.test`
-                   labels:tuple=None, # Of this one and the other; default: 'with RL' if a part of it is on the learner now
+                   labels:tuple|None=None, # Of this one and the other; default: 'with RL' if a part of it is on the learner now
                    many:int=100, # Classes with more training images are 'many'
                    few:int=20 # Classes with fewer are 'few'
                   ) -> plt.Axes:
@@ -260,7 +260,7 @@ def plot_shots(self:Learner,
                runs:list=(), # More runs of this learner's own setting, by other seeds
                ds_idx:int=1, # Of the data set: 1 is the validation set; not with `dl`
                dl=None, # Loader of test images, for all: `dls.test`
-               labels:tuple=None, # Of this one and the others; default: 'with RL' if a part of it is on the learner now
+               labels:tuple|None=None, # Of this one and the others; default: 'with RL' if a part of it is on the learner now
                many:int=100, # Classes with more training images are 'many'
                few:int=20 # Classes with fewer are 'few'
               ) -> plt.Axes:
@@ -284,7 +284,7 @@ def draw_report(*reports, # Of `ShotReport`, of runs on the same training set
 
 @patch
 def plot(self:ShotReport,
-         other:ShotReport=None, # Drawn beside it
+         other:ShotReport|None=None, # Drawn beside it
          figsize=(9,3.6) # Inches
         ) -> plt.Figure:
     "Accuracy of each class from head to tail, and the means by shot with their intervals: see `draw_report`."
@@ -303,7 +303,7 @@ def _blocks(m, most=500):
 
 def draw_similarity(similarity, # `(C, C)`, a tensor or array: `feature_similarity(learn)`
                     counts, # Training images of each class
-                    vocab:list=None, # Class names, shown if there are at most 20
+                    vocab:list|None=None, # Class names, shown if there are at most 20
                     ax=None, # Axes to draw on; default: a new figure
                     many:int=100, few:int=20 # See `shot_groups`
                    ) -> plt.Axes: # With a description in `ltrl_alt`
@@ -376,7 +376,7 @@ def draw_drift(series:dict, # From labels to the values of each shot by epoch: `
 def draw_drift_by_class(rows, # By epoch a value for each class, `(epochs, C)`
                         counts, # Training images of each class
                         what:str='kl', # 'kl', or 'right', as shares of 1
-                        vocab:list=None, # Class names, shown if there are at most 20
+                        vocab:list|None=None, # Class names, shown if there are at most 20
                         ax=None, # Axes to draw on; default: a new figure
                         many:int=100, few:int=20 # See `shot_groups`
                        ) -> plt.Axes: # With a description in `ltrl_alt`
@@ -415,7 +415,7 @@ def plot_drift(self:Learner,
                by:str='shot', # 'shot': a line each; 'class': a heat map
                what:str='kl', # 'kl' divergence to the last epoch's predictions, or 'right': the share predicted right
                ax=None, # Axes to draw on; default: a new figure
-               labels:tuple=None, # Of this one and the others; default: 'with RL' if a part of it is on the learner now
+               labels:tuple|None=None, # Of this one and the others; default: 'with RL' if a part of it is on the learner now
                many:int=100, # Classes with more training images are 'many'
                few:int=20 # Classes with fewer are 'few'
               ) -> plt.Axes:
@@ -484,7 +484,7 @@ _loss_names = dict(base_loss='main loss, training', review_loss='review loss', s
 _share_names = dict(right='right, training', conflicts='steps in conflict', **{k: f'{k.title()}, validation' for k in _shots}, accuracy='accuracy, validation')
 
 def draw_terms(history:list, # By epoch a dict of means: `learn.loss_terms.history`
-               record:tuple=None, # Column names and rows by epoch of fastai's table: `learn.loss_terms.record`
+               record:tuple|None=None, # Column names and rows by epoch of fastai's table: `learn.loss_terms.record`
                ax=None # Two Axes, for losses and for shares; default: a new figure
               ) -> np.ndarray: # Of these two Axes, with descriptions in `ltrl_alt`
     "Curves of every term: losses on one Axes, what is a share on the other."

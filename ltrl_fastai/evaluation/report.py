@@ -18,7 +18,7 @@ class ShotReport:
         hits:Tensor, # `(C,)` samples of each class that are predicted right
         totals:Tensor, # `(C,)` samples of each class
         class_counts, # `(C,)` training images of each class
-        vocab:list=None, # Class names
+        vocab:list|None=None, # Class names
         label:str='', # Shown in tables and pictures
         many:int=100, # Classes with more training images are 'many'
         few:int=20 # Classes with fewer are 'few'
@@ -62,7 +62,7 @@ class ShotReport:
         "Accuracy of each class, in percent."
         return [100*h/t if t else None for h,t in zip(self.hits.tolist(), self.totals.tolist())]
 
-    def table(self, other:'ShotReport'=None # Shown in the row below, and the difference in the last
+    def table(self, other:'ShotReport|None'=None # Shown in the row below, and the difference in the last
              ) -> pd.DataFrame:
         "Many, Medium, Few and All, one row a report; '-' where there is nothing to measure."
         if other is not None and not isinstance(other, ShotReport): raise TypeError(

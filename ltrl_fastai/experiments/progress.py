@@ -48,7 +48,7 @@ class Watch:
     def __init__(self, plan:list, # Of `PlannedRun`
                  jobs:int=1, # Runs at a time
                  read=None, # Gives the result of a `PlannedRun` that is done, for its accuracy
-                 console:Console=None # Default: the standard output
+                 console:Console|None=None # Default: the standard output
                 ):
         store_attr('plan,read'); self.console = console or Console()
         self.cells = {(o.group,o.variant): dict(n=0, done=0, accs=[], running={}) for o in plan}

@@ -117,7 +117,7 @@ class Tell(Callback):
 def finish(todo:Todo, # What to compute
            folder:Path, # Of the comparison
            send=noop, # Called with messages
-           command:str=None # That started the comparison
+           command:str|None=None # That started the comparison
           ) -> dict: # The result
     "Compute one run, or the rest of it, and write its result; nothing is left behind but that."
     file,name = run_file(folder, todo.run),todo.run.name
@@ -178,11 +178,11 @@ class Failed(RuntimeError):
 
 def run_plan(plan:list, # Of `PlannedRun`
              folder:Path, # Results go to its `runs`
-             jobs:int=None, # Runs at a time; default: `default_jobs`
+             jobs:int|None=None, # Runs at a time; default: `default_jobs`
              test:bool=True, # Read the test set at the end of each run? If not, results are of validation images alone
              watch=None, # Called with what happens: `watch(event, todo, *details)`; events are 'known', 'again', 'start', 'epoch', 'done', 'failed'
-             command:str=None, # That started it, for the results
-             about:dict=None # Of the plan, for `compare.json`; default: none is written
+             command:str|None=None, # That started it, for the results
+             about:dict|None=None # Of the plan, for `compare.json`; default: none is written
             ) -> list: # The results, in the order of the plan
     "Compute what is missing of a plan; raises `Failed` when all others are done, if some runs fail."
     if jobs is not None and jobs<1: raise ValueError(f"jobs: expected at least 1, got {jobs}")

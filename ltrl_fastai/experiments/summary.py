@@ -192,7 +192,7 @@ def _rounded(v): return None if v is None or math.isnan(v) else round(float(v), 
 
 # %% ../../nbs/experiments/05_summary.ipynb #00f6bcfa
 def plot_gains(summary:pd.DataFrame, # As `summarise` gives
-               title:str=None # Above all
+               title:str|None=None # Above all
               ) -> plt.Figure:
     "Paired gains and their intervals, a panel for each data set and method; accuracies where there is nothing to gain over."
     with picture_style(): return _draw_gains(summary, title)

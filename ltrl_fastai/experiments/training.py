@@ -65,6 +65,7 @@ _kinds = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 
 def check_type(name:str, value, kind, none:bool=True # Is None all right?
               ):
     "Raise `ValueError` if `value` is not of `kind`, one of int, float, bool and str; an int is a float."
+    if isinstance(kind, types.UnionType): kind = next(iter({*kind.__args__}-{type(None)})) if len(kind.__args__)==2 and type(None) in kind.__args__ else kind
     if value is None and none or kind not in _kinds: return
     fits = isinstance(value, bool)==(kind is bool) and isinstance(value, (int,float) if kind is float else kind)
     if not fits: raise ValueError(f"{name}: expected {_kinds[kind]}, got {value!r}.")
@@ -73,27 +74,27 @@ def check_type(name:str, value, kind, none:bool=True # Is None all right?
 class RunSettings:
     "Everything that decides the numbers of a run. `None` takes the default of the data set."
     dataset:str='digits-lt' # A name in `datasets`, or a folder or CSV file of your own images
-    imbalance_factor:float=None # Largest over smallest class, >= 1; None for data that are long-tailed already
+    imbalance_factor:float|None=None # Largest over smallest class, >= 1; None for data that are long-tailed already
     method:str='bsce' # A name in `methods`
-    net:str=None # See `create_net`
-    epochs:int=None # Of training
+    net:str|None=None # See `create_net`
+    epochs:int|None=None # Of training
     schedule:str='one-cycle' # Of the learning rate, a name in `schedules`
-    lr:float=None # Largest learning rate
-    bs:int=None # Batch size
-    wd:float=None # Weight decay; default: 5e-4, or what the method can't do without
+    lr:float|None=None # Largest learning rate
+    bs:int|None=None # Batch size
+    wd:float|None=None # Weight decay; default: 5e-4, or what the method can't do without
     seed:int=0 # Of weights, batches and augmentation
     data_seed:int=0 # Of the choice of training images
-    n_max:int=None # Training images of the largest class; default: as many as there are (120 for digits)
-    n_valid:int=None # Validation images of each class, at most
+    n_max:int|None=None # Training images of the largest class; default: as many as there are (120 for digits)
+    n_valid:int|None=None # Validation images of each class, at most
     pretrained:bool=False # Does a torchvision net begin with ImageNet weights?
-    policy:str=None # Augmentation policy beside crop and flip: 'randaugment' or 'autoaugment'
-    cut:int=None # Pixels of a side of the Cutout square
-    crop:int=None # Padding of the random crop
-    flip:bool=None # Mirror?
-    size:int=None # Pixels of a side that images are shrunk to, or cropped to if they are photographs
-    data:str=None # Where the data set is, if not where fastai keeps it
+    policy:str|None=None # Augmentation policy beside crop and flip: 'randaugment' or 'autoaugment'
+    cut:int|None=None # Pixels of a side of the Cutout square
+    crop:int|None=None # Padding of the random crop
+    flip:bool|None=None # Mirror?
+    size:int|None=None # Pixels of a side that images are shrunk to, or cropped to if they are photographs
+    data:str|None=None # Where the data set is, if not where fastai keeps it
     diagnose:bool=False # Keep how predictions drift, what is right and where gradients conflict, by class and epoch? Changes no weight
-    reflective:dict=None # Arguments of `ReflectiveLearning`; None trains without it
+    reflective:dict|None=None # Arguments of `ReflectiveLearning`; None trains without it
 
     def __post_init__(self):
         for f in dataclasses.fields(self): check_type(f.name, getattr(self, f.name), f.type)
@@ -220,7 +221,7 @@ class _Rows:
 def train_run(settings:RunSettings, # What to train
               bar:bool=True, # fastai's progress bar and table?
               test:bool=True, # Read the test set, at the end? If not, or if there is none, the result is of the validation images alone
-              checkpoint:Path=None, # File to keep after each epoch, from which an interrupted run goes on
+              checkpoint:Path|None=None, # File to keep after each epoch, from which an interrupted run goes on
               cbs=None # More callbacks
              ) -> tuple[dict, ShotReport]: # The result, and the report it was made from
     "Train once, read the test set once."

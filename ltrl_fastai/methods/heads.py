@@ -78,8 +78,8 @@ class HeadOnly(Callback):
 
 # %% ../../nbs/methods/07_heads.ipynb #93a80a9e
 def dealt(targets:Tensor, # `(N,)` class of each image
-          n:int=None, # Places; default: N
-          share:Tensor=None # `(C,)` how often each class is to come, in any unit; default: all the same, classes without an image never
+          n:int|None=None, # Places; default: N
+          share:Tensor|None=None # `(C,)` how often each class is to come, in any unit; default: all the same, classes without an image never
          ) -> list: # Of n positions in `targets`, in random order
     "An order in which each class comes as often as its share says, up to one, and no image of a class twice before each came once."
     targets = torch.as_tensor(targets)

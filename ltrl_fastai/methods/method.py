@@ -67,7 +67,7 @@ class Method:
     weak:bool=False # Is the first view made without the `strong` transforms?
     then:tuple=() # Of `Stage`
     defaults:dict=dataclasses.field(default_factory=dict) # Of the recipe, where the method can't do with the usual ones: `wd=5e-3`
-    reported:float=None # All accuracy on CIFAR-100-LT, IF 100, with ResNet-32, as the slides or its authors report it
+    reported:float|None=None # All accuracy on CIFAR-100-LT, IF 100, with ResNet-32, as the slides or its authors report it
 
     @property
     def stages(self) -> int:

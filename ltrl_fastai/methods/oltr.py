@@ -23,7 +23,7 @@ class MemoryHead(nn.Module):
     "Classifies features with the help of class centroids (Liu et al. 2019, eq. 2 to 6): `(logits, features, centroids)` in training, logits otherwise."
     def __init__(self,
         centroids:Tensor, # `(C, D)` to begin with: class means
-        head:nn.Module=None, # The first stage's, linear: what the memory is asked by begins as it
+        head:nn.Module|None=None, # The first stage's, linear: what the memory is asked by begins as it
         scale:float=16., # Of the cosine
         reach:float=10. # Over the distance to the nearest centroid
     ):

@@ -25,7 +25,7 @@ class RIDELoss(ExpertsLoss):
         max_margin:float=.5, # See `LDAMLoss`
         scale:float=30., # That of the experts' cosine heads
         spread:float=.05, # Of temperatures over classes: t = spread * C * prior + 1 - spread
-        weight:Tensor=None, # Of the classes; temperatures hold as soon as there are weights
+        weight:Tensor|None=None, # Of the classes; temperatures hold as soon as there are weights
         reduction:str='mean' # 'mean', 'sum' or 'none'
     ):
         super().__init__(reduction)

@@ -42,9 +42,9 @@ class ReflectiveLearning(Companion):
     kr,ks,kc = map(_toggle, _classes)
     how_to = '`learn.reflective_learning.ks = True` switches a part on, `learn.knowledge_review.tau = 4.` changes it'
     def __init__(self,
-        kr:bool|dict|KnowledgeReview=None, # Review? Or arguments of `KnowledgeReview` that differ from the preset, or the callback itself; default: as the preset says
-        ks:bool|dict|KnowledgeSummary=None, # Summarise? Likewise for `KnowledgeSummary`
-        kc:bool|dict|KnowledgeCorrection=None, # Correct? Likewise for `KnowledgeCorrection`
+        kr:bool|dict|KnowledgeReview|None=None, # Review? Or arguments of `KnowledgeReview` that differ from the preset, or the callback itself; default: as the preset says
+        ks:bool|dict|KnowledgeSummary|None=None, # Summarise? Likewise for `KnowledgeSummary`
+        kc:bool|dict|KnowledgeCorrection|None=None, # Correct? Likewise for `KnowledgeCorrection`
         preset:str='default' # 'default', 'paper' (as on the slides) or 'published' (as the released code)
     ):
         if preset not in presets: raise ValueError(f"preset: expected one of {list(presets)}, got {preset!r}")

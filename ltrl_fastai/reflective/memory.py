@@ -50,7 +50,7 @@ class TeacherMemory:
         return bool((self.visited if ids is None else self.visited[ids]).any())
 
     def recall(self, ids:Tensor, # `(B,)` int64 dataset ids
-               host_ids:list=None # `ids` again, on the host
+               host_ids:list|None=None # `ids` again, on the host
               ) -> tuple[tuple, Tensor]: # rows of the store, seen `(B,)`
         "What is kept of `ids`, and of which of them there is something; other rows mean nothing."
         return self.store.get(ids, host_ids),self.seen[ids]
@@ -60,8 +60,8 @@ class TeacherMemory:
         logits:Tensor, # `(B, C)` their logits now; here and below, of this rank
         targets:Tensor, # `(B,)` their classes
         right:Tensor, # `(B,)` bool: is that prediction correct?
-        host_ids:list=None, # `ids` again, on the host
-        ranks:Ranks=None, # Who shares this memory
+        host_ids:list|None=None, # `ids` again, on the host
+        ranks:Ranks|None=None, # Who shares this memory
         view=None, # What a reviewer makes of logits, for a `TopKStore`
         tau:float=1. # His temperature, likewise
     ):
@@ -161,8 +161,8 @@ class FeatureBank:
             block[self._used:self._used+k],self._classes[-1][self._used:self._used+k] = feats[:k],targets[:k]
             feats,targets,self._used = feats[k:],targets[k:],self._used+k
 
-    def centers(self, previous:Tensor=None, # `(C, D)` centres of classes that this epoch has not met
-                ranks:Ranks=None, # Who has the other features
+    def centers(self, previous:Tensor|None=None, # `(C, D)` centres of classes that this epoch has not met
+                ranks:Ranks|None=None, # Who has the other features
                 at_once:int=2**27 # Bytes of features to look at, at a time
                ) -> Tensor: # `(C, D)` in at least float32
         "Median feature per class, over all ranks; classes without a feature keep `previous`."

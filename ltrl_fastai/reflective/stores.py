@@ -19,11 +19,11 @@ class InMemory:
     def nbytes(self) -> int: return sum(o.nbytes for o in self._parts)
     def put(self, ids:Tensor, # `(B,)` int64 dataset ids
             rows:tuple, # Of `pack`
-            host_ids:list=None # `ids` again, on the host
+            host_ids:list|None=None # `ids` again, on the host
            ):
         "Replace the rows of `ids`."
         for o,v in zip(self._parts, rows): o[ids] = v
-    def get(self, ids:Tensor, host_ids:list=None) -> tuple:
+    def get(self, ids:Tensor, host_ids:list|None=None) -> tuple:
         "The rows of `ids`."
         return tuple(o[ids] for o in self._parts)
 
@@ -247,7 +247,7 @@ def make_store(kind:str, # One of `store_kinds`
                k:int=512, # With 'topk': how many to keep
                folder=None, # With 'disk': where
                rank:int=0, # Of this process
-               free:int=None # Bytes of free memory; default: ask
+               free:int|None=None # Bytes of free memory; default: ask
               ):
     "Somewhere to keep the last predictions of `n` samples; 'auto' goes by their size and the memory that is free."
     if kind not in store_kinds: raise ValueError(f"store: expected one of {', '.join(store_kinds)}, got {kind!r}.")

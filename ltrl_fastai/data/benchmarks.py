@@ -18,13 +18,17 @@ class LongTailDataLoaders(DataLoaders):
     name = imbalance_factor = None
     notes = () # Texts that a user of the data should know
     @property
-    def test(self): return self[2] if len(self.loaders)>2 else None
+    def test(self) -> DataLoader|None:
+        "Loader of the balanced test set; None if there is none."
+        return self[2] if len(self.loaders)>2 else None
     @property
     def n_in(self) -> int:
         "Channels of an image, or dimensions of a feature vector."
         return self.train_ds.x.shape[1]
     @property
-    def class_counts(self) -> Tensor: return class_counts(self)
+    def class_counts(self) -> Tensor: # `(C,)` int64
+        "Training images of each class."
+        return class_counts(self)
 
 def shrink(images:Tensor, # `(N, C, H, W)` uint8
            size:int # Pixels of a side
@@ -44,8 +48,8 @@ def long_tailed(train:tuple, # uint8 images `(N, C, H, W)` or floating point fea
                 bs:int=128, # Batch size
                 tfms:dict|None=None, # Arguments of `small_image_tfms`; features are not transformed
                 size:int|None=None, # `shrink` images to this many pixels; default: leave them
-                device=None, # Default: fastai's
-                path='.', # For saved models
+                device:str|torch.device|None=None, # Default: fastai's
+                path:str|Path='.', # For saved models
                 name:str|None=None # Of the data set
                ) -> LongTailDataLoaders:
     "Make a balanced training set long-tailed, and keep the rest for validation."
@@ -142,7 +146,8 @@ def load_cifar(n_classes:int=100, # 10 or 100
         f"{path}: expected the {n_classes} classes of {spec['name']} in `train` and in `test`, got {len(vocab)} and {len(tvocab)}.")
     return tuple(train),tuple(test),vocab
 
-def fastai_path(url:str) -> Path:
+def fastai_path(url:str # Of an archive: `URLs.CIFAR_100`
+               ) -> Path:
     "Where `untar_data(url)` unpacks to."
     return Path(fastai_cfg().path('data'))/Path(url).name.split('.')[0]
 

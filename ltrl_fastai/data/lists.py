@@ -34,7 +34,8 @@ class ImageList:
              ) -> str:
         "The place where image `i` is listed, for a message."
         return str(self.file) if self.lines is None else f'{self.file}:{self.lines[i]}' if self.word=='line' else f'{self.file}, {self.word} {self.lines[i]}'
-    def take(self, idx) -> 'ImageList':
+    def take(self, idx:Iterable # Indices
+            ) -> 'ImageList':
         "Some of the images."
         res = ImageList(self.file, [self.paths[i] for i in idx], [self.labels[i] for i in idx], self.lines and [self.lines[i] for i in idx], self.word)
         if self.files: res.root,res.files = self.root,[self.files[i] for i in idx]
@@ -110,21 +111,41 @@ def check_lists(lists:dict # `ImageList` by split: 'train', and 'valid' and 'tes
             seen[p] = split,i
     return n
 
-def few_of(items:list, n:int=5 # At most so many
+def few_of(items:list, # All of them
+           n:int=5 # At most so many
           ) -> str:
     "The first of them, and how many more there are."
     return ', '.join(map(str, items[:n])) + (f' and {len(items)-n} more' if len(items)>n else '')
 
 # %% ../../nbs/data/04_lists.ipynb #a3a9e5b8
-def as_listed(p): return p
-def flat_val(p): return re.sub(r'^val/[^/]+/', 'val/', p)
-def flat_val256(p): return re.sub(r'^val/[^/]+/', 'val_256/', p)
-def to_easy(p): return re.sub(r'^data_256/\w/(.+)/', lambda m: f"train/{m[1].replace('/','-')}/", p)
-def from_easy(p): return re.sub(r'^train/((\w)[^/]*)/', lambda m: f"data_256/{m[2]}/{m[1].replace('-','/')}/", p)
+def as_listed(p:str # Path as listed
+             ) -> str:
+    "The path as it is."
+    return p
+
+def flat_val(p:str # Path as listed
+            ) -> str:
+    "Validation images without folders of classes."
+    return re.sub(r'^val/[^/]+/', 'val/', p)
+
+def flat_val256(p:str # Path as listed
+               ) -> str:
+    "Validation images without folders of classes, as Places365 has them with 256 pixels."
+    return re.sub(r'^val/[^/]+/', 'val_256/', p)
+
+def to_easy(p:str # Path as listed
+           ) -> str:
+    "From Places365's folders of letters to those of its easy format."
+    return re.sub(r'^data_256/\w/(.+)/', lambda m: f"train/{m[1].replace('/','-')}/", p)
+
+def from_easy(p:str # Path as listed
+             ) -> str:
+    "From folders of Places365's easy format to those of letters."
+    return re.sub(r'^train/((\w)[^/]*)/', lambda m: f"data_256/{m[2]}/{m[1].replace('-','/')}/", p)
 
 def locate(images:ImageList, # Whose files are wanted
            roots:list, # Folders to try
-           spellings=(as_listed,) # Functions of a listed path to try
+           spellings:Iterable=(as_listed,) # Functions of a listed path to try
           ) -> ImageList: # The same, with `root` and `files`
     "Find the folder, and the spelling of paths, that a list speaks of."
     sample = [images.paths[i] for i in np.unique(np.linspace(0, len(images)-1, 20).astype(int))]
@@ -178,7 +199,9 @@ class TrainCrop(RandomResizedCrop):
 class ImageAugment(Transform):
     "A torchvision transform of single images, for training."
     split_idx,order = 0,TrainCrop.order+1
-    def __init__(self, f, strong:bool=False): super().__init__(); self.f,self.strong = f,strong
+    def __init__(self, f:Callable, # From a PIL image to another
+                 strong:bool=False # Is it left out of weak views? See `two_views`
+                ): super().__init__(); self.f,self.strong = f,strong
     def encodes(self, x:PILImage): return PILImage(self.f(x))
 
 _policies = dict(randaugment=lambda: v2.RandAugment(num_ops=2, magnitude=9), autoaugment=lambda: v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET))
@@ -207,7 +230,9 @@ class ImageFileDataLoaders(LongTailDataLoaders):
         return [f"{k} {os.path.relpath(f, self.root)} {y} {os.path.getsize(f)}" for k,dl in zip(('train','valid','test'), self.loaders)
                 for (f,_),y in zip(dl.dataset.items, dl.dataset.targets)]
 
-def with_targets(tls, labels:list) -> Datasets:
+def with_targets(tls:list, # Of `TfmdLists`: inputs, and targets
+                 labels:list # Class index of each item
+                ) -> Datasets:
     "`Datasets` of these `TfmdLists` that knows its class indices."
     res = Datasets(tls=tls, n_inp=1)
     res.targets = labels
@@ -221,10 +246,10 @@ def image_dataloaders(lists:dict, # Located `ImageList` by split: 'train', 'vali
                       flip:bool=True, # Mirror?
                       small:bool=False, # See `photo_tfms`
                       name:str|None=None, # Of the data set
-                      notes=(), # Texts that its user should know
+                      notes:Iterable=(), # Texts that its user should know
                       num_workers:int|None=None, # Default: fastai's, or none for less than 1,000 images
-                      device=None, # Default: fastai's
-                      path='.' # For saved models
+                      device:str|torch.device|None=None, # Default: fastai's
+                      path:str|Path='.' # For saved models
                      ) -> ImageFileDataLoaders:
     "Loaders of image files: training shuffled and augmented, the others in order."
     train,valid,test = [lists.get(k) for k in ('train','valid','test')]
@@ -276,7 +301,8 @@ def find_lists(name:str, # In `list_sets`
     here = f"{some[0]} lacks {', '.join(lacks)}" if len(lacks)<len(some[1]) else f"{spec['title']} was not found at {base}"
     raise FileNotFoundError(f"{here}. {where_to_put(name, path)}")
 
-def where_to_put(name:str, path:str|Path|None=None # See `find_lists`
+def where_to_put(name:str, # In `list_sets`
+                 path:str|Path|None=None # See `find_lists`
                 ) -> str:
     "What a data set consists of, and where it belongs."
     spec = list_sets[name]

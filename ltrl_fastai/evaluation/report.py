@@ -17,7 +17,7 @@ class ShotReport:
     def __init__(self,
         hits:Tensor, # `(C,)` samples of each class that are predicted right
         totals:Tensor, # `(C,)` samples of each class
-        class_counts, # `(C,)` training images of each class
+        class_counts:Iterable, # `(C,)` training images of each class
         vocab:list|None=None, # Class names
         label:str='', # Shown in tables and pictures
         many:int=100, # Classes with more training images are 'many'
@@ -29,12 +29,20 @@ class ShotReport:
         if len(set(sizes))>1: raise ValueError(f"expected as many hits, totals, counts and names as there are classes, got {sizes}.")
 
     @classmethod
-    def from_preds(cls, preds, targets, class_counts, **kwargs):
-        "From predictions `(N, C)` or predicted classes `(N,)`, and targets `(N,)`."
+    def from_preds(cls, preds:Tensor, # `(N, C)` logits or probabilities, or `(N,)` predicted classes
+                   targets:Tensor, # `(N,)` class indices
+                   class_counts:Iterable, # `(C,)` training images of each class
+                   **kwargs # Of `ShotReport`: `vocab`, `label`, ...
+                  ) -> 'ShotReport':
+        "From predictions and targets."
         return cls(*class_hits(preds, targets, len(class_counts)), class_counts, **kwargs)
 
     @classmethod
-    def from_learner(cls, learn:Learner, ds_idx:int=1, dl=None, **kwargs):
+    def from_learner(cls, learn:Learner, # Trained
+                     ds_idx:int=1, # Of its data set: 1 is the validation set
+                     dl:DataLoader|None=None, # Another loader, of items with labels, in place of `ds_idx`
+                     **kwargs # Of `ShotReport`: `vocab`, `label`, ...
+                    ) -> 'ShotReport':
         "From a learner's predictions on `dl`, or on its `ds_idx`-th data set; the training set says how many images a class has."
         if isinstance(dl, DataLoaders): raise TypeError("dl: expected one data loader, got DataLoaders: take one of them, as `dls.valid`.")
         counts = class_counts(learn.dls)
@@ -46,7 +54,9 @@ class ShotReport:
         return cls.from_preds(preds, targets, counts, **{'vocab': vocab, **kwargs})
 
     @property
-    def groups(self) -> dict: return shot_groups(self.counts, self.many, self.few)
+    def groups(self) -> dict:
+        "Boolean masks `(C,)` of classes by 'many', 'medium', 'few' and 'all': see `shot_groups`."
+        return shot_groups(self.counts, self.many, self.few)
     @property
     def accuracy(self) -> dict:
         "Mean accuracy over the classes of each group, in percent."

@@ -291,7 +291,8 @@ def _of_figures():
 recipes = {o.name: o for o in [*(o for k,v in _tables.items() for o in _of_table(k, v)), *_of_figures()]}
 
 # %% ../../nbs/experiments/08_recipes.ipynb #1cfb1cf5
-def changed_by(r:Recipe, texts:list # 'epochs=10', 'tau=4', 'preset=default', ...
+def changed_by(r:Recipe, # Not changed itself
+               texts:list # 'epochs=10', 'tau=4', 'preset=default', ...
               ) -> tuple: # Arguments for `Recipe.settings`, and the changes by name
     "What `--set` changes of a recipe; raises `ValueError` for what it can't."
     refl,over,changed = deepcopy(r.reflective),{},{}

@@ -87,7 +87,9 @@ def summarise(runs:pd.DataFrame # As `runs_table` gives
     return pd.DataFrame(rows)
 
 # %% ../../nbs/experiments/05_summary.ipynb #07a8a506
-def slides_row(group:str, variant:str) -> dict|None:
+def slides_row(group:str, # Data and method, as in `PlannedRun`
+               variant:str # Which way to train, likewise
+              ) -> dict|None:
     "What the slides report of that method on CIFAR-100-LT: accuracies, and the gain by Reflective Learning; None if nothing."
     m = re.match(r'cifar100\S*-lt IF (\S+) (\S+)$', group)
     if not m or variant not in (m[2], f'{m[2]} + RL'): return None

@@ -55,14 +55,20 @@ schedules = {
     'cosine': lambda learn, epochs, lr, cbs: _by(learn, epochs, SchedCos(lr, 0.), cbs),
 }
 
-def one_of(name:str, value, known):
+def one_of(name:str, # Of the argument, for the message
+           value:Any, # Checked
+           known:Iterable # What there is
+          ) -> Any: # `value`
     "`value`, if it is among `known`; else raises `ValueError` with the nearest of them."
     if value in known: return value
     near = did_you_mean(value, known)
     raise ValueError(f"{name}: got {value!r}.{near} There are {', '.join(known)}." if near else f"{name}: expected one of {', '.join(known)}, got {value!r}.")
 
 _kinds = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a text'}
-def check_type(name:str, value, kind, none:bool=True # Is None all right?
+def check_type(name:str, # Of the argument, for the message
+               value:Any, # Checked
+               kind:Any, # A type; of a union, one that is not None
+               none:bool=True # Is None all right?
               ):
     "Raise `ValueError` if `value` is not of `kind`, one of int, float, bool and str; an int is a float."
     if isinstance(kind, types.UnionType): kind = next(iter({*kind.__args__}-{type(None)})) if len(kind.__args__)==2 and type(None) in kind.__args__ else kind
@@ -172,13 +178,14 @@ def command() -> str:
     name = Path(sys.argv[0]).name
     return shlex.join([*(['python','-m','ltrl_fastai'] if name=='__main__.py' else [name]), *sys.argv[1:]])
 
-def write_json(o, # Of plain types; no NaN
+def write_json(o:Any, # Of plain types; no NaN
                path:Path # Replaced as a whole, or not at all
               ):
     "Write JSON atomically, a line for each innermost list or dict."
     write_text(_lines(o)+'\n', path)
 
-def write_text(text:str, path:Path # Replaced as a whole, or not at all
+def write_text(text:str, # What to write
+               path:Path # Replaced as a whole, or not at all
               ):
     "Write a text file atomically."
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
@@ -222,7 +229,7 @@ def train_run(settings:RunSettings, # What to train
               bar:bool=True, # fastai's progress bar and table?
               test:bool=True, # Read the test set, at the end? If not, or if there is none, the result is of the validation images alone
               checkpoint:Path|None=None, # File to keep after each epoch, from which an interrupted run goes on
-              cbs=None # More callbacks
+              cbs:Callback|Iterable|None=None # More callbacks
              ) -> tuple[dict, ShotReport]: # The result, and the report it was made from
     "Train once, read the test set once."
     start,method,hists,kept = time.time(),methods[settings.method],[],[]
@@ -266,7 +273,8 @@ class _Diverged(Callback):
         if not math.isfinite(self.learn.smooth_loss): raise FloatingPointError(
             f"The training loss is no number any more in epoch {self.epoch}: training has diverged. Lower the learning rate (lr={self.lr_max}).")
 
-def label_of(settings:RunSettings) -> str:
+def label_of(settings:RunSettings # Of the run
+            ) -> str:
     "A short name of a run: its method and the parts of Reflective Learning."
     if settings.reflective is None: return settings.method
     rl,usual = ReflectiveLearning(**settings.reflective),ReflectiveLearning(preset=settings.reflective.get('preset', 'default'))

@@ -43,7 +43,9 @@ class BilateralNet(nn.Module):
                 ):
         super().__init__()
         self.shared,self.branches,self.head = shared,nn.ModuleList(branches),head
-    def get_classifier(self): return self.head
+    def get_classifier(self) -> nn.Module:
+        "The head of both branches."
+        return self.head
     def forward(self, x, x_r=None, y_r=None, lam=None):
         conventional,balancing = self.branches
         if not self.training or x_r is None: h = self.shared(x); return self.head(torch.cat([conventional(h), balancing(h)], 1))
@@ -53,7 +55,8 @@ class BilateralNet(nn.Module):
         return self.head(torch.cat([2*lam*f, 2*(1-lam)*f_r], 1)),alone,y_r,lam
 
 def bilateral_net(net:nn.Module, # A classifier that can be split
-                  counts=None) -> BilateralNet:
+                  counts:Iterable|None=None # Training images of each class; not looked at
+                 ) -> BilateralNet:
     "Give a net two branches."
     shared,own,d = split_late(net)
     return BilateralNet(shared, [own, deepcopy(own)], nn.Linear(2*d, head_of(net)[1].out_features))

@@ -20,7 +20,7 @@ def head_of(net:nn.Module # A classifier
     return found[-1]
 
 def replace_head(net:nn.Module, # A classifier; changed in place
-                 make # A new head, as a function of the old one
+                 make:Callable # A new head, as a function of the old one
                 ) -> nn.Module: # The net
     "Put another head on a net."
     name,old = head_of(net)
@@ -55,7 +55,7 @@ class HeadOnly(Callback):
     order = 1 # behind fastai's own, which puts the whole net in training mode
     _kept = ()
     def __init__(self,
-        params=None, # Function from the net to the parameters that learn; default: those of its head
+        params:Callable|None=None, # Function from the net to the parameters that learn; default: those of its head
         shift_bn:bool=False # Do the frozen part's batch statistics go on moving?
     ): store_attr()
 
@@ -98,7 +98,7 @@ def dealt(targets:Tensor, # `(N,)` class of each image
     return (res := torch.cat(res))[torch.randperm(len(res))].tolist()
 
 def loader_in_order(train:DataLoader, # For training
-                    order # Function without arguments that gives the positions of an epoch
+                    order:Callable # Function without arguments that gives the positions of an epoch
                    ) -> DataLoader:
     "Another loader of the same items and transforms, in an order of its own; making it draws no random number."
     if not isinstance(train, DataLoader): raise TypeError(f"expected a fastai DataLoader for training, got {type(train).__module__}.{type(train).__name__}.")
@@ -114,7 +114,7 @@ class EvenClasses(Callback):
     order,run_valid,_stateattrs = -5,False,('_dl','_targets') # before `SampleIds`, which reads the order
     _dl = _targets = None
     def __init__(self,
-        share=None # `(C,)` how often each class is to come; default: all the same
+        share:Iterable|None=None # `(C,)` how often each class is to come; default: all the same
     ): store_attr()
 
     def before_fit(self): self._dl = None

@@ -49,4 +49,6 @@ class HeadInput:
     def _look(self, module, args, kwargs):
         self.value = [*args, *kwargs.values()][0]
         if not torch.compiler.is_compiling(): self.remove() # it would break the graph; who made it removes it then
-    def remove(self): self.handle.remove()
+    def remove(self):
+        "Take the hook off, if it never fired."
+        self.handle.remove()

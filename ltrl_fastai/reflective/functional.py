@@ -9,6 +9,8 @@ __all__ = ['did_you_mean', 'check_number', 'check_targets', 'check_logits', 'bat
 
 # %% ../../nbs/reflective/00_functional.ipynb #c5f97cc2
 import numbers, torch
+from collections.abc import Iterable
+from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,7 +20,7 @@ def _upcast(x:Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 def did_you_mean(name:str, # That is not known
-                 known, # Names that are
+                 known:Iterable, # Names that are
                  n:int=1, # At most so many
                  cutoff:float=.6 # How alike they have to be, from 0 to 1
                 ) -> str: # " Did you mean 'this'?", or nothing
@@ -29,7 +31,7 @@ def did_you_mean(name:str, # That is not known
     return f" Did you mean {', '.join(map(repr, near))}?" if near else ''
 
 def check_number(name:str, # Of the argument, for the message
-                 value, # Checked
+                 value:Any, # Checked
                  what:str, # Expected: 'a weight', 'a temperature'
                  above:float|None=None, # Has to be above this
                  least:float|None=None, # Has to be at least this
@@ -56,7 +58,11 @@ def check_targets(targets:Tensor, # Class indices
             f"targets: expected class indices from 0 to {n_classes-1}, got {lo} to {hi}. Does the model's head have as many outputs as there are classes?")
     return targets.long()
 
-def check_logits(logits:Tensor, n:int, n_classes:int|None=None, name:str='logits'):
+def check_logits(logits:Tensor, # Checked
+                 n:int, # Number of targets
+                 n_classes:int|None=None, # Number of classes; default: any
+                 name:str='logits' # Of the argument, for the message
+                ):
     "Check that `logits` is `(n, n_classes)` and floating point; raises `ValueError` that says what is wrong."
     want = f"({n}, {n_classes or 'classes'})"
     if not isinstance(logits, Tensor): raise ValueError(f"{name}: expected a tensor {want}, got {type(logits).__name__}. "

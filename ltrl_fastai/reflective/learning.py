@@ -67,13 +67,14 @@ class ReflectiveLearning(Companion):
         learn.remove_cbs([cb for cb in self.parts.values() if cb in learn.cbs])
         super().detach(learn)
 
-    def is_on(self, part:str) -> bool:
+    def is_on(self, part:str # 'kr', 'ks' or 'kc'
+             ) -> bool:
         "Is 'kr', 'ks' or 'kc' switched on?"
         if part in self._wishes: return self._wishes[part]
         return self._on[part] if self._learn is None else self.parts[part] in self._learn.cbs
 
     def switch(self, **on # `kr=`, `ks=` or `kc=` True or False
-              ):
+              ) -> 'ReflectiveLearning': # Itself
         "Switch parts on or off; what they remember stays with them. From within a fit it holds from the next epoch on."
         for k,v in on.items():
             if k not in self.parts: raise ValueError(f"switch: expected kr, ks or kc, got {k!r}")

@@ -65,7 +65,8 @@ class KnowledgeReview(Companion):
                         learn:Learner # Whose training data it is about
                        ):
         "Take teachers back; their samples are those of `learn`."
-        if state['teachers'] is None: return self.reset()
+        self.reset()
+        if state['teachers'] is None: return
         self.teachers,self._dataset = TeacherMemory.from_state(state['teachers'], learn.dls.device, Ranks.of(learn.model).rank),learn.dls.train.dataset
 
     def before_train(self):

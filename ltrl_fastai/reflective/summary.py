@@ -99,7 +99,7 @@ class KnowledgeSummary(Companion):
         if self.smoothing: return (1-self.smoothing)*F.one_hot(y, c) + self.smoothing/c
 
     @property
-    def strength(self):
+    def strength(self) -> Tensor|float:
         "How much of the softening is in force: the share of samples that the last epoch predicted right, to the power `adapt`."
         return 1. if self.learned is None else self.learned**self.adapt
 

@@ -3,9 +3,7 @@ import inspect
 
 import pytest
 
-from public import Public, everything, modules, name_of
-
-is_command = lambda o: o.name.startswith('ltrl_fastai.experiments.cli.') # options carry their help, and a command's text is that of `--help`
+from public import Public, everything, is_command, modules, name_of
 
 
 def undocumented(o):

@@ -66,7 +66,7 @@ def long_tailed(train:tuple, # uint8 images `(N, C, H, W)` or floating point fea
     parts = [(x[idx],y[idx]), (x[val],y[val]), test]
     ds = [items(xs if size is None else shrink(xs, size), ys, vocab) for xs,ys in parts]
     tfms = small_image_tfms(ds[0].images, **(tfms or {})) if items is ImageTensors else []
-    dls = tensor_dataloaders(*ds, bs=bs, tfms=tfms, device=device, path=path, cls=LongTailDataLoaders)
+    dls:LongTailDataLoaders = tensor_dataloaders(*ds, bs=bs, tfms=tfms, device=device, path=path, cls=LongTailDataLoaders)
     dls.name,dls.imbalance_factor = name,imbalance_factor
     return dls
 

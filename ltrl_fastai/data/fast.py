@@ -20,7 +20,7 @@ class TensorItems:
     def __init__(self,
         x:Tensor, # `(N, ...)` all items
         targets:Tensor|None=None, # `(N,)` class indices; None for items to predict
-        vocab:list|None=None, # Class names
+        vocab:Iterable|None=None, # Class names
         split_idx:int|None=None # 0 for training, 1 for validation: which batch transforms run
     ):
         self.check(x)

@@ -68,5 +68,5 @@ def cifar100_frozen_lt(imbalance_factor:float=100, # Largest over smallest class
     train,test,vocab = load_cifar(100, path)
     folder = Path(folder or Path(fastai_cfg().path('data'))/'ltrl-features')/extract.name
     f = functools.cache(extract) # not made where all features are there
-    feats = [(frozen_features(x, lambda o: f()(o), folder, echo=echo),y) for x,y in (train, test)]
-    return long_tailed(*feats, vocab, imbalance_factor, n_valid=n_valid, data_seed=data_seed, bs=bs, tfms=tfms, name='cifar100-frozen-lt', **kwargs)
+    train,test = [(frozen_features(x, lambda o: f()(o), folder, echo=echo),y) for x,y in (train, test)]
+    return long_tailed(train, test, vocab, imbalance_factor, n_valid=n_valid, data_seed=data_seed, bs=bs, tfms=tfms, name='cifar100-frozen-lt', **kwargs)

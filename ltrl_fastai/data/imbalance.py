@@ -7,6 +7,7 @@ __all__ = ['check_imbalance_factor', 'imbalanced_counts', 'long_tail_indices', '
            'dataset_targets', 'eval_view', 'check_counts', 'class_counts']
 
 # %% ../../nbs/data/00_imbalance.ipynb #5a6a132c
+from collections.abc import Collection
 from fastai.basics import *
 
 # %% ../../nbs/data/00_imbalance.ipynb #6b02cb77
@@ -38,7 +39,7 @@ def imbalanced_counts(n_max:int, # Images of the largest class
     return counts
 
 # %% ../../nbs/data/00_imbalance.ipynb #c6ecde65
-def long_tail_indices(targets:Iterable, # Class index of every item
+def long_tail_indices(targets:Collection, # Class index of every item
                       counts:list, # Items wanted of each class: `imbalanced_counts(...)`
                       seed:int=0 # Of the draw
                      ) -> list: # Indices into `targets`, ascending
@@ -59,7 +60,7 @@ def long_tail_subset(dataset:Any, # Any dataset whose targets can be had: see `d
                      n_max:int|None=None, # Items of the largest class; default: as many as the smallest class of `dataset` has
                      profile:str='exp', # See `imbalanced_counts`
                      seed:int=0, # Of the draw
-                     targets:Iterable|None=None # Class indices, if `dataset` doesn't tell
+                     targets:Collection|None=None # Class indices, if `dataset` doesn't tell
                     ) -> torch.utils.data.Subset:
     "A long-tailed subset of a map-style dataset; keeps `vocab` and knows its `targets`."
     y = np.asarray(dataset_targets(dataset) if targets is None else targets)
@@ -111,7 +112,7 @@ def eval_view(ds:Any # A training set: fastai `Datasets`, or anything with a `sp
     if getattr(ds, 'targets', None) is not None: res.targets = ds.targets
     return res
 
-def check_counts(class_counts:Iterable # Training images of each class: a list, array or tensor
+def check_counts(class_counts:Collection # Training images of each class: a list, array or tensor
                 ) -> Tensor: # `(C,)`
     "Check that there is a number for each class; raises `TypeError` or `ValueError` that says what is wrong."
     if isinstance(class_counts, (DataLoaders,Learner)): raise TypeError(f"class_counts: expected one count per class, got a {type(class_counts).__name__}: "

@@ -20,6 +20,8 @@ from .fast import BatchAug, pad_crop, random_flip, chunkwise
 # %% ../../nbs/data/04_lists.ipynb #d54b221f
 class ImageList:
     "The images of a split: paths as listed, class indices, and where each is written."
+    file:Path; paths:list; labels:list; lines:list|None; word:str
+    root:str|None; files:list|None # where the images are: see `locate`
     def __init__(self,
         file:Path, # That lists them, or the folder that holds them
         paths:list, # Of `str`, relative to the folder of images
@@ -28,7 +30,7 @@ class ImageList:
         word:str='line' # What is numbered
     ):
         store_attr()
-        self.root,self.files = None,None # where the images are: see `locate`
+        self.root,self.files = None,None
     def __len__(self): return len(self.paths)
     def where(self, i:int # Index
              ) -> str:
@@ -202,7 +204,7 @@ class ImageAugment(Transform):
     def __init__(self, f:Callable, # From a PIL image to another
                  strong:bool=False # Is it left out of weak views? See `two_views`
                 ): super().__init__(); self.f,self.strong = f,strong
-    def encodes(self, x:PILImage): return PILImage(self.f(x))
+    def encodes(self, x:PILImage): return PILImage(self.f(x)) # type: ignore[call-arg]
 
 _policies = dict(randaugment=lambda: v2.RandAugment(num_ops=2, magnitude=9), autoaugment=lambda: v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET))
 
@@ -314,10 +316,10 @@ def class_names(images:ImageList, # Of training
                 n_classes:int # Number of classes
                ) -> list: # Of `str`
     "Names of classes, from their folders; for ImageNet with the usual words behind; class indices where folders don't tell."
-    names = {}
+    found = {}
     for p,y in zip(images.paths, images.labels):
-        if y not in names: names[y] = '/'.join(o for i,o in enumerate(Path(p).parts[1:-1]) if i or len(o)>1)
-    names = [names[i] for i in range(n_classes)]
+        if y not in found: found[y] = '/'.join(o for i,o in enumerate(Path(p).parts[1:-1]) if i or len(o)>1)
+    names = [found[i] for i in range(n_classes)]
     if len(set(names))<n_classes or not all(names): return [str(i) for i in range(n_classes)]
     words = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.meta['categories']
     if n_classes==len(words) and names==sorted(names) and all(re.fullmatch(r'n\d{8}', o) for o in names): return [f'{a} {b}' for a,b in zip(names, words)]

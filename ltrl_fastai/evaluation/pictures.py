@@ -9,6 +9,7 @@ __all__ = ['picture_ink', 'picture_palette', 'picture_params', 'picture_style', 
 
 # %% ../../nbs/evaluation/04_pictures.ipynb #74d53523
 import contextlib, itertools
+from collections.abc import Collection
 from fastai.basics import *
 from matplotlib.colors import to_rgba
 from matplotlib.lines import Line2D
@@ -90,7 +91,7 @@ def _names(vocab, n):
     return [str(o) for o in vocab]
 
 # %% ../../nbs/evaluation/04_pictures.ipynb #26fe3fa3
-def draw_classes(counts:Iterable, # Training images of each class, `(C,)`
+def draw_classes(counts:Collection, # Training images of each class, `(C,)`
                  vocab:list|None=None, # Class names, shown if there are at most 20
                  ax:plt.Axes|None=None, # Axes to draw on; default: a new figure
                  many:int=100, few:int=20 # See `shot_groups`
@@ -133,7 +134,7 @@ def _vocab(learn, n):
 
 # %% ../../nbs/evaluation/04_pictures.ipynb #644e97e2
 def draw_by_class(values:dict, # From labels to a value for each class, `(C,)`; None where there is none
-                  counts:Iterable, # Training images of each class
+                  counts:Collection, # Training images of each class
                   vocab:list|None=None, # Class names, shown if there are at most 20
                   ylabel:str='', # What the values are
                   ax:plt.Axes|None=None, # Axes to draw on; default: a new figure
@@ -302,7 +303,7 @@ def _blocks(m, most=500):
     return np.divide(sums, pairs, out=np.full_like(sums, np.nan), where=pairs>0)
 
 def draw_similarity(similarity:Tensor|np.ndarray, # `(C, C)`, a tensor or array: `feature_similarity(learn)`
-                    counts:Iterable, # Training images of each class
+                    counts:Collection, # Training images of each class
                     vocab:list|None=None, # Class names, shown if there are at most 20
                     ax:plt.Axes|None=None, # Axes to draw on; default: a new figure
                     many:int=100, few:int=20 # See `shot_groups`
@@ -374,7 +375,7 @@ def draw_drift(series:dict, # From labels to the values of each shot by epoch: `
         return _dress(ax, f"{_whats[what]} by epoch. "+'; '.join(said)+'.', dict(handles=handles, ncols=2 if len(series)>1 else 1))
 
 def draw_drift_by_class(rows:list, # By epoch a value for each class, `(epochs, C)`
-                        counts:Iterable, # Training images of each class
+                        counts:Collection, # Training images of each class
                         what:str='kl', # 'kl', or 'right', as shares of 1
                         vocab:list|None=None, # Class names, shown if there are at most 20
                         ax:plt.Axes|None=None, # Axes to draw on; default: a new figure

@@ -6,6 +6,7 @@
 __all__ = ['ShotReport']
 
 # %% ../../nbs/evaluation/01_report.ipynb #ce686e2b
+from collections.abc import Collection
 from fastai.basics import *
 from fastai.callback.progress import *
 from ..data.imbalance import class_counts
@@ -14,10 +15,11 @@ from .metrics import shot_groups, class_hits, group_accuracy, group_interval
 # %% ../../nbs/evaluation/01_report.ipynb #2f257b3c
 class ShotReport:
     "Accuracy in percent by shot and by class; None where there is nothing to measure."
+    hits:Tensor; totals:Tensor; label:str; many:int; few:int
     def __init__(self,
         hits:Tensor, # `(C,)` samples of each class that are predicted right
         totals:Tensor, # `(C,)` samples of each class
-        class_counts:Iterable, # `(C,)` training images of each class
+        class_counts:Collection, # `(C,)` training images of each class
         vocab:list|None=None, # Class names
         label:str='', # Shown in tables and pictures
         many:int=100, # Classes with more training images are 'many'
@@ -31,7 +33,7 @@ class ShotReport:
     @classmethod
     def from_preds(cls, preds:Tensor, # `(N, C)` logits or probabilities, or `(N,)` predicted classes
                    targets:Tensor, # `(N,)` class indices
-                   class_counts:Iterable, # `(C,)` training images of each class
+                   class_counts:Collection, # `(C,)` training images of each class
                    **kwargs # Of `ShotReport`: `vocab`, `label`, ...
                   ) -> 'ShotReport':
         "From predictions and targets."

@@ -7,6 +7,7 @@ __all__ = ['ways', 'inat', 'imagenet_lt', 'parts', 'Stepper', 'bench_step', 'in_
            'predictions', 'kl_error', 'bench_loader', 'bench_training', 'bench']
 
 # %% ../../nbs/experiments/06_bench.ipynb #75c2ea3a
+from collections.abc import Collection
 from fastai.vision.all import *
 import multiprocessing, resource, tempfile
 from collections import deque
@@ -276,7 +277,7 @@ def bench_training(net:str='resnet32', # See `create_net`
 
 # %% ../../nbs/experiments/06_bench.ipynb #fa4358c4
 parts = ('overhead','training','memory','centers','loader')
-def bench(only:Iterable=parts, # Which of `parts`
+def bench(only:Collection=parts, # Which of `parts`
           quick:bool=False, # A tenth of the size: to see that it runs, not what it costs
           folder:str|Path|None=None, # With room for 8 GB on disk; default: the system's temporary one
           device:str|torch.device='cpu', # For steps

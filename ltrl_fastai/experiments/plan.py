@@ -7,6 +7,7 @@ __all__ = ['protocols', 'parse_value', 'resolve', 'parse_setting', 'Variant', 'v
            'make_plan']
 
 # %% ../../nbs/experiments/02_plan.ipynb #43f73c23
+from collections.abc import Collection
 from fastai.basics import *
 import dataclasses, hashlib, inspect
 from itertools import combinations, product
@@ -87,9 +88,9 @@ def _show(where, value):
     return f"{short}={f'{value:g}' if isinstance(value, float) else value}"
 
 def variants(rl:str='both', # 'both' with and without Reflective Learning, 'on', or 'off'
-             ablate:Iterable=(), # Of 'kr', 'ks', 'kc': train with every subset of review and summary, and with all
-             sweep:Iterable=(), # Of (where, values), as `parse_setting(..., many=True)` gives
-             fixed:Iterable=(), # Of (where, value): for all variants
+             ablate:Collection=(), # Of 'kr', 'ks', 'kc': train with every subset of review and summary, and with all
+             sweep:Collection=(), # Of (where, values), as `parse_setting(..., many=True)` gives
+             fixed:Collection=(), # Of (where, value): for all variants
              grid:bool=False # All combinations of the sweeps, or one value at a time?
             ) -> list: # Of `Variant`
     "What to train for each method, without repetition; the plain method comes first."
@@ -176,7 +177,7 @@ def make_plan(methods:list, # Names of methods
     for name,given in (('imbalance_factor', list(factors)!=[None]), ('data_seed', paired_data)):
         if given and any(name in o.settings for o in ways): raise ValueError(f"{name}: it is swept over or set, and given for all runs too. Leave one of the two.")
     res,known = [],set()
-    for seed,factor,method,way in product(*map(dict.fromkeys, (seeds, factors, methods)), ways):
+    for seed,factor,method,way in product(*map(dict.fromkeys, (seeds, factors, methods)), ways): # type: ignore[call-arg]
         kw = {**settings, **way.settings, **({} if factor is None else dict(imbalance_factor=factor))}
         if paired_data: kw['data_seed'] = seed
         if way.reflective is not None: ReflectiveLearning(**way.reflective) # refuses what can't be

@@ -7,6 +7,7 @@ __all__ = ['datasets', 'schedules', 'spec_of', 'one_of', 'check_type', 'RunSetti
            'write_json', 'write_text', 'history', 'train_run', 'stage_file', 'label_of']
 
 # %% ../../nbs/experiments/01_training.ipynb #c0ea3bfe
+from collections.abc import Collection
 from fastai.vision.all import *
 import contextlib, dataclasses, importlib.metadata, math, platform, shlex
 from ..data.imbalance import check_imbalance_factor, eval_view
@@ -57,7 +58,7 @@ schedules = {
 
 def one_of(name:str, # Of the argument, for the message
            value:Any, # Checked
-           known:Iterable # What there is
+           known:Collection # What there is
           ) -> Any: # `value`
     "`value`, if it is among `known`; else raises `ValueError` with the nearest of them."
     if value in known: return value

@@ -6,6 +6,7 @@
 __all__ = ['balancing_stage', 'MaxNorm', 'WeightDecay', 'class_balanced', 'balanced_head']
 
 # %% ../../nbs/methods/11_balancing.ipynb #5400c379
+from collections.abc import Collection
 from fastai.basics import *
 from .heads import HeadOnly, head_of
 from .weights import ClassBalancedLoss
@@ -55,12 +56,12 @@ class WeightDecay(Callback):
     after_cancel_step = after_step
 
 def class_balanced(learn:Learner, # Its loss is changed
-                   counts:Iterable # Training images of each class
+                   counts:Collection # Training images of each class
                   ):
     "Put the class-balanced loss in place of a learner's."
     learn.loss_func = ClassBalancedLoss(counts)
 
-def balanced_head(counts:Iterable # Training images of each class; not looked at
+def balanced_head(counts:Collection # Training images of each class; not looked at
                  ) -> list:
     "The callbacks that train a head alone, its class vectors within a ball."
     return [HeadOnly(), MaxNorm(), WeightDecay(.1)]

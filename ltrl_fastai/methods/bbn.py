@@ -6,6 +6,7 @@
 __all__ = ['ReversedBatch', 'BilateralNet', 'bilateral_net', 'BBNLoss']
 
 # %% ../../nbs/methods/19_bbn.ipynb #8605db25
+from collections.abc import Collection
 from fastai.basics import *
 from ..data.imbalance import dataset_targets
 from .heads import dealt, head_of, loader_in_order
@@ -55,7 +56,7 @@ class BilateralNet(nn.Module):
         return self.head(torch.cat([2*lam*f, 2*(1-lam)*f_r], 1)),alone,y_r,lam
 
 def bilateral_net(net:nn.Module, # A classifier that can be split
-                  counts:Iterable|None=None # Training images of each class; not looked at
+                  counts:Collection|None=None # Training images of each class; not looked at
                  ) -> BilateralNet:
     "Give a net two branches."
     shared,own,d = split_late(net)

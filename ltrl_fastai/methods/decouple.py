@@ -7,6 +7,7 @@ __all__ = ['crt', 'lws', 'tau_norm', 'ncm', 'new_head', 'alone_and_even', 'Scale
            'TauNormHead', 'tau_normed', 'features_of', 'unaugmented', 'MeanHead', 'class_means', 'mean_head']
 
 # %% ../../nbs/methods/09_decouple.ipynb #f868c1dd
+from collections.abc import Collection
 from fastai.basics import *
 from ..data.imbalance import eval_view
 from .heads import head_of, replace_head, HeadOnly, EvenClasses
@@ -15,12 +16,12 @@ from ..reflective.features import HeadInput
 
 # %% ../../nbs/methods/09_decouple.ipynb #0c49b085
 def new_head(learn:Learner, # Its net is changed in place
-             counts:Iterable|None=None # Training images of each class; not looked at
+             counts:Collection|None=None # Training images of each class; not looked at
             ):
     "Put a new linear head on a learner's net."
     replace_head(learn.model, lambda old: nn.Linear(old.in_features, old.out_features))
 
-def alone_and_even(counts:Iterable # Training images of each class; not looked at
+def alone_and_even(counts:Collection # Training images of each class; not looked at
                   ) -> list:
     "The callbacks that train a head alone, on even classes."
     return [HeadOnly(), EvenClasses()]
@@ -40,13 +41,13 @@ class ScaledHead(nn.Module):
         return z*self.scale if bias is None else (z-bias)*self.scale+bias
 
 def scaled_head(learn:Learner, # Its net is changed in place
-                counts:Iterable|None=None # Training images of each class; not looked at
+                counts:Collection|None=None # Training images of each class; not looked at
                ):
     "Put a scale for each class on a learner's head."
     replace_head(learn.model, ScaledHead)
 
 def _scales(net): return [m.scale for m in net.modules() if isinstance(m, ScaledHead)]
-def scales_alone_and_even(counts:Iterable # Training images of each class; not looked at
+def scales_alone_and_even(counts:Collection # Training images of each class; not looked at
                          ) -> list:
     "The callbacks that train the scales of a `ScaledHead` alone, on even classes."
     return [HeadOnly(_scales), EvenClasses()]
@@ -69,7 +70,7 @@ class TauNormHead(nn.Module):
     def extra_repr(self): return f"{self.in_features}, {self.out_features}, tau={self.tau:.2f}"
 
 def tau_normed(learn:Learner, # With validation images of two classes or more; its net is changed in place
-               counts:Iterable|None=None, # Training images of each class; not looked at
+               counts:Collection|None=None, # Training images of each class; not looked at
                taus:Iterable|None=None # To choose from; default: 0, 0.1, ... 2
               ) -> float: # The tau that was taken
     "Divide a learner's class vectors by a power of their lengths, that with the best accuracy on its validation images."
@@ -137,7 +138,7 @@ def class_means(learn:Learner, # Trained
     return (sums/n.clamp(min=1)[:,None]).float(),n
 
 def mean_head(learn:Learner, # Trained; its net is changed in place
-              counts:Iterable|None=None # Training images of each class; not looked at
+              counts:Collection|None=None # Training images of each class; not looked at
              ):
     "Let a learner's net classify by the nearest class mean."
     means,n = class_means(learn, head_of(learn.model)[1].out_features)

@@ -6,6 +6,7 @@
 __all__ = ['head_of', 'replace_head', 'pretrained_net', 'cosine_head', 'HeadOnly', 'dealt', 'loader_in_order', 'EvenClasses']
 
 # %% ../../nbs/methods/07_heads.ipynb #ef910ef7
+from collections.abc import Collection
 from fastai.basics import *
 import torchvision
 from ..data.imbalance import dataset_targets
@@ -114,7 +115,7 @@ class EvenClasses(Callback):
     order,run_valid,_stateattrs = -5,False,('_dl','_targets') # before `SampleIds`, which reads the order
     _dl = _targets = None
     def __init__(self,
-        share:Iterable|None=None # `(C,)` how often each class is to come; default: all the same
+        share:Collection|None=None # `(C,)` how often each class is to come; default: all the same
     ): store_attr()
 
     def before_fit(self): self._dl = None

@@ -6,6 +6,7 @@
 __all__ = ['LDAM', 'LDAMLoss']
 
 # %% ../../nbs/methods/03_margins.ipynb #598bd97a
+from collections.abc import Collection
 from fastai.basics import *
 from .losses import check_class_counts
 
@@ -13,7 +14,7 @@ from .losses import check_class_counts
 class LDAM(nn.Module):
     "Cross-entropy of logits, that of the right class less its margin (Cao et al. 2019, eq. 13)."
     def __init__(self,
-        class_counts:Iterable, # Training images of each class, each at least 1
+        class_counts:Collection, # Training images of each class, each at least 1
         max_margin:float=.5, # Of the smallest class, in units of the cosine
         scale:float=30., # Of the cosine
         weight:Tensor|None=None, # `(C,)` of the classes
@@ -37,7 +38,7 @@ class LDAMLoss(BaseLoss):
     "Label-distribution-aware margins (Cao et al. 2019, eq. 13), for the logits of a `CosineHead`; with `DeferredWeights` it is LDAM-DRW."
     y_int,review_weight = True,3. # what a review of it weighs, if nothing is said
     def __init__(self,
-        class_counts:Iterable, # Training images of each class: `class_counts(dls)`; each at least 1
+        class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         max_margin:float=.5, # Of the smallest class, in units of the cosine
         scale:float=30., # That of the `CosineHead`
         axis:int=-1, # Class axis of the logits

@@ -6,6 +6,7 @@
 __all__ = ['MDCSLoss', 'RampUp', 'mdcs_net']
 
 # %% ../../nbs/methods/16_mdcs.ipynb #de027ab6
+from collections.abc import Collection
 from fastai.basics import *
 from .losses import check_class_counts
 from .views import OnViews
@@ -16,7 +17,7 @@ class MDCSLoss(ExpertsLoss):
     "Cross-entropy of experts under three powers of the class counts, and of their strong views under their weak ones (Zhao et al. 2023, eq. 4 and 8)."
     views,ramp = 2,1.
     def __init__(self,
-        class_counts:Iterable, # Training images of each class: `class_counts(dls)`; each at least 1
+        class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         lambdas:tuple=(-.5,1.,2.5), # Power of the counts, for each expert
         weight:float=.6, # Of the divergence
         reduction:str='mean' # 'mean', 'sum' or 'none'
@@ -50,7 +51,7 @@ class RampUp(Callback):
     def before_train(self): self.learn.loss_func.ramp = min(self.epoch/max(1, min(self.epochs, self.n_epoch)), 1.)
 
 def mdcs_net(net:nn.Module, # A classifier that can be split
-             counts:Iterable|None=None # Training images of each class; not looked at
+             counts:Collection|None=None # Training images of each class; not looked at
             ) -> nn.Module:
     "Three experts of a net, on two views."
     return OnViews(expert_net(net, 3))

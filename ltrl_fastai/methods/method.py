@@ -6,6 +6,7 @@
 __all__ = ['MethodLoss', 'Stage', 'Method']
 
 # %% ../../nbs/methods/08_method.ipynb #60a82d7e
+from collections.abc import Collection
 from fastai.basics import *
 from fastai.callback.schedule import *
 import dataclasses
@@ -87,7 +88,7 @@ class Method:
 
     def learner(self, dls:DataLoaders, # Long-tailed
                 net:nn.Module, # A classifier; it may be changed in place
-                counts:Iterable|None=None, # Training images of each class; default: `class_counts(dls)`
+                counts:Collection|None=None, # Training images of each class; default: `class_counts(dls)`
                 cbs:Callback|Iterable|None=None, # More callbacks
                 **kwargs # Passed on to `Learner`
                ) -> Learner:

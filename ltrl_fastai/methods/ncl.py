@@ -6,6 +6,7 @@
 __all__ = ['hard_classes', 'NCLLoss', 'ncl_net']
 
 # %% ../../nbs/methods/17_ncl.ipynb #04fda1f0
+from collections.abc import Collection
 from fastai.basics import *
 from .losses import check_class_counts
 from .experts import ExpertsLoss, expert_net
@@ -21,7 +22,7 @@ def hard_classes(logits:Tensor, # `(B, C)`
 class NCLLoss(ExpertsLoss):
     "Balanced Softmax of each net on all and on hard classes, and the divergence from the other nets on both (Li et al. 2022, eq. 4 to 9)."
     def __init__(self,
-        class_counts:Iterable, # Training images of each class: `class_counts(dls)`; each at least 1
+        class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         weight:float=.6, # Of the divergences
         hard:int=30, # Classes, the target among them
         reduction:str='mean' # 'mean', 'sum' or 'none'
@@ -50,7 +51,7 @@ class NCLLoss(ExpertsLoss):
 def _kl(teacher, student): return F.kl_div(F.log_softmax(student, 1), F.log_softmax(teacher, 1), reduction='none', log_target=True).sum(1)
 
 def ncl_net(net:nn.Module, # A classifier that can be split
-            counts:Iterable|None=None # Training images of each class; not looked at
+            counts:Collection|None=None # Training images of each class; not looked at
            ) -> nn.Module:
     "Three whole nets, newly drawn, that share nothing."
     return expert_net(net, 3, cosine=False, width=1, share=False)

@@ -6,6 +6,7 @@
 __all__ = ['oltr_stage', 'MemoryHead', 'OLTRLoss', 'with_memory']
 
 # %% ../../nbs/methods/12_oltr.ipynb #6f691628
+from collections.abc import Collection
 from fastai.basics import *
 from .heads import EvenClasses, head_of, replace_head
 from .decouple import class_means
@@ -65,7 +66,7 @@ class OLTRLoss(MethodLoss):
         return F.cross_entropy(logits, targets, reduction='none') + self.attract*(own/2 + self.repel*(self.margin-others).clamp(min=0))
 
 def with_memory(learn:Learner, # Trained; its net and loss are changed
-                counts:Iterable # Training images of each class; not looked at
+                counts:Collection # Training images of each class; not looked at
                ):
     "Put a memory head on a learner, its centroids at the class means of the training images; classes without images begin at the mean of all."
     means,n = class_means(learn, head_of(learn.model)[1].out_features)

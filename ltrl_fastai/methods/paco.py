@@ -6,6 +6,7 @@
 __all__ = ['QueuedNet', 'queued_net', 'KeyQueue', 'PaCoLoss']
 
 # %% ../../nbs/methods/18_paco.ipynb #4f5c5b6d
+from collections.abc import Collection
 from fastai.basics import *
 from .losses import check_class_counts
 from .heads import head_of
@@ -57,7 +58,7 @@ class QueuedNet(nn.Module):
         self.at.copy_((self.at+len(keys))%n)
 
 def queued_net(net:nn.Module, # A classifier that can be split
-               counts:Iterable|None=None # Training images of each class; not looked at
+               counts:Collection|None=None # Training images of each class; not looked at
               ) -> QueuedNet:
     "Give a net a projection, a slow copy and a queue."
     body,_ = split_whole(net)
@@ -79,7 +80,7 @@ class KeyQueue(Callback):
 class PaCoLoss(MethodLoss):
     "Cross-entropy over class centres, batch and queue, of which all of the own class are right to a degree (Cui et al. 2021, eq. 4)."
     def __init__(self,
-        class_counts:Iterable, # Training images of each class: `class_counts(dls)`; each at least 1
+        class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         alpha:float=.01, # Weight of a sample of the own class; that of its centre is 1
         temperature:float=.05, # Of the similarities
         reduction:str='mean' # 'mean', 'sum' or 'none'

@@ -7,6 +7,7 @@ __all__ = ['assignment', 'distillation', 'RIDELoss', 'Gate', 'GatedExperts', 'Ga
            'WithTeacher', 'SixThenThree', 'distil_net', 'follow']
 
 # %% ../../nbs/methods/14_ride.ipynb #ab04cab9
+from collections.abc import Collection
 from fastai.basics import *
 from .losses import check_class_counts
 from .margins import LDAM
@@ -20,7 +21,7 @@ class RIDELoss(ExpertsLoss):
     "LDAM of each expert, less the divergence of experts from their mean (Wang et al. 2021, eq. 3). `DeferredWeights` puts in class weights, and with them temperatures by class."
     review_weight = 6. # what a review of it weighs, if nothing is said
     def __init__(self,
-        class_counts:Iterable, # Training images of each class: `class_counts(dls)`; each at least 1
+        class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         diversity:float=.45, # Weight of the divergence
         max_margin:float=.5, # See `LDAMLoss`
         scale:float=30., # That of the experts' cosine heads
@@ -107,7 +108,7 @@ class GateLoss(MethodLoss):
         return F.binary_cross_entropy_with_logits(gates, yes, reduction='none', pos_weight=gates.new_tensor(self.positive)).sum(1)
 
 def assign_experts(learn:Learner, # Its model is an `ExpertNet`, trained; model and loss are changed
-                   counts:Iterable|None=None # Training images of each class; not looked at
+                   counts:Collection|None=None # Training images of each class; not looked at
                   ):
     "Put gates on a learner's trained experts."
     learn.model = GatedExperts(learn.model).to(next(learn.model.parameters()).device)
@@ -123,7 +124,7 @@ class Distilled(ExpertsLoss):
                  temperature:float=1.5 # Of both
                 ): super().__init__(loss.reduction); self.loss,self.alpha,self.temperature = loss,weight,temperature
     @property
-    def weight(self) -> Tensor|None:
+    def weight(self) -> Any: # A tensor, or None
         "Class weights of the experts' loss."
         return self.loss.weight
     @weight.setter
@@ -154,13 +155,13 @@ class SixThenThree(ExpertNet):
                 ): super().__init__(six.shared, six.experts, six.heads.heads); self._three = (three,)
 
 def distil_net(net:nn.Module, # A classifier that can be split
-               counts:Iterable # Training images of each class; not looked at
+               counts:Collection # Training images of each class; not looked at
               ) -> ExpertNet:
     "Six experts of a net, with three that wait to follow them."
     return SixThenThree(expert_net(deepcopy(net), 6), expert_net(net, 3))
 
 def follow(learn:Learner, # Its model is by `distil_net`, trained; model and loss are changed
-           counts:Iterable # Training images of each class; not looked at
+           counts:Collection # Training images of each class; not looked at
           ):
     "Let three new experts follow the six trained ones; raises `ValueError` for another model."
     if not isinstance(learn.model, SixThenThree): raise ValueError(f"distillation: expected a trained teacher with three experts waiting, got {type(learn.model).__name__}. "

@@ -42,5 +42,5 @@ from ltrl_fastai.evaluation.report import *
 from ltrl_fastai.evaluation.shift import *
 from ltrl_fastai.evaluation.diagnosis import *
 from ltrl_fastai.evaluation.pictures import *
-from ltrl_fastai.experiments.checkpoint import Checkpoint
-from ltrl_fastai.experiments.recipes import Recipe, recipe, recipes
+from ltrl_fastai.experiments.checkpoint import Checkpoint as Checkpoint # `as` says to type checkers that it is handed on
+from ltrl_fastai.experiments.recipes import Recipe as Recipe, recipe as recipe, recipes as recipes

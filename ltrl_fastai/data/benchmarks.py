@@ -18,13 +18,17 @@ class LongTailDataLoaders(DataLoaders):
     name = imbalance_factor = None
     notes = () # Texts that a user of the data should know
     @property
-    def test(self): return self[2] if len(self.loaders)>2 else None
+    def test(self) -> DataLoader|None:
+        "Loader of the balanced test set; None if there is none."
+        return self[2] if len(self.loaders)>2 else None
     @property
     def n_in(self) -> int:
         "Channels of an image, or dimensions of a feature vector."
         return self.train_ds.x.shape[1]
     @property
-    def class_counts(self) -> Tensor: return class_counts(self)
+    def class_counts(self) -> Tensor: # `(C,)` int64
+        "Training images of each class."
+        return class_counts(self)
 
 def shrink(images:Tensor, # `(N, C, H, W)` uint8
            size:int # Pixels of a side
@@ -37,16 +41,16 @@ def long_tailed(train:tuple, # uint8 images `(N, C, H, W)` or floating point fea
                 test:tuple, # The same, for the report
                 vocab:list, # Class names
                 imbalance_factor:float, # Largest over smallest class
-                n_max:int=None, # Images of the largest class; default: as many as the smallest class of `train` has
+                n_max:int|None=None, # Images of the largest class; default: as many as the smallest class of `train` has
                 n_valid:int=20, # Validation images of each class, at most
                 profile:str='exp', # See `imbalanced_counts`
                 data_seed:int=0, # Of the draw
                 bs:int=128, # Batch size
-                tfms:dict=None, # Arguments of `small_image_tfms`; features are not transformed
-                size:int=None, # `shrink` images to this many pixels; default: leave them
-                device=None, # Default: fastai's
-                path='.', # For saved models
-                name:str=None # Of the data set
+                tfms:dict|None=None, # Arguments of `small_image_tfms`; features are not transformed
+                size:int|None=None, # `shrink` images to this many pixels; default: leave them
+                device:str|torch.device|None=None, # Default: fastai's
+                path:str|Path='.', # For saved models
+                name:str|None=None # Of the data set
                ) -> LongTailDataLoaders:
     "Make a balanced training set long-tailed, and keep the rest for validation."
     (x,y),c = train,len(vocab)
@@ -62,7 +66,7 @@ def long_tailed(train:tuple, # uint8 images `(N, C, H, W)` or floating point fea
     parts = [(x[idx],y[idx]), (x[val],y[val]), test]
     ds = [items(xs if size is None else shrink(xs, size), ys, vocab) for xs,ys in parts]
     tfms = small_image_tfms(ds[0].images, **(tfms or {})) if items is ImageTensors else []
-    dls = tensor_dataloaders(*ds, bs=bs, tfms=tfms, device=device, path=path, cls=LongTailDataLoaders)
+    dls:LongTailDataLoaders = tensor_dataloaders(*ds, bs=bs, tfms=tfms, device=device, path=path, cls=LongTailDataLoaders)
     dls.name,dls.imbalance_factor = name,imbalance_factor
     return dls
 
@@ -72,7 +76,7 @@ def digits_lt(imbalance_factor:float=20, # Largest over smallest class
               n_valid:int=10, # Validation images of each class, at most
               data_seed:int=0, # Of the draw
               bs:int=32, # Batch size
-              tfms:dict=None, # Arguments of `small_image_tfms`; default: a crop padded by one pixel
+              tfms:dict|None=None, # Arguments of `small_image_tfms`; default: a crop padded by one pixel
               **kwargs # Passed on to `long_tailed`
              ) -> LongTailDataLoaders: # Images `(1, 8, 8)`, ten classes
     "scikit-learn's handwritten digits, long-tailed; nothing is downloaded."
@@ -119,7 +123,7 @@ def _folder_tensors(path:Path) -> tuple: # images, targets, vocab
     return x,y,vocab
 
 def load_cifar(n_classes:int=100, # 10 or 100
-               path:str|Path=None # Where it is; default: where fastai's `untar_data` has it
+               path:str|Path|None=None # Where it is; default: where fastai's `untar_data` has it
               ) -> tuple: # (images, targets) for training, the same for test, class names
     "All images of CIFAR as uint8 `(N, 3, 32, 32)`; raises `FileNotFoundError` that says how to get them."
     spec = _cifar[n_classes]
@@ -142,7 +146,8 @@ def load_cifar(n_classes:int=100, # 10 or 100
         f"{path}: expected the {n_classes} classes of {spec['name']} in `train` and in `test`, got {len(vocab)} and {len(tvocab)}.")
     return tuple(train),tuple(test),vocab
 
-def fastai_path(url:str) -> Path:
+def fastai_path(url:str # Of an archive: `URLs.CIFAR_100`
+               ) -> Path:
     "Where `untar_data(url)` unpacks to."
     return Path(fastai_cfg().path('data'))/Path(url).name.split('.')[0]
 
@@ -151,22 +156,22 @@ def _cifar_lt(n_classes, imbalance_factor, path, n_valid, data_seed, bs, tfms, *
     return long_tailed(train, test, vocab, imbalance_factor, n_valid=n_valid, data_seed=data_seed, bs=bs, tfms=tfms, name=f'cifar{n_classes}-lt', **kwargs)
 
 def cifar100_lt(imbalance_factor:float=100, # Largest over smallest class
-                path:str|Path=None, # See `load_cifar`
+                path:str|Path|None=None, # See `load_cifar`
                 n_valid:int=20, # Validation images of each class, at most
                 data_seed:int=0, # Of the draw
                 bs:int=128, # Batch size
-                tfms:dict=None, # Arguments of `small_image_tfms`; default: pad-crop 4 and flip
+                tfms:dict|None=None, # Arguments of `small_image_tfms`; default: pad-crop 4 and flip
                 **kwargs # Passed on to `long_tailed`
                ) -> LongTailDataLoaders: # Images `(3, 32, 32)`, 100 classes
     "CIFAR-100-LT with the published profile (Cao et al. 2019): 10,847 training images at a factor of 100, 10,000 test images."
     return _cifar_lt(100, imbalance_factor, path, n_valid, data_seed, bs, tfms, **kwargs)
 
 def cifar10_lt(imbalance_factor:float=100, # Largest over smallest class
-               path:str|Path=None, # See `load_cifar`
+               path:str|Path|None=None, # See `load_cifar`
                n_valid:int=20, # Validation images of each class, at most
                data_seed:int=0, # Of the draw
                bs:int=128, # Batch size
-               tfms:dict=None, # Arguments of `small_image_tfms`; default: pad-crop 4 and flip
+               tfms:dict|None=None, # Arguments of `small_image_tfms`; default: pad-crop 4 and flip
                **kwargs # Passed on to `long_tailed`
               ) -> LongTailDataLoaders: # Images `(3, 32, 32)`, 10 classes
     "CIFAR-10-LT with the published profile (Cao et al. 2019): 12,406 training images at a factor of 100, 10,000 test images."

@@ -43,7 +43,7 @@ def _listed(name, path):
 _looks = {'digits-lt': _digits, 'cifar10-lt': partial(_cifar_at, 10), 'cifar100-lt': partial(_cifar_at, 100), 'cifar100-frozen-lt': _frozen,
           **{k: partial(_listed, k) for k in list_sets}}
 
-def catalogue(path:str|Path=None # Folder to look in, as `--data` of training; default: fastai's data folder
+def catalogue(path:str|Path|None=None # Folder to look in, as `--data` of training; default: fastai's data folder
              ) -> list: # Of dicts: name, classes, train and test (images, at the default imbalance factor), state, found, missing, notes
     "Every data set with a name, and what of it is on disk."
     res = []

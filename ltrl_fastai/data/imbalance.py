@@ -7,6 +7,7 @@ __all__ = ['check_imbalance_factor', 'imbalanced_counts', 'long_tail_indices', '
            'dataset_targets', 'eval_view', 'check_counts', 'class_counts']
 
 # %% ../../nbs/data/00_imbalance.ipynb #5a6a132c
+from collections.abc import Collection
 from fastai.basics import *
 
 # %% ../../nbs/data/00_imbalance.ipynb #6b02cb77
@@ -15,7 +16,8 @@ _profiles = dict(
     pareto = lambda pos, f, power: (1+pos*(f**(-1/power)-1))**-power,
     step   = lambda pos, f, power: f if pos>.5 else 1.)
 
-def check_imbalance_factor(imbalance_factor:float):
+def check_imbalance_factor(imbalance_factor:float # Largest over smallest class
+                          ):
     "Raise `ValueError` unless `imbalance_factor` is at least 1."
     if not imbalance_factor>=1: raise ValueError("imbalance_factor: expected 1 (balanced) or more, the ratio of largest to smallest class, "
         f"got {imbalance_factor:g}.{f' Did you mean {1/imbalance_factor:g}?' if imbalance_factor>0 else ''}")
@@ -37,7 +39,7 @@ def imbalanced_counts(n_max:int, # Images of the largest class
     return counts
 
 # %% ../../nbs/data/00_imbalance.ipynb #c6ecde65
-def long_tail_indices(targets, # Class index of every item
+def long_tail_indices(targets:Collection, # Class index of every item
                       counts:list, # Items wanted of each class: `imbalanced_counts(...)`
                       seed:int=0 # Of the draw
                      ) -> list: # Indices into `targets`, ascending
@@ -53,12 +55,12 @@ def long_tail_indices(targets, # Class index of every item
         res.append(rng.permutation(mine)[:n])
     return sorted(np.concatenate(res).tolist())
 
-def long_tail_subset(dataset, # Any dataset whose targets can be had: see `dataset_targets`
+def long_tail_subset(dataset:Any, # Any dataset whose targets can be had: see `dataset_targets`
                      imbalance_factor:float, # Largest over smallest class
-                     n_max:int=None, # Items of the largest class; default: as many as the smallest class of `dataset` has
+                     n_max:int|None=None, # Items of the largest class; default: as many as the smallest class of `dataset` has
                      profile:str='exp', # See `imbalanced_counts`
                      seed:int=0, # Of the draw
-                     targets=None # Class indices, if `dataset` doesn't tell
+                     targets:Collection|None=None # Class indices, if `dataset` doesn't tell
                     ) -> torch.utils.data.Subset:
     "A long-tailed subset of a map-style dataset; keeps `vocab` and knows its `targets`."
     y = np.asarray(dataset_targets(dataset) if targets is None else targets)
@@ -69,13 +71,13 @@ def long_tail_subset(dataset, # Any dataset whose targets can be had: see `datas
     if hasattr(dataset, 'vocab'): res.vocab = dataset.vocab
     return res
 
-def LongTailSplitter(splitter, # Splits items into train and validation: `GrandparentSplitter()`, `RandomSplitter(seed=0)`, ...
-                     get_y, # Label of an item: `parent_label`, ...
+def LongTailSplitter(splitter:Callable, # Splits items into train and validation: `GrandparentSplitter()`, `RandomSplitter(seed=0)`, ...
+                     get_y:Callable, # Label of an item: `parent_label`, ...
                      imbalance_factor:float, # Largest over smallest class
-                     n_max:int=None, # Items of the largest class; default: as many as the smallest class has
+                     n_max:int|None=None, # Items of the largest class; default: as many as the smallest class has
                      profile:str='exp', # See `imbalanced_counts`
                      seed:int=0 # Of the draw
-                    ):
+                    ) -> Callable: # From items to indices of the parts
     "A `splitter` for `DataBlock` whose training part is long-tailed, in the order of the sorted labels; the validation part stays as it is."
     def _inner(items):
         train,*rest = splitter(items)
@@ -88,7 +90,7 @@ def LongTailSplitter(splitter, # Splits items into train and validation: `Grandp
     return _inner
 
 # %% ../../nbs/data/00_imbalance.ipynb #dbe2d8ca
-def dataset_targets(ds # A fastai `Datasets`, `TabularPandas`, torchvision dataset, `Subset`, or anything with `targets`
+def dataset_targets(ds:Any # A fastai `Datasets`, `TabularPandas`, torchvision dataset, `Subset`, or anything with `targets`
                    ) -> list: # Of integers
     "Class indices of all items of `ds`, without reading the inputs; raises `TypeError` if they can't be had so."
     if getattr(ds, 'targets', None) is not None: res = ds.targets
@@ -102,15 +104,15 @@ def dataset_targets(ds # A fastai `Datasets`, `TabularPandas`, torchvision datas
         "counting classes is for single-label data.")
     return [int(o) for o in res]
 
-def eval_view(ds # A training set: fastai `Datasets`, or anything with a `split_idx`
-             ):
+def eval_view(ds:Any # A training set: fastai `Datasets`, or anything with a `split_idx`
+             ) -> Any: # Of the same kind
     "The same items, to be looked at without augmentation; its targets stay known."
     if not isinstance(ds, Datasets): res = copy(ds); res.split_idx = 1; return res
     res = Datasets(tls=[o._new(o.items, split_idx=1) for o in ds.tls], n_inp=ds.n_inp) # its own `split_idx` can't be set
     if getattr(ds, 'targets', None) is not None: res.targets = ds.targets
     return res
 
-def check_counts(class_counts # Training images of each class: a list, array or tensor
+def check_counts(class_counts:Collection # Training images of each class: a list, array or tensor
                 ) -> Tensor: # `(C,)`
     "Check that there is a number for each class; raises `TypeError` or `ValueError` that says what is wrong."
     if isinstance(class_counts, (DataLoaders,Learner)): raise TypeError(f"class_counts: expected one count per class, got a {type(class_counts).__name__}: "
@@ -119,8 +121,8 @@ def check_counts(class_counts # Training images of each class: a list, array or 
     if n.ndim!=1 or not len(n): raise ValueError(f"class_counts: expected one count per class, got shape {tuple(n.shape)}. `class_counts(dls)` counts them.")
     return n
 
-def class_counts(dls, # `DataLoaders`, or a dataset
-                 n_classes:int=None # Number of classes; default: what `dls` says, else the largest index + 1
+def class_counts(dls:Any, # `DataLoaders`, or a dataset
+                 n_classes:int|None=None # Number of classes; default: what `dls` says, else the largest index + 1
                 ) -> Tensor: # `(C,)` int64
     "Training images of each class of `dls`; classes without any count 0."
     if isinstance(dls, Learner): raise TypeError("class_counts: expected DataLoaders or a dataset, got a Learner: `class_counts(learn.dls)`.")

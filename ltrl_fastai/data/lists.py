@@ -20,21 +20,24 @@ from .fast import BatchAug, pad_crop, random_flip, chunkwise
 # %% ../../nbs/data/04_lists.ipynb #d54b221f
 class ImageList:
     "The images of a split: paths as listed, class indices, and where each is written."
+    file:Path; paths:list; labels:list; lines:list|None; word:str
+    root:str|None; files:list|None # where the images are: see `locate`
     def __init__(self,
         file:Path, # That lists them, or the folder that holds them
         paths:list, # Of `str`, relative to the folder of images
         labels:list, # Class index of each
-        lines:list=None, # Line number of each; None if there are no lines
+        lines:list|None=None, # Line number of each; None if there are no lines
         word:str='line' # What is numbered
     ):
         store_attr()
-        self.root,self.files = None,None # where the images are: see `locate`
+        self.root,self.files = None,None
     def __len__(self): return len(self.paths)
     def where(self, i:int # Index
              ) -> str:
         "The place where image `i` is listed, for a message."
         return str(self.file) if self.lines is None else f'{self.file}:{self.lines[i]}' if self.word=='line' else f'{self.file}, {self.word} {self.lines[i]}'
-    def take(self, idx) -> 'ImageList':
+    def take(self, idx:Iterable # Indices
+            ) -> 'ImageList':
         "Some of the images."
         res = ImageList(self.file, [self.paths[i] for i in idx], [self.labels[i] for i in idx], self.lines and [self.lines[i] for i in idx], self.word)
         if self.files: res.root,res.files = self.root,[self.files[i] for i in idx]
@@ -110,21 +113,41 @@ def check_lists(lists:dict # `ImageList` by split: 'train', and 'valid' and 'tes
             seen[p] = split,i
     return n
 
-def few_of(items:list, n:int=5 # At most so many
+def few_of(items:list, # All of them
+           n:int=5 # At most so many
           ) -> str:
     "The first of them, and how many more there are."
     return ', '.join(map(str, items[:n])) + (f' and {len(items)-n} more' if len(items)>n else '')
 
 # %% ../../nbs/data/04_lists.ipynb #a3a9e5b8
-def as_listed(p): return p
-def flat_val(p): return re.sub(r'^val/[^/]+/', 'val/', p)
-def flat_val256(p): return re.sub(r'^val/[^/]+/', 'val_256/', p)
-def to_easy(p): return re.sub(r'^data_256/\w/(.+)/', lambda m: f"train/{m[1].replace('/','-')}/", p)
-def from_easy(p): return re.sub(r'^train/((\w)[^/]*)/', lambda m: f"data_256/{m[2]}/{m[1].replace('-','/')}/", p)
+def as_listed(p:str # Path as listed
+             ) -> str:
+    "The path as it is."
+    return p
+
+def flat_val(p:str # Path as listed
+            ) -> str:
+    "Validation images without folders of classes."
+    return re.sub(r'^val/[^/]+/', 'val/', p)
+
+def flat_val256(p:str # Path as listed
+               ) -> str:
+    "Validation images without folders of classes, as Places365 has them with 256 pixels."
+    return re.sub(r'^val/[^/]+/', 'val_256/', p)
+
+def to_easy(p:str # Path as listed
+           ) -> str:
+    "From Places365's folders of letters to those of its easy format."
+    return re.sub(r'^data_256/\w/(.+)/', lambda m: f"train/{m[1].replace('/','-')}/", p)
+
+def from_easy(p:str # Path as listed
+             ) -> str:
+    "From folders of Places365's easy format to those of letters."
+    return re.sub(r'^train/((\w)[^/]*)/', lambda m: f"data_256/{m[2]}/{m[1].replace('-','/')}/", p)
 
 def locate(images:ImageList, # Whose files are wanted
            roots:list, # Folders to try
-           spellings=(as_listed,) # Functions of a listed path to try
+           spellings:Iterable=(as_listed,) # Functions of a listed path to try
           ) -> ImageList: # The same, with `root` and `files`
     "Find the folder, and the spelling of paths, that a list speaks of."
     sample = [images.paths[i] for i in np.unique(np.linspace(0, len(images)-1, 20).astype(int))]
@@ -144,7 +167,7 @@ def _names_in(folder):
     with os.scandir(folder) as it: return {o.name for o in it}
 
 def check_images(lists:dict, # Located, by split
-                 roots:list=None # Folders that were tried; default: those that the lists were located in
+                 roots:list|None=None # Folders that were tried; default: those that the lists were located in
                 ):
     "Raise `FileNotFoundError` if images are missing: how many, which, and where they were looked for."
     gone = {k: missing_images(o) for k,o in lists.items()}
@@ -156,7 +179,7 @@ def check_images(lists:dict, # Located, by split
 # %% ../../nbs/data/04_lists.ipynb #359925cf
 def hold_out(labels:list, # Class index of each training image
              share:float=.2, # Of each class, rounded down
-             n_valid:int=None, # At most so many of each class
+             n_valid:int|None=None, # At most so many of each class
              seed:int=0 # Of the draw
             ) -> tuple: # Indices to train on and indices to validate on, ascending
     "Draw validation images: of each class `share` of its images, at least one of a class of three or more, none of a smaller one."
@@ -178,13 +201,15 @@ class TrainCrop(RandomResizedCrop):
 class ImageAugment(Transform):
     "A torchvision transform of single images, for training."
     split_idx,order = 0,TrainCrop.order+1
-    def __init__(self, f, strong:bool=False): super().__init__(); self.f,self.strong = f,strong
-    def encodes(self, x:PILImage): return PILImage(self.f(x))
+    def __init__(self, f:Callable, # From a PIL image to another
+                 strong:bool=False # Is it left out of weak views? See `two_views`
+                ): super().__init__(); self.f,self.strong = f,strong
+    def encodes(self, x:PILImage): return PILImage(self.f(x)) # type: ignore[call-arg]
 
 _policies = dict(randaugment=lambda: v2.RandAugment(num_ops=2, magnitude=9), autoaugment=lambda: v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET))
 
 def photo_tfms(size:int=224, # Pixels of a side
-               policy:str=None, # 'randaugment' or 'autoaugment'; None takes colour jitter
+               policy:str|None=None, # 'randaugment' or 'autoaugment'; None takes colour jitter
                flip:bool=True, # Mirror?
                small:bool=False # Images that are of this size already, and stay so?
               ) -> tuple: # Of item and batch transforms
@@ -207,7 +232,9 @@ class ImageFileDataLoaders(LongTailDataLoaders):
         return [f"{k} {os.path.relpath(f, self.root)} {y} {os.path.getsize(f)}" for k,dl in zip(('train','valid','test'), self.loaders)
                 for (f,_),y in zip(dl.dataset.items, dl.dataset.targets)]
 
-def with_targets(tls, labels:list) -> Datasets:
+def with_targets(tls:list, # Of `TfmdLists`: inputs, and targets
+                 labels:list # Class index of each item
+                ) -> Datasets:
     "`Datasets` of these `TfmdLists` that knows its class indices."
     res = Datasets(tls=tls, n_inp=1)
     res.targets = labels
@@ -217,14 +244,14 @@ def image_dataloaders(lists:dict, # Located `ImageList` by split: 'train', 'vali
                       vocab:list, # Class names
                       bs:int=64, # Batch size of training; the others take twice as many
                       size:int=224, # Pixels of a side
-                      policy:str=None, # See `photo_tfms`
+                      policy:str|None=None, # See `photo_tfms`
                       flip:bool=True, # Mirror?
                       small:bool=False, # See `photo_tfms`
-                      name:str=None, # Of the data set
-                      notes=(), # Texts that its user should know
-                      num_workers:int=None, # Default: fastai's, or none for less than 1,000 images
-                      device=None, # Default: fastai's
-                      path='.' # For saved models
+                      name:str|None=None, # Of the data set
+                      notes:Iterable=(), # Texts that its user should know
+                      num_workers:int|None=None, # Default: fastai's, or none for less than 1,000 images
+                      device:str|torch.device|None=None, # Default: fastai's
+                      path:str|Path='.' # For saved models
                      ) -> ImageFileDataLoaders:
     "Loaders of image files: training shuffled and augmented, the others in order."
     train,valid,test = [lists.get(k) for k in ('train','valid','test')]
@@ -262,7 +289,7 @@ list_sets = {
 def _base(path): return Path(path).expanduser() if path is not None else Path(fastai_cfg().path('data'))
 
 def find_lists(name:str, # In `list_sets`
-               path:str|Path=None # Folder to look in; default: fastai's data folder
+               path:str|Path|None=None # Folder to look in; default: fastai's data folder
               ) -> dict: # File by split
     "The files that list a data set; raises `FileNotFoundError` that says what is missing and where to put it."
     spec,base = list_sets[name],_base(path)
@@ -276,7 +303,8 @@ def find_lists(name:str, # In `list_sets`
     here = f"{some[0]} lacks {', '.join(lacks)}" if len(lacks)<len(some[1]) else f"{spec['title']} was not found at {base}"
     raise FileNotFoundError(f"{here}. {where_to_put(name, path)}")
 
-def where_to_put(name:str, path:str|Path=None # See `find_lists`
+def where_to_put(name:str, # In `list_sets`
+                 path:str|Path|None=None # See `find_lists`
                 ) -> str:
     "What a data set consists of, and where it belongs."
     spec = list_sets[name]
@@ -288,10 +316,10 @@ def class_names(images:ImageList, # Of training
                 n_classes:int # Number of classes
                ) -> list: # Of `str`
     "Names of classes, from their folders; for ImageNet with the usual words behind; class indices where folders don't tell."
-    names = {}
+    found = {}
     for p,y in zip(images.paths, images.labels):
-        if y not in names: names[y] = '/'.join(o for i,o in enumerate(Path(p).parts[1:-1]) if i or len(o)>1)
-    names = [names[i] for i in range(n_classes)]
+        if y not in found: found[y] = '/'.join(o for i,o in enumerate(Path(p).parts[1:-1]) if i or len(o)>1)
+    names = [found[i] for i in range(n_classes)]
     if len(set(names))<n_classes or not all(names): return [str(i) for i in range(n_classes)]
     words = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.meta['categories']
     if n_classes==len(words) and names==sorted(names) and all(re.fullmatch(r'n\d{8}', o) for o in names): return [f'{a} {b}' for a,b in zip(names, words)]
@@ -308,7 +336,7 @@ def compare_published(name:str, # In `list_sets`
     return [f"{name} is not the published {spec['title']}: there are {', '.join(diff)}. Results can't be compared with published ones."] if diff else []
 
 def read_lists(name:str, # In `list_sets`
-               path:str|Path=None # See `find_lists`
+               path:str|Path|None=None # See `find_lists`
               ) -> tuple: # `ImageList` by split, located but not looked for; class names; folders that images are looked for in
     "Read and check the lists of a data set."
     spec,base = list_sets[name],_base(path)
@@ -334,21 +362,21 @@ def _list_dls(name, path, n_valid=None, data_seed=0, **kwargs):
         notes.append(f"{name} has no validation images of its own: {len(valid):,} were taken out of training, and {len(train):,} are left. Its `val` is the test set.")
     return image_dataloaders(lists, vocab, name=name, notes=notes, **kwargs)
 
-def imagenet_lt(path:str|Path=None, # See `find_lists`
+def imagenet_lt(path:str|Path|None=None, # See `find_lists`
                 bs:int=256, # Batch size
                 **kwargs # Passed on to `image_dataloaders`
                ) -> ImageFileDataLoaders: # Images `(3, 224, 224)`, 1,000 classes
     "ImageNet-LT (Liu et al. 2019): 115,846 training images of 1,000 classes, 1,280 to 5 of each; 20,000 for validation, 50,000 for test."
     return _list_dls('imagenet-lt', path, bs=bs, **kwargs)
 
-def places_lt(path:str|Path=None, # See `find_lists`
+def places_lt(path:str|Path|None=None, # See `find_lists`
               bs:int=256, # Batch size
               **kwargs # Passed on to `image_dataloaders`
              ) -> ImageFileDataLoaders: # Images `(3, 224, 224)`, 365 classes
     "Places-LT (Liu et al. 2019): 62,500 training images of 365 classes, 4,980 to 5 of each; 7,300 for validation, 36,500 for test."
     return _list_dls('places-lt', path, bs=bs, **kwargs)
 
-def inaturalist18(path:str|Path=None, # See `find_lists`
+def inaturalist18(path:str|Path|None=None, # See `find_lists`
                   bs:int=256, # Batch size
                   n_valid:int=1, # Validation images of each class, at most: taken out of training by `hold_out`
                   data_seed:int=0, # Of their draw

@@ -55,7 +55,7 @@ def _column(kind, header, given, file):
 _is_valid = {'true': 'valid', '1': 'valid', 'false': 'train', '0': 'train'}
 
 def read_csv(file:Path, # With a header
-             path_col:str=None, label_col:str=None, split_col:str=None # Names of columns; default: those that are usual
+             path_col:str|None=None, label_col:str|None=None, split_col:str|None=None # Names of columns; default: those that are usual
             ) -> tuple: # `ImageList` by split, and class names
     "List the images of a CSV file; raises `ValueError` with the line that is broken."
     file = Path(file)
@@ -94,10 +94,10 @@ def common_size(files:list # Paths of images
 
 def own_images(path:str|Path, # A folder or a CSV file
                bs:int=64, # Batch size
-               size:int=None, # Pixels of a side; default: 224, and for small images of one size their own
-               n_valid:int=None, # Validation images of each class, at most, where they are drawn; default: a fifth
+               size:int|None=None, # Pixels of a side; default: 224, and for small images of one size their own
+               n_valid:int|None=None, # Validation images of each class, at most, where they are drawn; default: a fifth
                data_seed:int=0, # Of their draw
-               path_col:str=None, label_col:str=None, split_col:str=None, # See `read_csv`
+               path_col:str|None=None, label_col:str|None=None, split_col:str|None=None, # See `read_csv`
                **kwargs # Passed on to `image_dataloaders`
               ) -> ImageFileDataLoaders: # Without `test`, if there is no such split
     "A folder of images or a CSV file as loaders; what its user should know is in `notes`."

@@ -45,15 +45,20 @@ class Diagnosis(Companion):
         self.kl.append((kl/n_kl).tolist()); self.right.append((right/n).tolist()) # NaN for a class that had none
         self._sums = None
 
-    def state_dict(self) -> dict: return dict(kl=self.kl, right=self.right, last=None if self.last is None else self.last.state_dict())
-    def load_state_dict(self, state, learn):
+    def state_dict(self) -> dict:
+        "What `Checkpoint` has to keep: the record, and last predictions."
+        return dict(kl=self.kl, right=self.right, last=None if self.last is None else self.last.state_dict())
+    def load_state_dict(self, state:dict, # What `state_dict` gave
+                        learn:Learner # That it is on
+                       ):
+        "Go on with this record."
         self.kl,self.right = state['kl'],state['right']
         self.last = None if state['last'] is None else TeacherMemory.from_state(state['last'], learn.dls.device)
 
 # %% ../../nbs/evaluation/02_diagnosis.ipynb #44d57893
 def feature_similarity(learn:Learner, # Trained
-                       dl=None, # Loader of the samples; default: the training samples, in order and as in validation
-                       head:str|nn.Module=None # See `find_head`
+                       dl:DataLoader|None=None, # Loader of the samples; default: the training samples, in order and as in validation
+                       head:str|nn.Module|None=None # See `find_head`
                       ) -> Tensor: # `(C, C)`
     "Cosine similarity of the classes' median features."
     dl = dl or learn.dls.valid.new(eval_view(learn.dls.train_ds))
@@ -65,7 +70,7 @@ def feature_similarity(learn:Learner, # Trained
     return class_similarity(class_centers(torch.cat(feats), y.as_subclass(Tensor).flatten().cpu(), learn.dls.c))
 
 # %% ../../nbs/evaluation/02_diagnosis.ipynb #1fc9d945
-def shot_means(rows, # By epoch a value for each class; NaN where there is none
+def shot_means(rows:list, # By epoch a value for each class; NaN where there is none
                groups:dict # Masks of classes by name: `shot_groups(class_counts)`
               ) -> dict: # From the name of each group that has classes to a value an epoch, or None
     "Means over the classes of each group."
@@ -73,7 +78,7 @@ def shot_means(rows, # By epoch a value for each class; NaN where there is none
 
 def diagnosis_of(learn:Learner, # After a fit with `Diagnosis`
                  groups:dict, # Masks of classes by name: `shot_groups(class_counts)`
-                 dl=None # See `feature_similarity`
+                 dl:DataLoader|None=None # See `feature_similarity`
                 ) -> dict: # Of plain types
     "KL between adjacent epochs and the share predicted right, by shot and epoch and by class at the end; similarity of features; conflicts by parameter in the last epoch."
     d = learn.diagnosis

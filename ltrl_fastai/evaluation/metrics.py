@@ -8,11 +8,12 @@ __all__ = ['shot_groups', 'class_hits', 'group_accuracy', 'interval', 'group_int
 # %% ../../nbs/evaluation/00_metrics.ipynb #1d577407
 import statistics
 import scipy.stats
+from collections.abc import Collection
 from fastai.basics import *
 from ..data.imbalance import check_counts
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #1d8a2f6e
-def shot_groups(class_counts, # Training images of each class
+def shot_groups(class_counts:Collection, # Training images of each class
                 many:int=100, # Classes with more are 'many'
                 few:int=20 # Classes with fewer are 'few'
                ) -> dict: # Boolean masks `(C,)` by 'many', 'medium', 'few', 'all'
@@ -40,7 +41,7 @@ def group_accuracy(hits:Tensor, totals:Tensor, # See `class_hits`
     return (hits[mask].double()/totals[mask]).mean().item() if mask.any() else None
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #6d0518d0
-def interval(x, # Numbers; those that are none don't count
+def interval(x:Collection, # Numbers; those that are none don't count
              level:float=.95 # Of confidence
             ) -> tuple: # mean, lower and upper bound; NaN where they can't be had
     "Mean and Student's confidence interval of it."
@@ -78,15 +79,18 @@ class ShotAccuracy(Metric):
         hits,totals = class_hits(preds, targets, len(self.mask))
         self.hits,self.totals = self.hits+hits,self.totals+totals
     @property
-    def value(self):
+    def value(self) -> float:
+        "Of what has been accumulated, from 0 to 1; NaN if that is nothing of the group."
         acc = group_accuracy(self.hits, self.totals, self.mask) if torch.is_tensor(self.totals) else None
         return float('nan') if acc is None else acc # trackers and loggers want a number
     @property
-    def name(self): return self._name
+    def name(self) -> str:
+        "Of its column in the table."
+        return self._name
 
-def shot_accuracies(class_counts, # Training images of each class: `class_counts(dls)`
+def shot_accuracies(class_counts:Collection, # Training images of each class: `class_counts(dls)`
                     many:int=100, # Classes with more are 'many'
                     few:int=20 # Classes with fewer are 'few'
-                   ) -> L: # Of metrics: those of many, medium, few that have classes, and all
+                   ) -> list: # Of metrics: those of many, medium, few that have classes, and all
     "Many-, Medium-, Few-shot and overall accuracy as fastai metrics: `Learner(..., metrics=shot_accuracies(class_counts(dls)))`."
-    return L(ShotAccuracy(mask, name) for name,mask in shot_groups(class_counts, many, few).items() if mask.any())
+    return [ShotAccuracy(mask, name) for name,mask in shot_groups(class_counts, many, few).items() if mask.any()]

@@ -9,6 +9,7 @@ __all__ = ['picture_ink', 'picture_palette', 'picture_params', 'picture_style', 
 
 # %% ../../nbs/evaluation/04_pictures.ipynb #74d53523
 import contextlib, itertools
+from collections.abc import Collection
 from fastai.basics import *
 from matplotlib.colors import to_rgba
 from matplotlib.lines import Line2D
@@ -34,7 +35,7 @@ picture_params = {
     'grid.alpha': .25, 'axes.axisbelow': True, 'font.size': 9, 'axes.titlesize': 10, 'hatch.linewidth': .8, 'lines.markersize': 4}
 
 @contextlib.contextmanager
-def picture_style():
+def picture_style() -> Iterator:
     "Draw in this package's style, on white and dark pages alike: `with picture_style(): fig,ax = plt.subplots()`."
     with plt.rc_context(picture_params): yield
 
@@ -90,9 +91,9 @@ def _names(vocab, n):
     return [str(o) for o in vocab]
 
 # %% ../../nbs/evaluation/04_pictures.ipynb #26fe3fa3
-def draw_classes(counts, # Training images of each class, `(C,)`
-                 vocab:list=None, # Class names, shown if there are at most 20
-                 ax=None, # Axes to draw on; default: a new figure
+def draw_classes(counts:Collection, # Training images of each class, `(C,)`
+                 vocab:list|None=None, # Class names, shown if there are at most 20
+                 ax:plt.Axes|None=None, # Axes to draw on; default: a new figure
                  many:int=100, few:int=20 # See `shot_groups`
                 ) -> plt.Axes: # With a description in `ltrl_alt`
     "Training images of each class, from most to fewest, Many, Medium and Few marked; logarithmic."
@@ -118,7 +119,7 @@ def draw_classes(counts, # Training images of each class, `(C,)`
 
 @patch
 def plot_classes(self:Learner,
-                 ax=None, # Axes to draw on; default: a new figure
+                 ax:plt.Axes|None=None, # Axes to draw on; default: a new figure
                  many:int=100, # Classes with more training images are 'many'
                  few:int=20 # Classes with fewer are 'few'
                 ) -> plt.Axes:
@@ -133,10 +134,10 @@ def _vocab(learn, n):
 
 # %% ../../nbs/evaluation/04_pictures.ipynb #644e97e2
 def draw_by_class(values:dict, # From labels to a value for each class, `(C,)`; None where there is none
-                  counts, # Training images of each class
-                  vocab:list=None, # Class names, shown if there are at most 20
+                  counts:Collection, # Training images of each class
+                  vocab:list|None=None, # Class names, shown if there are at most 20
                   ylabel:str='', # What the values are
-                  ax=None, # Axes to draw on; default: a new figure
+                  ax:plt.Axes|None=None, # Axes to draw on; default: a new figure
                   many:int=100, few:int=20 # See `shot_groups`
                  ) -> plt.Axes: # With a description in `ltrl_alt`
     "A value of each class, or several, from head to tail, over the number of its training images in grey."
@@ -177,7 +178,7 @@ def _labelled(reports):
     return res
 
 def draw_per_class(*reports, # Of `ShotReport`, of runs on the same training set
-                   ax=None # Axes to draw on; default: a new figure
+                   ax:plt.Axes|None=None # Axes to draw on; default: a new figure
                   ) -> plt.Axes: # With a description in `ltrl_alt`
     "Accuracy of each class, from head to tail, over the number of its training images."
     _check_reports(reports)
@@ -196,11 +197,11 @@ def _label(learn): return 'with RL' if any(learn._grab_cbs(o) for o in (Knowledg
 
 @patch
 def plot_per_class(self:Learner,
-                   other:Learner|ShotReport=None, # Drawn beside it
-                   ax=None, # Axes to draw on; default: a new figure
+                   other:Learner|ShotReport|None=None, # Drawn beside it
+                   ax:plt.Axes|None=None, # Axes to draw on; default: a new figure
                    ds_idx:int=1, # Of the data set: 1 is the validation set; not with `dl`
-                   dl=None, # Loader of test images, for both: `dls.test`
-                   labels:tuple=None, # Of this one and the other; default: 'with RL' if a part of it is on the learner now
+                   dl:DataLoader|None=None, # Loader of test images, for both: `dls.test`
+                   labels:tuple|None=None, # Of this one and the other; default: 'with RL' if a part of it is on the learner now
                    many:int=100, # Classes with more training images are 'many'
                    few:int=20 # Classes with fewer are 'few'
                   ) -> plt.Axes:
@@ -215,7 +216,7 @@ def _check_labels(labels, n):
 
 # %% ../../nbs/evaluation/04_pictures.ipynb #7723cea8
 def draw_shots(runs:dict, # From labels to a `ShotReport`, or to a list of them: runs by other seeds, in the same order for each label
-               ax=None # Axes to draw on; default: a new figure
+               ax:plt.Axes|None=None # Axes to draw on; default: a new figure
               ) -> plt.Axes: # With a description in `ltrl_alt`
     "Accuracy over Many, Medium, Few and All with 95% intervals: over test images for one run a label, of paired gains over the first label for several."
     if not isinstance(runs, dict) or not runs: raise TypeError(f"runs: expected a dict from labels to reports, got {type(runs).__name__}: "
@@ -256,11 +257,11 @@ def draw_shots(runs:dict, # From labels to a `ShotReport`, or to a list of them:
 @patch
 def plot_shots(self:Learner,
                *others, # Learners or `ShotReport`s, each a setting of its own, or lists of them: its runs by several seeds
-               ax=None, # Axes to draw on; default: a new figure
-               runs:list=(), # More runs of this learner's own setting, by other seeds
+               ax:plt.Axes|None=None, # Axes to draw on; default: a new figure
+               runs:Iterable=(), # More runs of this learner's own setting, by other seeds
                ds_idx:int=1, # Of the data set: 1 is the validation set; not with `dl`
-               dl=None, # Loader of test images, for all: `dls.test`
-               labels:tuple=None, # Of this one and the others; default: 'with RL' if a part of it is on the learner now
+               dl:DataLoader|None=None, # Loader of test images, for all: `dls.test`
+               labels:tuple|None=None, # Of this one and the others; default: 'with RL' if a part of it is on the learner now
                many:int=100, # Classes with more training images are 'many'
                few:int=20 # Classes with fewer are 'few'
               ) -> plt.Axes:
@@ -273,7 +274,7 @@ def plot_shots(self:Learner,
 
 # %% ../../nbs/evaluation/04_pictures.ipynb #70c06a2a
 def draw_report(*reports, # Of `ShotReport`, of runs on the same training set
-                figsize=(9,3.6) # Inches
+                figsize:tuple=(9,3.6) # Inches
                ) -> plt.Figure:
     "Accuracy of each class from head to tail, and the means by shot with 95% intervals over test images."
     _check_reports(reports)
@@ -284,8 +285,8 @@ def draw_report(*reports, # Of `ShotReport`, of runs on the same training set
 
 @patch
 def plot(self:ShotReport,
-         other:ShotReport=None, # Drawn beside it
-         figsize=(9,3.6) # Inches
+         other:ShotReport|None=None, # Drawn beside it
+         figsize:tuple=(9,3.6) # Inches
         ) -> plt.Figure:
     "Accuracy of each class from head to tail, and the means by shot with their intervals: see `draw_report`."
     return draw_report(self, *L(other), figsize=figsize)
@@ -301,10 +302,10 @@ def _blocks(m, most=500):
     pairs = np.outer(size, size)-np.diag(size)
     return np.divide(sums, pairs, out=np.full_like(sums, np.nan), where=pairs>0)
 
-def draw_similarity(similarity, # `(C, C)`, a tensor or array: `feature_similarity(learn)`
-                    counts, # Training images of each class
-                    vocab:list=None, # Class names, shown if there are at most 20
-                    ax=None, # Axes to draw on; default: a new figure
+def draw_similarity(similarity:Tensor|np.ndarray, # `(C, C)`, a tensor or array: `feature_similarity(learn)`
+                    counts:Collection, # Training images of each class
+                    vocab:list|None=None, # Class names, shown if there are at most 20
+                    ax:plt.Axes|None=None, # Axes to draw on; default: a new figure
                     many:int=100, few:int=20 # See `shot_groups`
                    ) -> plt.Axes: # With a description in `ltrl_alt`
     "Heat map of the similarity of classes, ordered by class size, with lines between Many, Medium and Few."
@@ -333,9 +334,9 @@ def draw_similarity(similarity, # `(C, C)`, a tensor or array: `feature_similari
 
 @patch
 def plot_similarity(self:Learner,
-                    ax=None, # Axes to draw on; default: a new figure
-                    dl=None, # Compute it anew from this loader of training images; default: the centres of Knowledge Summary, else all training images
-                    head=None, # See `find_head`
+                    ax:plt.Axes|None=None, # Axes to draw on; default: a new figure
+                    dl:DataLoader|None=None, # Compute it anew from this loader of training images; default: the centres of Knowledge Summary, else all training images
+                    head:str|nn.Module|None=None, # See `find_head`
                     many:int=100, # Classes with more training images are 'many'
                     few:int=20 # Classes with fewer are 'few'
                    ) -> plt.Axes:
@@ -353,7 +354,7 @@ _whats = dict(kl='KL to the last epoch', right='training images predicted right 
 
 def draw_drift(series:dict, # From labels to the values of each shot by epoch: `dict(run=dict(many=[...], few=[...]))`; None where there is none
                what:str='kl', # 'kl', or 'right', as shares of 1
-               ax=None # Axes to draw on; default: a new figure
+               ax:plt.Axes|None=None # Axes to draw on; default: a new figure
               ) -> plt.Axes: # With a description in `ltrl_alt`
     "Drift of predictions, or the share predicted right, by shot and epoch."
     if what not in _whats: raise ValueError(f"what: expected 'kl' or 'right', got {what!r}")
@@ -373,11 +374,11 @@ def draw_drift(series:dict, # From labels to the values of each shot by epoch: `
         ax.set(xlabel='epoch', ylabel=_whats[what], ylim=(0,None)); ax.xaxis.set_major_locator(MaxNLocator(8, integer=True)); ax.grid()
         return _dress(ax, f"{_whats[what]} by epoch. "+'; '.join(said)+'.', dict(handles=handles, ncols=2 if len(series)>1 else 1))
 
-def draw_drift_by_class(rows, # By epoch a value for each class, `(epochs, C)`
-                        counts, # Training images of each class
+def draw_drift_by_class(rows:list, # By epoch a value for each class, `(epochs, C)`
+                        counts:Collection, # Training images of each class
                         what:str='kl', # 'kl', or 'right', as shares of 1
-                        vocab:list=None, # Class names, shown if there are at most 20
-                        ax=None, # Axes to draw on; default: a new figure
+                        vocab:list|None=None, # Class names, shown if there are at most 20
+                        ax:plt.Axes|None=None, # Axes to draw on; default: a new figure
                         many:int=100, few:int=20 # See `shot_groups`
                        ) -> plt.Axes: # With a description in `ltrl_alt`
     "Heat map of drift, or of the share predicted right: an epoch a row, a class a column, ordered by class size."
@@ -414,8 +415,8 @@ def plot_drift(self:Learner,
                *others, # Learners with a `Diagnosis`, drawn with other lines; not with by='class'
                by:str='shot', # 'shot': a line each; 'class': a heat map
                what:str='kl', # 'kl' divergence to the last epoch's predictions, or 'right': the share predicted right
-               ax=None, # Axes to draw on; default: a new figure
-               labels:tuple=None, # Of this one and the others; default: 'with RL' if a part of it is on the learner now
+               ax:plt.Axes|None=None, # Axes to draw on; default: a new figure
+               labels:tuple|None=None, # Of this one and the others; default: 'with RL' if a part of it is on the learner now
                many:int=100, # Classes with more training images are 'many'
                few:int=20 # Classes with fewer are 'few'
               ) -> plt.Axes:
@@ -431,10 +432,10 @@ def plot_drift(self:Learner,
     return draw_drift(series, what, ax)
 
 # %% ../../nbs/evaluation/04_pictures.ipynb #5f24da71
-def draw_conflicts(rates, # By epoch: dicts from parameter names to shares of steps in conflict
+def draw_conflicts(rates:list, # By epoch: dicts from parameter names to shares of steps in conflict
                    epoch:int|None=-1, # Which; None for all, as a heat map
                    by:str='layer', # 'layer': mean over its tensors; 'tensor'
-                   ax=None # Axes to draw on; default: a new figure
+                   ax:plt.Axes|None=None # Axes to draw on; default: a new figure
                   ) -> plt.Axes: # With a description in `ltrl_alt`
     "Share of steps in conflict by layer: bars for one epoch, or a heat map of all."
     if by not in ('layer','tensor'): raise ValueError(f"by: expected 'layer' or 'tensor', got {by!r}")
@@ -469,7 +470,7 @@ def draw_conflicts(rates, # By epoch: dicts from parameter names to shares of st
 def plot_conflicts(self:Learner,
                    epoch:int|None=-1, # Which epoch of the last fit; None for all, as a heat map
                    by:str='layer', # 'layer': mean over its tensors; 'tensor'
-                   ax=None # Axes to draw on; default: a new figure
+                   ax:plt.Axes|None=None # Axes to draw on; default: a new figure
                   ) -> plt.Axes:
     "Share of steps in which gradients conflict, by layer; raises `ValueError` if Knowledge Correction is not there, or has nothing to show."
     kc = _need(self, KnowledgeCorrection, 'plot_conflicts', 'conflicts', 'ReflectiveLearning(kc=True)')
@@ -484,8 +485,8 @@ _loss_names = dict(base_loss='main loss, training', review_loss='review loss', s
 _share_names = dict(right='right, training', conflicts='steps in conflict', **{k: f'{k.title()}, validation' for k in _shots}, accuracy='accuracy, validation')
 
 def draw_terms(history:list, # By epoch a dict of means: `learn.loss_terms.history`
-               record:tuple=None, # Column names and rows by epoch of fastai's table: `learn.loss_terms.record`
-               ax=None # Two Axes, for losses and for shares; default: a new figure
+               record:tuple|None=None, # Column names and rows by epoch of fastai's table: `learn.loss_terms.record`
+               ax:Iterable|None=None # Two Axes, for losses and for shares; default: a new figure
               ) -> np.ndarray: # Of these two Axes, with descriptions in `ltrl_alt`
     "Curves of every term: losses on one Axes, what is a share on the other."
     if not len(history): raise ValueError("history: no epoch was trained.")
@@ -517,7 +518,7 @@ def draw_terms(history:list, # By epoch a dict of means: `learn.loss_terms.histo
 
 @patch
 def plot_terms(self:Learner,
-               ax=None # Two Axes, for losses and for shares; default: a new figure
+               ax:Iterable|None=None # Two Axes, for losses and for shares; default: a new figure
               ) -> np.ndarray: # Of these two Axes
     "Curves of every term of the last fit: losses, shares right and in conflict, metrics by shot; raises `ValueError` if nothing was kept."
     terms = first(self._grab_cbs(LossTerms))

@@ -6,6 +6,7 @@
 __all__ = ['ShotReport']
 
 # %% ../../nbs/evaluation/01_report.ipynb #ce686e2b
+from collections.abc import Collection
 from fastai.basics import *
 from fastai.callback.progress import *
 from ..data.imbalance import class_counts
@@ -14,11 +15,12 @@ from .metrics import shot_groups, class_hits, group_accuracy, group_interval
 # %% ../../nbs/evaluation/01_report.ipynb #2f257b3c
 class ShotReport:
     "Accuracy in percent by shot and by class; None where there is nothing to measure."
+    hits:Tensor; totals:Tensor; label:str; many:int; few:int
     def __init__(self,
         hits:Tensor, # `(C,)` samples of each class that are predicted right
         totals:Tensor, # `(C,)` samples of each class
-        class_counts, # `(C,)` training images of each class
-        vocab:list=None, # Class names
+        class_counts:Collection, # `(C,)` training images of each class
+        vocab:list|None=None, # Class names
         label:str='', # Shown in tables and pictures
         many:int=100, # Classes with more training images are 'many'
         few:int=20 # Classes with fewer are 'few'
@@ -29,12 +31,20 @@ class ShotReport:
         if len(set(sizes))>1: raise ValueError(f"expected as many hits, totals, counts and names as there are classes, got {sizes}.")
 
     @classmethod
-    def from_preds(cls, preds, targets, class_counts, **kwargs):
-        "From predictions `(N, C)` or predicted classes `(N,)`, and targets `(N,)`."
+    def from_preds(cls, preds:Tensor, # `(N, C)` logits or probabilities, or `(N,)` predicted classes
+                   targets:Tensor, # `(N,)` class indices
+                   class_counts:Collection, # `(C,)` training images of each class
+                   **kwargs # Of `ShotReport`: `vocab`, `label`, ...
+                  ) -> 'ShotReport':
+        "From predictions and targets."
         return cls(*class_hits(preds, targets, len(class_counts)), class_counts, **kwargs)
 
     @classmethod
-    def from_learner(cls, learn:Learner, ds_idx:int=1, dl=None, **kwargs):
+    def from_learner(cls, learn:Learner, # Trained
+                     ds_idx:int=1, # Of its data set: 1 is the validation set
+                     dl:DataLoader|None=None, # Another loader, of items with labels, in place of `ds_idx`
+                     **kwargs # Of `ShotReport`: `vocab`, `label`, ...
+                    ) -> 'ShotReport':
         "From a learner's predictions on `dl`, or on its `ds_idx`-th data set; the training set says how many images a class has."
         if isinstance(dl, DataLoaders): raise TypeError("dl: expected one data loader, got DataLoaders: take one of them, as `dls.valid`.")
         counts = class_counts(learn.dls)
@@ -46,7 +56,9 @@ class ShotReport:
         return cls.from_preds(preds, targets, counts, **{'vocab': vocab, **kwargs})
 
     @property
-    def groups(self) -> dict: return shot_groups(self.counts, self.many, self.few)
+    def groups(self) -> dict:
+        "Boolean masks `(C,)` of classes by 'many', 'medium', 'few' and 'all': see `shot_groups`."
+        return shot_groups(self.counts, self.many, self.few)
     @property
     def accuracy(self) -> dict:
         "Mean accuracy over the classes of each group, in percent."
@@ -62,7 +74,7 @@ class ShotReport:
         "Accuracy of each class, in percent."
         return [100*h/t if t else None for h,t in zip(self.hits.tolist(), self.totals.tolist())]
 
-    def table(self, other:'ShotReport'=None # Shown in the row below, and the difference in the last
+    def table(self, other:'ShotReport|None'=None # Shown in the row below, and the difference in the last
              ) -> pd.DataFrame:
         "Many, Medium, Few and All, one row a report; '-' where there is nothing to measure."
         if other is not None and not isinstance(other, ShotReport): raise TypeError(

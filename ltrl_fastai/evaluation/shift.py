@@ -6,6 +6,7 @@
 __all__ = ['worlds', 'class_shares', 'shifted_accuracy', 'shifted_table', 'shifted_indices']
 
 # %% ../../nbs/evaluation/03_shift.ipynb #3dcf7c42
+from collections.abc import Collection
 from fastai.basics import *
 from ..data.imbalance import check_counts, check_imbalance_factor, long_tail_indices
 from .report import ShotReport
@@ -13,7 +14,7 @@ from .report import ShotReport
 # %% ../../nbs/evaluation/03_shift.ipynb #509b3ce3
 worlds = [*((o, 'forward') for o in (50,25,10,5,2)), (1,'uniform'), *((o, 'backward') for o in (2,5,10,25,50))]
 
-def class_shares(class_counts, # Training images of each class
+def class_shares(class_counts:Collection, # Training images of each class
                  factor:float, # Imbalance factor of the world, 1 or more
                  order:str='forward' # 'forward': as in training, 'backward': the most frequent class is the rarest, 'uniform'
                 ) -> Tensor: # `(C,)`, the largest is 1
@@ -38,11 +39,11 @@ def shifted_table(*reports # Of `ShotReport`, with labels
     "Accuracy in all the worlds of SADE's test-agnostic evaluation."
     return pd.DataFrame({r.label or i: {(order, factor): shifted_accuracy(r, factor, order) for factor,order in worlds} for i,r in enumerate(reports)}).T
 
-def shifted_indices(targets, # `(N,)` classes of a balanced test set
-                    class_counts, # Training images of each class
+def shifted_indices(targets:Collection, # `(N,)` classes of a balanced test set
+                    class_counts:Collection, # Training images of each class
                     factor:float, order:str, # See `class_shares`
                     seed:int=0 # Of the draw
-                   ) -> np.ndarray: # Positions in `targets`
+                   ) -> list: # Positions in `targets`, ascending
     "Test images drawn so that classes are as frequent as in another world: for methods that look at the images they are to classify."
     y = np.asarray(targets)
     shares = class_shares(class_counts, factor, order)

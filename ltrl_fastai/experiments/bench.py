@@ -7,6 +7,7 @@ __all__ = ['ways', 'inat', 'imagenet_lt', 'parts', 'Stepper', 'bench_step', 'in_
            'predictions', 'kl_error', 'bench_loader', 'bench_training', 'bench']
 
 # %% ../../nbs/experiments/06_bench.ipynb #75c2ea3a
+from collections.abc import Collection
 from fastai.vision.all import *
 import multiprocessing, resource, tempfile
 from collections import deque
@@ -58,7 +59,7 @@ def bench_step(net:str='resnet32', # See `create_net`
                size:int=32, # Pixels of a side
                n_classes:int=100, # Classes
                rounds:int=20, # Steps of each
-               device='cpu'
+               device:str|torch.device='cpu' # Of the steps
               ) -> dict: # Seconds of a plain step, and medians of ratios to it
     "Steps with Reflective Learning over steps without, and over what a second backward pass must cost."
     torch.manual_seed(0)
@@ -101,8 +102,10 @@ def _passes(learn):
 # %% ../../nbs/experiments/06_bench.ipynb #81c77dff
 inat,imagenet_lt = dict(n=437_513, n_classes=8142),dict(n=115_846, n_classes=1000)
 
-def in_process(f, *args):
-    "`f(*args)` in a new process: its result, and the bytes that it took at most beyond what the process had."
+def in_process(f:Callable, # A function of a module
+               *args # Its arguments
+              ) -> tuple: # Its result, and the bytes that it took at most beyond what the process had
+    "`f(*args)` in a new process; raises `RuntimeError` if it fails there."
     ctx = multiprocessing.get_context('spawn')
     ours,theirs = ctx.Pipe()
     with without_main():
@@ -128,7 +131,12 @@ def _child(conn, threads, f, *args):
     try: conn.send((f(*args), _memory('VmHWM')-before, None))
     except Exception as e: conn.send((None, 0, f'{type(e).__name__}: {e}'))
 
-def bench_teachers(kind:str, n:int, n_classes:int, folder=None, bs:int=256) -> dict:
+def bench_teachers(kind:str, # One of `store_kinds`
+                   n:int, # Samples
+                   n_classes:int, # Classes
+                   folder:str|Path|None=None, # With 'disk': where
+                   bs:int=256 # Samples of a batch
+                  ) -> dict: # Which store it is, and seconds of a batch (median)
     "Fill a memory for `n` samples with a hundred batches, and time reading and writing of another."
     torch.manual_seed(0)
     mem = TeacherMemory(n, n_classes, store=make_store(kind, n, n_classes, folder=folder))
@@ -142,7 +150,11 @@ def bench_teachers(kind:str, n:int, n_classes:int, folder=None, bs:int=256) -> d
         times.append(time.perf_counter()-t)
     return dict(kind=type(mem.store).__name__, batch_s=_median(times))
 
-def bench_centers(n:int, n_classes:int, dims:int=2048, bs:int=256) -> dict:
+def bench_centers(n:int, # Samples
+                  n_classes:int, # Classes
+                  dims:int=2048, # Of a feature
+                  bs:int=256 # Samples of a batch
+                 ) -> dict: # Seconds of both, and the dtype of what is kept
     "Bank the features of an epoch, and take the centres and their similarity."
     torch.manual_seed(0)
     y = (torch.rand(n)**2*n_classes).long()
@@ -189,7 +201,9 @@ def predictions(n_classes:int=8142, # Classes
 
 def kl_error(kind:str, # Of a store
              said:tuple, # Of `predictions`
-             tau:float=2., k:int=512) -> dict: # Mean KL divergence, and the mean of absolute errors over it
+             tau:float=2., # Temperature of the review
+             k:int=512 # With 'topk': how many to keep
+            ) -> dict: # Mean KL divergence, and the mean of absolute errors over it
     "What a store makes of the KL divergence between two epochs, as the default review takes it."
     old,new,shift = said
     view = lambda z: z+2*shift # Balanced Softmax's own log n, and the prior
@@ -202,7 +216,8 @@ def kl_error(kind:str, # Of a store
 
 # %% ../../nbs/experiments/06_bench.ipynb #b6894699
 def bench_loader(n:int=2048, # Images of 32 by 32 pixels
-                 rounds:int=5) -> dict: # How many times as long the others take
+                 rounds:int=5 # Epochs of each
+                ) -> dict: # How many times as long the others take
     "Loading an epoch by fastai's item pipeline, and by torchvision's, over our batch-wise one; on one thread, in the main process."
     from torchvision.transforms import v2
     gen = torch.Generator().manual_seed(0)
@@ -234,7 +249,7 @@ def bench_training(net:str='resnet32', # See `create_net`
                    batches:int=5, # Of an epoch
                    n_classes:int=100, # Classes
                    rounds:int=8, # Epochs of each
-                   device='cpu'
+                   device:str|torch.device='cpu' # Of the steps
                   ) -> dict: # Seconds of a plain step, and the median of ratios to it
     "Epochs of training by a Learner, loader included, over those of a plain PyTorch loop of the same net and data."
     torch.manual_seed(0)
@@ -262,11 +277,11 @@ def bench_training(net:str='resnet32', # See `create_net`
 
 # %% ../../nbs/experiments/06_bench.ipynb #fa4358c4
 parts = ('overhead','training','memory','centers','loader')
-def bench(only:list=parts, # Which of `parts`
+def bench(only:Collection=parts, # Which of `parts`
           quick:bool=False, # A tenth of the size: to see that it runs, not what it costs
-          folder=None, # With room for 8 GB on disk; default: the system's temporary one
-          device='cpu', # For steps
-          echo=noop # Called with a line of text now and then
+          folder:str|Path|None=None, # With room for 8 GB on disk; default: the system's temporary one
+          device:str|torch.device='cpu', # For steps
+          echo:Callable=noop # Called with a line of text now and then
          ) -> dict: # Plain types
     "Measure what Reflective Learning costs; ratios are medians over rounds in which all take turns."
     res,less = {},(lambda n: max(1, n//10)) if quick else noop

@@ -16,14 +16,16 @@ from ..reflective.ranks import Ranks
 from ..reflective.terms import LossTerms
 
 # %% ../../nbs/experiments/00_checkpoint.ipynb #7115e724
-def random_state(dls=() # Loaders whose generators belong to it
+def random_state(dls:Iterable=() # Loaders whose generators belong to it
                 ) -> dict: # Of plain types and tensors
     "The state of every generator that training draws from."
     kind,keys,*rest = np.random.get_state()
     return dict(python=random.getstate(), numpy=(kind, torch.from_numpy(keys.astype(np.int64)), *rest), torch=torch.get_rng_state(),
                 cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [], loaders=[dl.rng.getstate() for dl in _drawing(dls)])
 
-def set_random_state(state:dict, dls=()):
+def set_random_state(state:dict, # What `random_state` gave
+                     dls:Iterable=() # The loaders that it was asked for
+                    ):
     "Put the state that `random_state` gave back into every generator."
     random.setstate(state['python'])
     kind,keys,*rest = state['numpy']
@@ -37,7 +39,8 @@ def _drawing(dls):
     return [o for o in (vars(dl).get('dl', dl) for dl in dls) if hasattr(o, 'rng')]
 
 # %% ../../nbs/experiments/00_checkpoint.ipynb #94d6746d
-def plain(o):
+def plain(o:Any # Of dicts, lists, tuples, tensors and numbers
+         ) -> Any: # The same in Python's own types
     "`o` with dicts, lists and tuples of Python's own types, whatever kind of them there was: all that `torch.load(weights_only=True)` gives back."
     if isinstance(o, dict): return {plain(k): plain(v) for k,v in o.items()}
     if isinstance(o, tuple): return tuple(map(plain, o))
@@ -55,7 +58,7 @@ class Checkpoint(Callback):
     seconds = 0. # Of earlier sittings
     def __init__(self,
         file:str|Path, # Where; replaced as a whole. The one before is beside it, with `.older` behind its name
-        identity=None, # Plain types that tell this fit from others: a file of another one is refused
+        identity:Any=None, # Plain types that tell this fit from others: a file of another one is refused
         every:int=1 # Epochs between two checkpoints
     ):
         self.file,self.identity,self.every,self._began = Path(file),identity,every,time.time()
@@ -93,9 +96,13 @@ class Checkpoint(Callback):
         "The folder for what is too large for the file: teachers on disk."
         return self.file.with_name(self.file.name+'.d')
     @property
-    def older(self) -> Path: return self.file.with_name(self.file.name+'.older')
+    def older(self) -> Path:
+        "The file of the checkpoint before."
+        return self.file.with_name(self.file.name+'.older')
     @property
-    def ranks(self) -> Ranks: return Ranks.of(self.learn.model)
+    def ranks(self) -> Ranks:
+        "The processes that train this model."
+        return Ranks.of(self.learn.model)
 
     def remove(self):
         "Remove the file, the one before, what a kill has left half written, and what is beside them."

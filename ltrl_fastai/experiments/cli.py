@@ -18,7 +18,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
 def _root():
     if int(os.environ.get('WORLD_SIZE', 1))>1: fail("ltrl trains in one process. For several, train from Python inside `learn.distrib_ctx()`: the README shows how.")
 
-def fail(e):
+def fail(e:object # What is said of it is printed
+        ):
     "Print what is wrong, and exit with status 2."
     typer.echo(f"Error: {e}", err=True)
     raise typer.Exit(2)

@@ -7,6 +7,7 @@ __all__ = ['protocols', 'parse_value', 'resolve', 'parse_setting', 'Variant', 'v
            'make_plan']
 
 # %% ../../nbs/experiments/02_plan.ipynb #43f73c23
+from collections.abc import Collection
 from fastai.basics import *
 import dataclasses, hashlib, inspect
 from itertools import combinations, product
@@ -29,7 +30,7 @@ def _part_args():
     return {**res, **{o: (k,o) for k,names in args.items() for o in names if every.count(o)==1}}
 
 def parse_value(s:str # As typed
-               ):
+               ) -> Any: # A number, bool, None or text
     "A number, true, false or null as such; anything else is text."
     try: return json.loads(s.lower())
     except ValueError:
@@ -87,9 +88,9 @@ def _show(where, value):
     return f"{short}={f'{value:g}' if isinstance(value, float) else value}"
 
 def variants(rl:str='both', # 'both' with and without Reflective Learning, 'on', or 'off'
-             ablate:list=(), # Of 'kr', 'ks', 'kc': train with every subset of review and summary, and with all
-             sweep:list=(), # Of (where, values), as `parse_setting(..., many=True)` gives
-             fixed:list=(), # Of (where, value): for all variants
+             ablate:Collection=(), # Of 'kr', 'ks', 'kc': train with every subset of review and summary, and with all
+             sweep:Collection=(), # Of (where, values), as `parse_setting(..., many=True)` gives
+             fixed:Collection=(), # Of (where, value): for all variants
              grid:bool=False # All combinations of the sweeps, or one value at a time?
             ) -> list: # Of `Variant`
     "What to train for each method, without repetition; the plain method comes first."
@@ -133,13 +134,14 @@ class PlannedRun:
     "A run and its place in the comparison."
     group:str # Data and method: what is compared within
     variant:str # Which way to train
-    settings:RunSettings
+    settings:RunSettings # All that decides its numbers
     @property
     def identity(self) -> dict:
         "What decides its numbers, of plain types, without where the data lies."
         return json.loads(json.dumps({k: v for k,v in dataclasses.asdict(self.settings).items() if k!='data'}))
     @property
     def name(self) -> str:
+        "Of its files: variant, seed and a hash of its identity."
         factor = '' if self.settings.imbalance_factor is None else f' if{self.settings.imbalance_factor:g}'
         words = re.sub(r'[^a-z0-9.=]+', '-', f'{self.settings.data_name}{factor} {self.variant}'.lower()).strip('-')
         return f"{words[:80].strip('-')}-seed{self.settings.seed}-{hash_of(self.identity)}"
@@ -148,8 +150,9 @@ class PlannedRun:
         "The identity of the run that it is measured against: the same without Reflective Learning."
         return {**self.identity, 'reflective': None}
 
-def hash_of(o) -> str:
-    "Eight hexadecimal digits of anything that JSON can hold."
+def hash_of(o:Any # Anything that JSON can hold
+           ) -> str:
+    "Eight hexadecimal digits that tell it from others."
     return hashlib.sha256(json.dumps(o, sort_keys=True).encode()).hexdigest()[:8]
 
 def parse_seeds(s:str # '5' for 0 to 4, '3,7' or '10-14'
@@ -165,7 +168,7 @@ def parse_seeds(s:str # '5' for 0 to 4, '3,7' or '10-14'
 def make_plan(methods:list, # Names of methods
               ways:list, # Of `Variant`
               seeds:list, # Of weights, batches and augmentation
-              factors:list=(None,), # Imbalance factors; None for the data set's default
+              factors:Iterable=(None,), # Imbalance factors; None for the data set's default
               paired_data:bool=False, # A draw of the training images for each seed? If not, all seeds train on the same images
               **settings # Fields of `RunSettings` for all
              ) -> list: # Of `PlannedRun`, seed by seed, so that an early look is a fair one
@@ -174,7 +177,7 @@ def make_plan(methods:list, # Names of methods
     for name,given in (('imbalance_factor', list(factors)!=[None]), ('data_seed', paired_data)):
         if given and any(name in o.settings for o in ways): raise ValueError(f"{name}: it is swept over or set, and given for all runs too. Leave one of the two.")
     res,known = [],set()
-    for seed,factor,method,way in product(*map(dict.fromkeys, (seeds, factors, methods)), ways):
+    for seed,factor,method,way in product(*map(dict.fromkeys, (seeds, factors, methods)), ways): # type: ignore[call-arg]
         kw = {**settings, **way.settings, **({} if factor is None else dict(imbalance_factor=factor))}
         if paired_data: kw['data_seed'] = seed
         if way.reflective is not None: ReflectiveLearning(**way.reflective) # refuses what can't be

@@ -20,22 +20,27 @@ class TimeLeft:
         self.epochs,self.jobs,self.runs = Counter(),jobs,len(kinds)
         for k,n in kinds: self.epochs[k] += n
         self.took,self.n = Counter(),Counter()
-    def epoch(self, kind, seconds:float, skipped:int=0 # Epochs that were there from an earlier start
+    def epoch(self, kind:Any, # Of run
+              seconds:float, # That it took
+              skipped:int=0 # Epochs that were there from an earlier start
              ):
         "An epoch of a run of `kind` is done."
         self.took[kind] += seconds; self.n[kind] += 1
         self.epochs[kind] = max(0, self.epochs[kind]-1-skipped)
-    def drop(self, kind, epochs:int):
+    def drop(self, kind:Any, # Of run
+             epochs:int # How many
+            ):
         "Epochs that will not be computed."
         self.epochs[kind] = max(0, self.epochs[kind]-epochs)
     @property
-    def seconds(self) -> float|None:
-        "None while nothing is known."
+    def seconds(self) -> float|None: # None while nothing is known
+        "What remains."
         if not self.n: return None
         mean = sum(self.took.values())/sum(self.n.values())
         return sum(n*(self.took[k]/self.n[k] if self.n[k] else mean) for k,n in self.epochs.items())/max(1, min(self.jobs, self.runs))
 
-def show_time(seconds:float|None) -> str:
+def show_time(seconds:float|None # None if they are not known
+             ) -> str:
     "'40 s', '3 min' or '2 h 5 min'."
     if seconds is None: return 'not known yet'
     if seconds<60: return f'{seconds:.0f} s'
@@ -47,8 +52,8 @@ class Watch:
     "Shows what `run_plan` tells: give it as `watch=`. Use it as a context manager."
     def __init__(self, plan:list, # Of `PlannedRun`
                  jobs:int=1, # Runs at a time
-                 read=None, # Gives the result of a `PlannedRun` that is done, for its accuracy
-                 console:Console=None # Default: the standard output
+                 read:Callable|None=None, # Gives the result of a `PlannedRun` that is done, for its accuracy
+                 console:Console|None=None # Default: the standard output
                 ):
         store_attr('plan,read'); self.console = console or Console()
         self.cells = {(o.group,o.variant): dict(n=0, done=0, accs=[], running={}) for o in plan}

@@ -46,7 +46,7 @@ class Recipe:
         return RunSettings(**{**mine, 'epochs': max(1, round(self.epochs*budget)), **over})
 
     def mark(self, budget:float=1., # Share of the schedule
-             changed:dict=None # Settings that were others
+             changed:dict|None=None # Settings that were others
             ) -> dict:
         "What a result has to say of the recipe that it was made by."
         return dict(name=self.name, budget=budget, shortened=budget<1, changed=changed or {}, reported=self.reported, notes=list(self.notes))
@@ -291,7 +291,8 @@ def _of_figures():
 recipes = {o.name: o for o in [*(o for k,v in _tables.items() for o in _of_table(k, v)), *_of_figures()]}
 
 # %% ../../nbs/experiments/08_recipes.ipynb #1cfb1cf5
-def changed_by(r:Recipe, texts:list # 'epochs=10', 'tau=4', 'preset=default', ...
+def changed_by(r:Recipe, # Not changed itself
+               texts:list # 'epochs=10', 'tau=4', 'preset=default', ...
               ) -> tuple: # Arguments for `Recipe.settings`, and the changes by name
     "What `--set` changes of a recipe; raises `ValueError` for what it can't."
     refl,over,changed = deepcopy(r.reflective),{},{}
@@ -304,7 +305,7 @@ def changed_by(r:Recipe, texts:list # 'epochs=10', 'tau=4', 'preset=default', ..
     return {**over, **({} if refl==r.reflective else dict(reflective=refl))},changed
 
 # %% ../../nbs/experiments/08_recipes.ipynb #dbd891a0
-def matching(pattern:str=None # A name, a part of one, or a pattern with `*`; capitals don't matter
+def matching(pattern:str|None=None # A name, a part of one, or a pattern with `*`; capitals don't matter
             ) -> list: # Of `Recipe`
     "Recipes whose name matches; raises `ValueError` with names like it."
     if pattern is None: return list(recipes.values())
@@ -331,7 +332,7 @@ def beside(accuracy:dict, # Measured, in percent, by shot
                          'difference': {k.title(): show(gap[k], '+.1f') for k in keys}}).T
 
 def caveat(mark:dict, # As `Recipe.mark` gives
-           epochs:int=None # That were trained
+           epochs:int|None=None # That were trained
           ) -> str: # Empty if it is the recipe itself
     "Why a result may not be compared with the reported numbers."
     n = '' if epochs is None else f" ({epochs} epochs)"

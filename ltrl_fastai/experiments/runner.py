@@ -36,7 +36,8 @@ def code_identity() -> dict:
     return dict(ltrl=hash_of([(str(f.relative_to(root)), code_hash(f.read_text(encoding='utf-8'))) for f in files]),
                 **{o: importlib.metadata.version(o) for o in ('fastai','torch','torchvision','numpy')})
 
-def data_identity(settings:RunSettings) -> str:
+def data_identity(settings:RunSettings # Of the run
+                 ) -> str: # Sixteen hexadecimal digits
     "A hash of all that a run is trained, validated and tested on."
     h,dls = hashlib.sha256(),settings.dls()
     if isinstance(dls, ImageFileDataLoaders): # of their lists: nobody wants to wait for all pixels of ImageNet
@@ -60,8 +61,16 @@ class Identities:
         return dict(settings=run.identity, data=self.data[key], code=code_identity(), test=test, device=default_device().type, threads=threads)
 
 # %% ../../nbs/experiments/03_runner.ipynb #908db053
-def run_file(folder:Path, run:PlannedRun) -> Path: return Path(folder)/'runs'/f'{run.name}.json'
-def work_folder(folder:Path) -> Path: return Path(folder)/'.unfinished'
+def run_file(folder:Path, # Of the comparison
+             run:PlannedRun # Of its plan
+            ) -> Path:
+    "Where the result of a run is kept."
+    return Path(folder)/'runs'/f'{run.name}.json'
+
+def work_folder(folder:Path # Of the comparison
+               ) -> Path:
+    "Where checkpoints of runs that are not finished are kept."
+    return Path(folder)/'.unfinished'
 
 def why_again(old:dict, # The identity that a result was made of
               new:dict # That of the planned run
@@ -74,7 +83,8 @@ def why_again(old:dict, # The identity that a result was made of
         [f"the {k} changed ({old[k]} to {new[k]})" for k in ('device','threads') if k in old and old[k]!=new[k]] +
         (['it has not read the test set' if new['test'] else 'it has read the test set'] if old.get('test')!=new['test'] else []))
 
-def read_result(file:Path) -> dict|None:
+def read_result(file:Path # See `run_file`
+               ) -> dict|None:
     "A result, or None if there is none; raises `ValueError` if the file holds something else."
     try: res = json.loads(Path(file).read_text(encoding='utf-8'))
     except FileNotFoundError: return None
@@ -86,8 +96,8 @@ def read_result(file:Path) -> dict|None:
 @dataclasses.dataclass
 class Todo:
     "A run of a plan, what it is to be made of, and what there is of it."
-    run:PlannedRun
-    identity:dict
+    run:PlannedRun # Of the plan
+    identity:dict # What its result is to be made of
     why:str # Why it has to be computed although there is a result; '' if it is new or finished
     done:bool # Is its result there?
 
@@ -108,7 +118,8 @@ def look(plan:list, # Of `PlannedRun`
 class Tell(Callback):
     "Sends a message after every epoch that was trained."
     order,run_valid = 210,False
-    def __init__(self, send): self.send = send
+    def __init__(self, send:Callable # Called with `('epoch', epochs done, epochs, seconds)`
+                ): self.send = send
     def before_fit(self): self.started = time.time()
     def after_epoch(self):
         self.send(('epoch', self.learn.epoch+1, self.learn.n_epoch, time.time()-self.started))
@@ -116,8 +127,8 @@ class Tell(Callback):
 
 def finish(todo:Todo, # What to compute
            folder:Path, # Of the comparison
-           send=noop, # Called with messages
-           command:str=None # That started the comparison
+           send:Callable=noop, # Called with messages
+           command:str|None=None # That started the comparison
           ) -> dict: # The result
     "Compute one run, or the rest of it, and write its result; nothing is left behind but that."
     file,name = run_file(folder, todo.run),todo.run.name
@@ -178,11 +189,11 @@ class Failed(RuntimeError):
 
 def run_plan(plan:list, # Of `PlannedRun`
              folder:Path, # Results go to its `runs`
-             jobs:int=None, # Runs at a time; default: `default_jobs`
+             jobs:int|None=None, # Runs at a time; default: `default_jobs`
              test:bool=True, # Read the test set at the end of each run? If not, results are of validation images alone
-             watch=None, # Called with what happens: `watch(event, todo, *details)`; events are 'known', 'again', 'start', 'epoch', 'done', 'failed'
-             command:str=None, # That started it, for the results
-             about:dict=None # Of the plan, for `compare.json`; default: none is written
+             watch:Callable|None=None, # Called with what happens: `watch(event, todo, *details)`; events are 'known', 'again', 'start', 'epoch', 'done', 'failed'
+             command:str|None=None, # That started it, for the results
+             about:dict|None=None # Of the plan, for `compare.json`; default: none is written
             ) -> list: # The results, in the order of the plan
     "Compute what is missing of a plan; raises `Failed` when all others are done, if some runs fail."
     if jobs is not None and jobs<1: raise ValueError(f"jobs: expected at least 1, got {jobs}")
@@ -241,7 +252,7 @@ def _run_workers(missing, folder, jobs, watch, command):
     return failed
 
 @contextlib.contextmanager
-def without_main():
+def without_main() -> Iterator:
     "Start new processes without the script or notebook that starts them, as workers need this package alone, and without the warnings that its imports give."
     main = sys.modules['__main__']
     old = {k: main.__dict__.pop(k) for k in ('__file__',) if k in main.__dict__}

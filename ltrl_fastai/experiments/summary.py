@@ -87,7 +87,9 @@ def summarise(runs:pd.DataFrame # As `runs_table` gives
     return pd.DataFrame(rows)
 
 # %% ../../nbs/experiments/05_summary.ipynb #07a8a506
-def slides_row(group:str, variant:str) -> dict|None:
+def slides_row(group:str, # Data and method, as in `PlannedRun`
+               variant:str # Which way to train, likewise
+              ) -> dict|None:
     "What the slides report of that method on CIFAR-100-LT: accuracies, and the gain by Reflective Learning; None if nothing."
     m = re.match(r'cifar100\S*-lt IF (\S+) (\S+)$', group)
     if not m or variant not in (m[2], f'{m[2]} + RL'): return None
@@ -192,7 +194,7 @@ def _rounded(v): return None if v is None or math.isnan(v) else round(float(v), 
 
 # %% ../../nbs/experiments/05_summary.ipynb #00f6bcfa
 def plot_gains(summary:pd.DataFrame, # As `summarise` gives
-               title:str=None # Above all
+               title:str|None=None # Above all
               ) -> plt.Figure:
     "Paired gains and their intervals, a panel for each data set and method; accuracies where there is nothing to gain over."
     with picture_style(): return _draw_gains(summary, title)

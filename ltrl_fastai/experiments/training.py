@@ -7,6 +7,7 @@ __all__ = ['datasets', 'schedules', 'spec_of', 'one_of', 'check_type', 'RunSetti
            'write_json', 'write_text', 'history', 'train_run', 'stage_file', 'label_of']
 
 # %% ../../nbs/experiments/01_training.ipynb #c0ea3bfe
+from collections.abc import Collection
 from fastai.vision.all import *
 import contextlib, dataclasses, importlib.metadata, math, platform, shlex
 from ..data.imbalance import check_imbalance_factor, eval_view
@@ -55,16 +56,23 @@ schedules = {
     'cosine': lambda learn, epochs, lr, cbs: _by(learn, epochs, SchedCos(lr, 0.), cbs),
 }
 
-def one_of(name:str, value, known):
+def one_of(name:str, # Of the argument, for the message
+           value:Any, # Checked
+           known:Collection # What there is
+          ) -> Any: # `value`
     "`value`, if it is among `known`; else raises `ValueError` with the nearest of them."
     if value in known: return value
     near = did_you_mean(value, known)
     raise ValueError(f"{name}: got {value!r}.{near} There are {', '.join(known)}." if near else f"{name}: expected one of {', '.join(known)}, got {value!r}.")
 
 _kinds = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a text'}
-def check_type(name:str, value, kind, none:bool=True # Is None all right?
+def check_type(name:str, # Of the argument, for the message
+               value:Any, # Checked
+               kind:Any, # A type; of a union, one that is not None
+               none:bool=True # Is None all right?
               ):
     "Raise `ValueError` if `value` is not of `kind`, one of int, float, bool and str; an int is a float."
+    if isinstance(kind, types.UnionType): kind = next(iter({*kind.__args__}-{type(None)})) if len(kind.__args__)==2 and type(None) in kind.__args__ else kind
     if value is None and none or kind not in _kinds: return
     fits = isinstance(value, bool)==(kind is bool) and isinstance(value, (int,float) if kind is float else kind)
     if not fits: raise ValueError(f"{name}: expected {_kinds[kind]}, got {value!r}.")
@@ -73,27 +81,27 @@ def check_type(name:str, value, kind, none:bool=True # Is None all right?
 class RunSettings:
     "Everything that decides the numbers of a run. `None` takes the default of the data set."
     dataset:str='digits-lt' # A name in `datasets`, or a folder or CSV file of your own images
-    imbalance_factor:float=None # Largest over smallest class, >= 1; None for data that are long-tailed already
+    imbalance_factor:float|None=None # Largest over smallest class, >= 1; None for data that are long-tailed already
     method:str='bsce' # A name in `methods`
-    net:str=None # See `create_net`
-    epochs:int=None # Of training
+    net:str|None=None # See `create_net`
+    epochs:int|None=None # Of training
     schedule:str='one-cycle' # Of the learning rate, a name in `schedules`
-    lr:float=None # Largest learning rate
-    bs:int=None # Batch size
-    wd:float=None # Weight decay; default: 5e-4, or what the method can't do without
+    lr:float|None=None # Largest learning rate
+    bs:int|None=None # Batch size
+    wd:float|None=None # Weight decay; default: 5e-4, or what the method can't do without
     seed:int=0 # Of weights, batches and augmentation
     data_seed:int=0 # Of the choice of training images
-    n_max:int=None # Training images of the largest class; default: as many as there are (120 for digits)
-    n_valid:int=None # Validation images of each class, at most
+    n_max:int|None=None # Training images of the largest class; default: as many as there are (120 for digits)
+    n_valid:int|None=None # Validation images of each class, at most
     pretrained:bool=False # Does a torchvision net begin with ImageNet weights?
-    policy:str=None # Augmentation policy beside crop and flip: 'randaugment' or 'autoaugment'
-    cut:int=None # Pixels of a side of the Cutout square
-    crop:int=None # Padding of the random crop
-    flip:bool=None # Mirror?
-    size:int=None # Pixels of a side that images are shrunk to, or cropped to if they are photographs
-    data:str=None # Where the data set is, if not where fastai keeps it
+    policy:str|None=None # Augmentation policy beside crop and flip: 'randaugment' or 'autoaugment'
+    cut:int|None=None # Pixels of a side of the Cutout square
+    crop:int|None=None # Padding of the random crop
+    flip:bool|None=None # Mirror?
+    size:int|None=None # Pixels of a side that images are shrunk to, or cropped to if they are photographs
+    data:str|None=None # Where the data set is, if not where fastai keeps it
     diagnose:bool=False # Keep how predictions drift, what is right and where gradients conflict, by class and epoch? Changes no weight
-    reflective:dict=None # Arguments of `ReflectiveLearning`; None trains without it
+    reflective:dict|None=None # Arguments of `ReflectiveLearning`; None trains without it
 
     def __post_init__(self):
         for f in dataclasses.fields(self): check_type(f.name, getattr(self, f.name), f.type)
@@ -168,15 +176,17 @@ def versions() -> dict:
 
 def command() -> str:
     "The command line that this process was started with, without the path of the program."
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    name = Path(sys.argv[0]).name
+    return shlex.join([*(['python','-m','ltrl_fastai'] if name=='__main__.py' else [name]), *sys.argv[1:]])
 
-def write_json(o, # Of plain types; no NaN
+def write_json(o:Any, # Of plain types; no NaN
                path:Path # Replaced as a whole, or not at all
               ):
     "Write JSON atomically, a line for each innermost list or dict."
     write_text(_lines(o)+'\n', path)
 
-def write_text(text:str, path:Path # Replaced as a whole, or not at all
+def write_text(text:str, # What to write
+               path:Path # Replaced as a whole, or not at all
               ):
     "Write a text file atomically."
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
@@ -219,8 +229,8 @@ class _Rows:
 def train_run(settings:RunSettings, # What to train
               bar:bool=True, # fastai's progress bar and table?
               test:bool=True, # Read the test set, at the end? If not, or if there is none, the result is of the validation images alone
-              checkpoint:Path=None, # File to keep after each epoch, from which an interrupted run goes on
-              cbs=None # More callbacks
+              checkpoint:Path|None=None, # File to keep after each epoch, from which an interrupted run goes on
+              cbs:Callback|Iterable|None=None # More callbacks
              ) -> tuple[dict, ShotReport]: # The result, and the report it was made from
     "Train once, read the test set once."
     start,method,hists,kept = time.time(),methods[settings.method],[],[]
@@ -264,7 +274,8 @@ class _Diverged(Callback):
         if not math.isfinite(self.learn.smooth_loss): raise FloatingPointError(
             f"The training loss is no number any more in epoch {self.epoch}: training has diverged. Lower the learning rate (lr={self.lr_max}).")
 
-def label_of(settings:RunSettings) -> str:
+def label_of(settings:RunSettings # Of the run
+            ) -> str:
     "A short name of a run: its method and the parts of Reflective Learning."
     if settings.reflective is None: return settings.method
     rl,usual = ReflectiveLearning(**settings.reflective),ReflectiveLearning(preset=settings.reflective.get('preset', 'default'))

@@ -6,6 +6,7 @@
 __all__ = ['balancing_stage', 'MaxNorm', 'WeightDecay', 'class_balanced', 'balanced_head']
 
 # %% ../../nbs/methods/11_balancing.ipynb #5400c379
+from collections.abc import Collection
 from fastai.basics import *
 from .heads import HeadOnly, head_of
 from .weights import ClassBalancedLoss
@@ -34,8 +35,14 @@ class MaxNorm(Callback):
         with torch.no_grad():
             lengths = w.norm(dim=1, keepdim=True)
             w.copy_(torch.where(lengths>self._radius, w*(self._radius/lengths), w))
-    def state_dict(self) -> dict: return dict(radius=self._radius)
-    def load_state_dict(self, state, learn): self._radius = state['radius'].to(head_of(get_model(learn.model))[1].weight)
+    def state_dict(self) -> dict:
+        "What `Checkpoint` has to keep: the radius."
+        return dict(radius=self._radius)
+    def load_state_dict(self, state:dict, # What `state_dict` gave
+                        learn:Learner # Whose head it is about
+                       ):
+        "Go on with this radius."
+        self._radius = state['radius'].to(head_of(get_model(learn.model))[1].weight)
 
 class WeightDecay(Callback):
     "Another weight decay for one fit: it is there during steps alone, so that nothing is left of it, after a crash neither."
@@ -48,9 +55,14 @@ class WeightDecay(Callback):
     def after_step(self): self.learn.opt.set_hyper('wd', self._before)
     after_cancel_step = after_step
 
-def class_balanced(learn:Learner, counts):
+def class_balanced(learn:Learner, # Its loss is changed
+                   counts:Collection # Training images of each class
+                  ):
     "Put the class-balanced loss in place of a learner's."
     learn.loss_func = ClassBalancedLoss(counts)
 
-def balanced_head(counts): return [HeadOnly(), MaxNorm(), WeightDecay(.1)]
+def balanced_head(counts:Collection # Training images of each class; not looked at
+                 ) -> list:
+    "The callbacks that train a head alone, its class vectors within a ball."
+    return [HeadOnly(), MaxNorm(), WeightDecay(.1)]
 balancing_stage = Stage('the head alone, its class vectors within a ball', class_balanced, balanced_head, epochs=10, lr=.01)

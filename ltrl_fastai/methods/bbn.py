@@ -6,6 +6,7 @@
 __all__ = ['ReversedBatch', 'BilateralNet', 'bilateral_net', 'BBNLoss']
 
 # %% ../../nbs/methods/19_bbn.ipynb #8605db25
+from collections.abc import Collection
 from fastai.basics import *
 from ..data.imbalance import dataset_targets
 from .heads import dealt, head_of, loader_in_order
@@ -45,7 +46,9 @@ class BilateralNet(nn.Module):
                 ):
         super().__init__()
         self.shared,self.branches,self.head = shared,nn.ModuleList(branches),head
-    def get_classifier(self): return self.head
+    def get_classifier(self) -> nn.Module:
+        "The head of both branches."
+        return self.head
     def forward(self, x, x_r=None, y_r=None, lam=None):
         conventional,balancing = self.branches
         if not self.training or x_r is None: h = self.shared(x); return self.head(torch.cat([conventional(h), balancing(h)], 1))
@@ -55,7 +58,8 @@ class BilateralNet(nn.Module):
         return self.head(torch.cat([2*lam*f, 2*(1-lam)*f_r], 1)),alone,y_r,lam
 
 def bilateral_net(net:nn.Module, # A classifier that can be split
-                  counts=None) -> BilateralNet:
+                  counts:Collection|None=None # Training images of each class; not looked at
+                 ) -> BilateralNet:
     "Give a net two branches."
     shared,own,d = split_late(net)
     return BilateralNet(shared, [own, deepcopy(own)], nn.Linear(2*d, head_of(net)[1].out_features))

@@ -7,6 +7,7 @@ __all__ = ['crt', 'lws', 'tau_norm', 'ncm', 'new_head', 'alone_and_even', 'Scale
            'TauNormHead', 'tau_normed', 'features_of', 'unaugmented', 'MeanHead', 'class_means', 'mean_head']
 
 # %% ../../nbs/methods/09_decouple.ipynb #f868c1dd
+from collections.abc import Collection
 from fastai.basics import *
 from ..data.imbalance import eval_view
 from .heads import head_of, replace_head, HeadOnly, EvenClasses
@@ -14,11 +15,16 @@ from .method import Stage
 from ..reflective.features import HeadInput
 
 # %% ../../nbs/methods/09_decouple.ipynb #0c49b085
-def new_head(learn:Learner, counts=None):
+def new_head(learn:Learner, # Its net is changed in place
+             counts:Collection|None=None # Training images of each class; not looked at
+            ):
     "Put a new linear head on a learner's net."
     replace_head(learn.model, lambda old: nn.Linear(old.in_features, old.out_features))
 
-def alone_and_even(counts): return [HeadOnly(), EvenClasses()]
+def alone_and_even(counts:Collection # Training images of each class; not looked at
+                  ) -> list:
+    "The callbacks that train a head alone, on even classes."
+    return [HeadOnly(), EvenClasses()]
 crt = Stage('a new head, on even classes', new_head, alone_and_even, epochs=10, lr=.2)
 
 # %% ../../nbs/methods/09_decouple.ipynb #2014666c
@@ -34,12 +40,17 @@ class ScaledHead(nn.Module):
         z = self.head(x)
         return z*self.scale if bias is None else (z-bias)*self.scale+bias
 
-def scaled_head(learn:Learner, counts=None):
+def scaled_head(learn:Learner, # Its net is changed in place
+                counts:Collection|None=None # Training images of each class; not looked at
+               ):
     "Put a scale for each class on a learner's head."
     replace_head(learn.model, ScaledHead)
 
 def _scales(net): return [m.scale for m in net.modules() if isinstance(m, ScaledHead)]
-def scales_alone_and_even(counts): return [HeadOnly(_scales), EvenClasses()]
+def scales_alone_and_even(counts:Collection # Training images of each class; not looked at
+                         ) -> list:
+    "The callbacks that train the scales of a `ScaledHead` alone, on even classes."
+    return [HeadOnly(_scales), EvenClasses()]
 lws = Stage('a scale for each class, on even classes', scaled_head, scales_alone_and_even, epochs=5, lr=.2)
 
 # %% ../../nbs/methods/09_decouple.ipynb #575d55ae
@@ -52,12 +63,15 @@ class TauNormHead(nn.Module):
         self.in_features,self.out_features = head.in_features,head.out_features
         self.weight = nn.Parameter(head.weight.detach().clone())
         self.register_buffer('tau', torch.tensor(float(tau)))
-    def normed(self) -> Tensor: return self.weight/self.weight.norm(dim=1, keepdim=True).clamp(min=1e-12)**self.tau
+    def normed(self) -> Tensor: # `(C, D)`
+        "Class vectors over a power of their lengths."
+        return self.weight/self.weight.norm(dim=1, keepdim=True).clamp(min=1e-12)**self.tau
     def forward(self, x): return F.linear(x, self.normed())
     def extra_repr(self): return f"{self.in_features}, {self.out_features}, tau={self.tau:.2f}"
 
-def tau_normed(learn:Learner, counts=None,
-               taus=None # To choose from; default: 0, 0.1, ... 2
+def tau_normed(learn:Learner, # With validation images of two classes or more; its net is changed in place
+               counts:Collection|None=None, # Training images of each class; not looked at
+               taus:Iterable|None=None # To choose from; default: 0, 0.1, ... 2
               ) -> float: # The tau that was taken
     "Divide a learner's class vectors by a power of their lengths, that with the best accuracy on its validation images."
     head = head_of(learn.model)[1]
@@ -79,7 +93,9 @@ def tau_normed(learn:Learner, counts=None,
 tau_norm = Stage('class vectors over a power of their lengths', tau_normed)
 
 # %% ../../nbs/methods/09_decouple.ipynb #d233f89c
-def features_of(learn:Learner, dl) -> tuple[Tensor, Tensor]: # `(N, D)` float32 and `(N,)` int64, on the CPU
+def features_of(learn:Learner, # Trained
+                dl:Iterable # Batches of inputs and targets
+               ) -> tuple[Tensor, Tensor]: # `(N, D)` float32 and `(N,)` int64, on the CPU
     "What the head of a learner's net is given for each image of a loader, and the targets."
     net,feats,ys = learn.model.eval(),[],[]
     head = head_of(net)[1]
@@ -93,7 +109,8 @@ def features_of(learn:Learner, dl) -> tuple[Tensor, Tensor]: # `(N, D)` float32 
         ys.append(yb.as_subclass(Tensor).cpu().flatten().long())
     return torch.cat(feats) if feats else torch.zeros(0, head.in_features), torch.cat(ys) if ys else torch.zeros(0, dtype=torch.long)
 
-def unaugmented(learn:Learner):
+def unaugmented(learn:Learner # Whose training images are wanted
+               ) -> DataLoader:
     "A loader of the training images as they are, in order."
     return learn.dls.valid.new(eval_view(learn.dls.train_ds))
 
@@ -109,7 +126,9 @@ class MeanHead(nn.Module):
         self.register_buffer('means', F.normalize(means, dim=1)); self.register_buffer('known', known)
     def forward(self, x): return (self.scale*F.linear(F.normalize(x, dim=1), self.means)).masked_fill(~self.known, -1e4)
 
-def class_means(learn:Learner, n_classes:int) -> tuple[Tensor, Tensor]: # `(C, D)` and `(C,)` int64: images of each
+def class_means(learn:Learner, # Trained
+                n_classes:int # Number of classes
+               ) -> tuple[Tensor, Tensor]: # `(C, D)` and `(C,)` int64: images of each
     "Mean feature of each class over the training images, without augmentation."
     sums,n = None,torch.zeros(n_classes, dtype=torch.long)
     for b in unaugmented(learn):
@@ -118,7 +137,9 @@ def class_means(learn:Learner, n_classes:int) -> tuple[Tensor, Tensor]: # `(C, D
         sums.index_add_(0, y, f.double()); n += torch.bincount(y, minlength=n_classes)
     return (sums/n.clamp(min=1)[:,None]).float(),n
 
-def mean_head(learn:Learner, counts=None):
+def mean_head(learn:Learner, # Trained; its net is changed in place
+              counts:Collection|None=None # Training images of each class; not looked at
+             ):
     "Let a learner's net classify by the nearest class mean."
     means,n = class_means(learn, head_of(learn.model)[1].out_features)
     replace_head(learn.model, lambda old: MeanHead(means, n>0))

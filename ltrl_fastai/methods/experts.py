@@ -32,8 +32,11 @@ class ExpertNet(nn.Module):
         if len(experts)!=len(heads): raise ValueError(f"experts: expected a head for each, got {len(experts)} experts and {len(heads)} heads")
         self.shared,self.experts,self.heads = shared,nn.ModuleList(experts),ExpertHeads(heads)
         self.register_buffer('weights', torch.full((len(experts),), 1/len(experts)))
-    def get_classifier(self): return self.heads
-    def features(self, x:Tensor) -> Tensor: # `(B, K, D)`
+    def get_classifier(self) -> nn.Module:
+        "The head, for whoever looks for one: `find_head`."
+        return self.heads
+    def features(self, x:Tensor # What the net takes
+                ) -> Tensor: # `(B, K, D)`
         "What the heads see."
         x = self.shared(x)
         return torch.stack([o(x) for o in self.experts], 1)
@@ -128,6 +131,7 @@ class ExpertsLoss(MethodLoss):
              k:int, # Which
              targets:Tensor # `(B,)`
             ) -> Tensor: # `(B,)`
+        "Loss of one expert, of each sample; if a subclass does not say, cross-entropy."
         return F.cross_entropy(logits, targets, reduction='none')
     def parts(self, pred, targets):
         if pred.ndim!=3: raise ValueError(f"{type(self).__name__}: expected logits (B, K, C) of experts in training, got shape {tuple(pred.shape)}. "

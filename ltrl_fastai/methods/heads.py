@@ -6,6 +6,7 @@
 __all__ = ['head_of', 'replace_head', 'pretrained_net', 'cosine_head', 'HeadOnly', 'dealt', 'loader_in_order', 'EvenClasses']
 
 # %% ../../nbs/methods/07_heads.ipynb #ef910ef7
+from collections.abc import Collection
 from fastai.basics import *
 import torchvision
 from ..data.imbalance import dataset_targets
@@ -20,7 +21,7 @@ def head_of(net:nn.Module # A classifier
     return found[-1]
 
 def replace_head(net:nn.Module, # A classifier; changed in place
-                 make # A new head, as a function of the old one
+                 make:Callable # A new head, as a function of the old one
                 ) -> nn.Module: # The net
     "Put another head on a net."
     name,old = head_of(net)
@@ -55,7 +56,7 @@ class HeadOnly(Callback):
     order = 1 # behind fastai's own, which puts the whole net in training mode
     _kept = ()
     def __init__(self,
-        params=None, # Function from the net to the parameters that learn; default: those of its head
+        params:Callable|None=None, # Function from the net to the parameters that learn; default: those of its head
         shift_bn:bool=False # Do the frozen part's batch statistics go on moving?
     ): store_attr()
 
@@ -79,8 +80,8 @@ class HeadOnly(Callback):
 
 # %% ../../nbs/methods/07_heads.ipynb #93a80a9e
 def dealt(targets:Tensor, # `(N,)` class of each image
-          n:int=None, # Places; default: N
-          share:Tensor=None # `(C,)` how often each class is to come, in any unit; default: all the same, classes without an image never
+          n:int|None=None, # Places; default: N
+          share:Tensor|None=None # `(C,)` how often each class is to come, in any unit; default: all the same, classes without an image never
          ) -> list: # Of n positions in `targets`, in random order
     "An order in which each class comes as often as its share says, up to one, and no image of a class twice before each came once."
     targets = torch.as_tensor(targets)
@@ -99,7 +100,7 @@ def dealt(targets:Tensor, # `(N,)` class of each image
     return (res := torch.cat(res))[torch.randperm(len(res))].tolist()
 
 def loader_in_order(train:DataLoader, # For training
-                    order # Function without arguments that gives the positions of an epoch
+                    order:Callable # Function without arguments that gives the positions of an epoch
                    ) -> DataLoader:
     "Another loader of the same items and transforms, in an order of its own; making it draws no random number."
     if not isinstance(train, DataLoader): raise TypeError(f"expected a fastai DataLoader for training, got {type(train).__module__}.{type(train).__name__}.")
@@ -116,7 +117,7 @@ class EvenClasses(Callback):
     order,run_valid,_stateattrs = -5,False,('_dl','_targets') # before `SampleIds`, which reads the order
     _dl = _targets = None
     def __init__(self,
-        share=None # `(C,)` how often each class is to come; default: all the same
+        share:Collection|None=None # `(C,)` how often each class is to come; default: all the same
     ): store_attr()
 
     def before_fit(self): self._dl = None

@@ -6,6 +6,7 @@
 __all__ = ['lader', 'LADE', 'LADELoss']
 
 # %% ../../nbs/methods/04_lade.ipynb #dd542cd9
+from collections.abc import Collection
 from fastai.basics import *
 from .losses import BalancedSoftmax, BalancedSoftmaxLoss
 
@@ -24,8 +25,14 @@ def lader(logits:Tensor, # `(B, C)`
     return -(log_prior.exp()*(own-r-lam*r**2)).sum()
 
 class LADE(BalancedSoftmax):
-    "Balanced Softmax + alpha * LADER"
-    def __init__(self, class_counts, alpha:float=.1, lam:float=.01, of:str='image', reduction:str='mean'):
+    "Balanced Softmax + alpha * `lader` (Hong et al. 2021)."
+    def __init__(self,
+        class_counts:Collection, # Training images of each class, each at least 1
+        alpha:float=.1, # Weight of the second part, 0 or more
+        lam:float=.01, # Weight of the squared log mean in it, 0 or more
+        of:str='image', # See `lader`
+        reduction:str='mean' # 'mean', 'sum' or 'none'
+    ):
         super().__init__(class_counts, reduction=reduction)
         if alpha<0 or lam<0: raise ValueError(f"expected weights of 0 or more, got alpha={alpha} and lam={lam}")
         if of not in ('image','logit'): raise ValueError(f"of: expected 'image' or 'logit', got {of!r}")
@@ -41,7 +48,7 @@ class LADE(BalancedSoftmax):
 class LADELoss(BalancedSoftmaxLoss):
     "LADE (Hong et al. 2021). With a `reduction` other than 'mean' it is its first part, Balanced Softmax, alone: the second belongs to a batch."
     def __init__(self,
-        class_counts, # Training images of each class: `class_counts(dls)`; each at least 1
+        class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         alpha:float=.1, # Weight of the second part
         lam:float=.01, # Weight of the squared log mean in it
         of:str='image', # See `lader`; 'logit' is what the authors' code has

@@ -6,11 +6,12 @@
 __all__ = ['check_class_counts', 'BalancedSoftmax', 'BalancedSoftmaxLoss']
 
 # %% ../../nbs/methods/00_losses.ipynb #ea1dfe09
+from collections.abc import Collection
 from fastai.basics import *
 from ..data.imbalance import check_counts
 
 # %% ../../nbs/methods/00_losses.ipynb #aa2fac35
-def check_class_counts(class_counts # Training images of each class
+def check_class_counts(class_counts:Collection # Training images of each class
                       ) -> Tensor: # float32
     "Check that every class has a training image; raises `ValueError` that names those without."
     n = check_counts(class_counts).float()
@@ -20,13 +21,19 @@ def check_class_counts(class_counts # Training images of each class
     return n
 
 class BalancedSoftmax(nn.Module):
-    "Cross-entropy of logits + tau*log(class counts)"
-    def __init__(self, class_counts, tau:float=1., reduction:str='mean'):
+    "Cross-entropy of logits + tau*log(class counts) (Ren et al. 2020); raises `ValueError` for a class without a training image."
+    def __init__(self,
+        class_counts:Collection, # Training images of each class, each at least 1
+        tau:float=1., # Strength of the adjustment
+        reduction:str='mean' # 'mean', 'sum' or 'none'
+    ):
         super().__init__()
         self.tau,self.reduction = tau,reduction
         self.register_buffer('log_counts', check_class_counts(class_counts).log())
 
-    def trained_logits(self, logits:Tensor) -> Tensor:
+    def trained_logits(self, logits:Tensor # `(..., C)`
+                      ) -> Tensor: # The same shape
+        "The logits of the distribution that is trained: z + tau*log n."
         if logits.shape[-1]!=len(self.log_counts): raise ValueError(f"logits: expected {len(self.log_counts)} classes, as there are class counts, got {logits.shape[-1]}. "
             "Do the counts and the model's head speak of the same classes?")
         return logits + self.tau*self.log_counts.to(logits)
@@ -39,7 +46,7 @@ class BalancedSoftmaxLoss(BaseLoss):
     "Balanced Softmax (Ren et al. 2020), or logit adjustment with temperature `tau` (Menon et al. 2021): cross-entropy of logits + tau*log n."
     y_int = True # so that MixUp interpolates the loss, not the class indices
     def __init__(self,
-        class_counts, # Training images of each class: `class_counts(dls)`; each at least 1
+        class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         tau:float=1., # Strength of the adjustment; 1 is Balanced Softmax, 0 plain cross-entropy
         axis:int=-1, # Class axis of the logits
         reduction:str='mean' # 'mean', 'sum' or 'none'
@@ -47,7 +54,7 @@ class BalancedSoftmaxLoss(BaseLoss):
         super().__init__(BalancedSoftmax, class_counts, tau=tau, reduction=reduction, axis=axis)
 
     def trained_logits(self, logits:Tensor # `(B, C)`
-                      ) -> Tensor:
+                      ) -> Tensor: # `(B, C)`
         "The logits of the distribution that this loss trains: z + tau*log n."
         return self.func.trained_logits(logits)
     def activation(self, x:Tensor) -> Tensor:

@@ -6,13 +6,20 @@
 __all__ = ['LDAM', 'LDAMLoss']
 
 # %% ../../nbs/methods/03_margins.ipynb #598bd97a
+from collections.abc import Collection
 from fastai.basics import *
 from .losses import check_class_counts
 
 # %% ../../nbs/methods/03_margins.ipynb #eb1898c1
 class LDAM(nn.Module):
-    "Cross-entropy of logits, that of the right class less its margin"
-    def __init__(self, class_counts, max_margin:float=.5, scale:float=30., weight:Tensor=None, reduction:str='mean'):
+    "Cross-entropy of logits, that of the right class less its margin (Cao et al. 2019, eq. 13)."
+    def __init__(self,
+        class_counts:Collection, # Training images of each class, each at least 1
+        max_margin:float=.5, # Of the smallest class, in units of the cosine
+        scale:float=30., # Of the cosine
+        weight:Tensor|None=None, # `(C,)` of the classes
+        reduction:str='mean' # 'mean', 'sum' or 'none'
+    ):
         super().__init__()
         if max_margin<0 or not scale>0: raise ValueError(f"expected a margin of 0 or more and a scale above 0, got max_margin={max_margin} and scale={scale}")
         n = check_class_counts(class_counts)
@@ -31,11 +38,11 @@ class LDAMLoss(BaseLoss):
     "Label-distribution-aware margins (Cao et al. 2019, eq. 13), for the logits of a `CosineHead`; with `DeferredWeights` it is LDAM-DRW."
     y_int,review_weight = True,3. # what a review of it weighs, if nothing is said
     def __init__(self,
-        class_counts, # Training images of each class: `class_counts(dls)`; each at least 1
+        class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         max_margin:float=.5, # Of the smallest class, in units of the cosine
         scale:float=30., # That of the `CosineHead`
         axis:int=-1, # Class axis of the logits
-        weight:Tensor=None, # Of the classes
+        weight:Tensor|None=None, # `(C,)` of the classes
         reduction:str='mean' # 'mean', 'sum' or 'none'
     ):
         super().__init__(LDAM, class_counts, max_margin=max_margin, scale=scale, weight=weight, reduction=reduction, axis=axis)

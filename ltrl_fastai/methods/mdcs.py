@@ -6,6 +6,7 @@
 __all__ = ['MDCSLoss', 'RampUp', 'mdcs_net']
 
 # %% ../../nbs/methods/16_mdcs.ipynb #de027ab6
+from collections.abc import Collection
 from fastai.basics import *
 from .losses import check_class_counts
 from .views import OnViews
@@ -16,7 +17,7 @@ class MDCSLoss(ExpertsLoss):
     "Cross-entropy of experts under three powers of the class counts, and of their strong views under their weak ones (Zhao et al. 2023, eq. 4 and 8)."
     views,ramp = 2,1.
     def __init__(self,
-        class_counts, # Training images of each class: `class_counts(dls)`; each at least 1
+        class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         lambdas:tuple=(-.5,1.,2.5), # Power of the counts, for each expert
         weight:float=.6, # Of the divergence
         reduction:str='mean' # 'mean', 'sum' or 'none'
@@ -37,7 +38,10 @@ class MDCSLoss(ExpertsLoss):
         kl = (kl*right*len(targets)/right.sum(0).clamp(min=1)).sum(1)
         return super().parts(weak, targets) + super().parts(strong, targets) + self.kl_weight*self.ramp*kl
     def logits_of(self, pred): return super().logits_of(pred[0] if pred.ndim==4 else pred)
-    def trained_logits(self, logits): return logits+self.shifts.mean(0).to(logits)
+    def trained_logits(self, logits:Tensor # `(B, C)`, mean of the experts
+                      ) -> Tensor: # `(B, C)`
+        "The mean of the distributions that experts are trained on, in log space."
+        return logits+self.shifts.mean(0).to(logits)
 
 class RampUp(Callback):
     "Sets the loss's `ramp` from 0 to 1 over the first epochs."
@@ -46,6 +50,8 @@ class RampUp(Callback):
                 ): self.epochs = epochs
     def before_train(self): self.learn.loss_func.ramp = min(self.epoch/max(1, min(self.epochs, self.n_epoch)), 1.)
 
-def mdcs_net(net:nn.Module, counts=None) -> nn.Module:
+def mdcs_net(net:nn.Module, # A classifier that can be split
+             counts:Collection|None=None # Training images of each class; not looked at
+            ) -> nn.Module:
     "Three experts of a net, on two views."
     return OnViews(expert_net(net, 3))

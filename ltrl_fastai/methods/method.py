@@ -6,6 +6,7 @@
 __all__ = ['MethodLoss', 'Stage', 'Method']
 
 # %% ../../nbs/methods/08_method.ipynb #60a82d7e
+from collections.abc import Collection
 from fastai.basics import *
 from fastai.callback.schedule import *
 import dataclasses
@@ -20,22 +21,33 @@ class MethodLoss(nn.Module):
     y_int = True # MixUp is to mix losses, not class indices
     def __init__(self, reduction:str='mean' # 'mean', 'sum' or 'none'
                 ): super().__init__(); self.reduction = reduction
-    def parts(self, pred, targets:Tensor) -> Tensor:
-        "Loss of each sample `(B,)`, of what the model gives in training; if a subclass does not say, that of the prediction alone."
+    def parts(self, pred:Any, # What the model gives in training
+              targets:Tensor # `(B,)` class indices
+             ) -> Tensor: # `(B,)`
+        "Loss of each sample; if a subclass does not say, that of the prediction alone."
         return self.alone(self.logits_of(pred), targets)
-    def logits_of(self, pred) -> Tensor:
-        "The prediction `(B, C)` in what the model gives."
+    def logits_of(self, pred:Any # What the model gives
+                 ) -> Tensor: # `(B, C)`
+        "The prediction in what the model gives."
         return pred
-    def alone(self, logits:Tensor, targets:Tensor) -> Tensor:
-        "Loss of each sample `(B,)`, of logits `(B, C)`: in validation."
+    def alone(self, logits:Tensor, # `(B, C)`
+              targets:Tensor # `(B,)` class indices
+             ) -> Tensor: # `(B,)`
+        "Loss of each sample, of logits alone: in validation."
         return F.cross_entropy(logits, targets, reduction='none')
     def forward(self, pred, targets):
         pred = apply(_float, pred)
         plain = isinstance(pred, Tensor) and pred.ndim==2
         loss = (self.alone if plain else self.parts)(pred, targets.as_subclass(Tensor))
         return loss if self.reduction=='none' else loss.sum() if self.reduction=='sum' else loss.mean()
-    def activation(self, x:Tensor) -> Tensor: return F.softmax(x, dim=-1)
-    def decodes(self, x:Tensor) -> Tensor: return x.argmax(dim=-1)
+    def activation(self, x:Tensor # Logits `(B, C)`
+                  ) -> Tensor: # `(B, C)`
+        "Probabilities."
+        return F.softmax(x, dim=-1)
+    def decodes(self, x:Tensor # Logits or probabilities `(B, C)`
+               ) -> Tensor: # `(B,)`
+        "The predicted class."
+        return x.argmax(dim=-1)
 
 def _float(x):
     if not isinstance(x, Tensor): return x
@@ -50,24 +62,24 @@ def _same(net, counts): return net
 class Stage:
     "What a method does after its first fit: change the learner, and train it again or not."
     about:str # In a line
-    prepare:callable=noop # Changes the learner; it is called with the learner and the class counts
-    cbs:callable=_nothing # Makes the callbacks of this stage, of the class counts
-    epochs:int=0 # At most, and no more than the first fit had; 0 for no training, None for as many as the first
-    lr:float=.1 # Where its cosine schedule begins, or a function of the first's rate; None for the first's schedule and rate
+    prepare:Callable=noop # Changes the learner; it is called with the learner and the class counts
+    cbs:Callable=_nothing # Makes the callbacks of this stage, of the class counts
+    epochs:int|None=0 # At most, and no more than the first fit had; 0 for no training, None for as many as the first
+    lr:float|Callable|None=.1 # Where its cosine schedule begins, or a function of the first's rate; None for the first's schedule and rate
 
 @dataclasses.dataclass(frozen=True)
 class Method:
     "What a long-tail method changes of a training."
     about:str # In a line
     reference:str # Who, where
-    loss:callable=lambda counts: CrossEntropyLossFlat() # Makes a loss of the class counts
-    net:callable=_same # Changes a net; it is called with the net and the class counts
-    cbs:callable=_nothing # Makes callbacks of the class counts
+    loss:Callable=lambda counts: CrossEntropyLossFlat() # Makes a loss of the class counts
+    net:Callable=_same # Changes a net; it is called with the net and the class counts
+    cbs:Callable=_nothing # Makes callbacks of the class counts
     views:int=1 # Of each training image
     weak:bool=False # Is the first view made without the `strong` transforms?
     then:tuple=() # Of `Stage`
     defaults:dict=dataclasses.field(default_factory=dict) # Of the recipe, where the method can't do with the usual ones: `wd=5e-3`
-    reported:float=None # All accuracy on CIFAR-100-LT, IF 100, with ResNet-32, as the slides or its authors report it
+    reported:float|None=None # All accuracy on CIFAR-100-LT, IF 100, with ResNet-32, as the slides or its authors report it
 
     @property
     def stages(self) -> int:
@@ -76,8 +88,8 @@ class Method:
 
     def learner(self, dls:DataLoaders, # Long-tailed
                 net:nn.Module, # A classifier; it may be changed in place
-                counts=None, # Training images of each class; default: `class_counts(dls)`
-                cbs=None, # More callbacks
+                counts:Collection|None=None, # Training images of each class; default: `class_counts(dls)`
+                cbs:Callback|Iterable|None=None, # More callbacks
                 **kwargs # Passed on to `Learner`
                ) -> Learner:
         "A learner for the first stage; raises `ValueError` if counts and net speak of different classes."
@@ -91,9 +103,9 @@ class Method:
     def fit(self, learn:Learner, # As `learner` makes it
             epochs:int, # Of the first stage
             lr:float, # Its largest learning rate
-            first=None, # How to fit: called with learner, epochs, lr and callbacks; default: `fit_one_cycle`
-            cbs=None, # Function from the number of a stage to callbacks for its fit
-            done=noop # Called with the number of a stage when it is done, before the next changes the learner
+            first:Callable|None=None, # How to fit: called with learner, epochs, lr and callbacks; default: `fit_one_cycle`
+            cbs:Callable|None=None, # Function from the number of a stage to callbacks for its fit
+            done:Callable=noop # Called with the number of a stage when it is done, before the next changes the learner
            ) -> Learner:
         "Train all stages. Reflective Learning and the method's callbacks belong to the first: later stages have their own alone. It is back on the learner afterwards."
         cbs = cbs or (lambda i: [])

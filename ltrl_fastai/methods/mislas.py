@@ -6,6 +6,7 @@
 __all__ = ['mislas_stage', 'smoothing_by_class', 'LabelAwareSmoothing', 'smooth', 'shifted_and_even']
 
 # %% ../../nbs/methods/10_mislas.ipynb #51ff7dc3
+from collections.abc import Collection
 from fastai.basics import *
 from .losses import check_class_counts
 from .heads import HeadOnly, EvenClasses, replace_head
@@ -13,7 +14,7 @@ from .decouple import ScaledHead
 from .method import MethodLoss, Stage
 
 # %% ../../nbs/methods/10_mislas.ipynb #7ae913e6
-def smoothing_by_class(class_counts, # Training images of each class; each at least 1
+def smoothing_by_class(class_counts:Collection, # Training images of each class; each at least 1
                        head:float=.4, # Of the largest class
                        tail:float=.1 # Of the smallest
                       ) -> Tensor: # `(C,)` float32
@@ -25,7 +26,7 @@ def smoothing_by_class(class_counts, # Training images of each class; each at le
 class LabelAwareSmoothing(MethodLoss):
     "Cross-entropy of labels that keep 1-eps of the class, and share eps among the others (Zhong et al. 2021, eq. 7)."
     def __init__(self,
-        class_counts, # Training images of each class: `class_counts(dls)`; each at least 1
+        class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         head:float=.4, tail:float=.1, # See `smoothing_by_class`
         own:bool=False, # Has the class itself a share in what is spread, as in the published code? Default: as in the paper
         reduction:str='mean' # 'mean', 'sum' or 'none'
@@ -42,11 +43,16 @@ class LabelAwareSmoothing(MethodLoss):
         return -(1-eps)*own - eps*others
 
 # %% ../../nbs/methods/10_mislas.ipynb #da2e6614
-def smooth(learn:Learner, counts):
+def smooth(learn:Learner, # Its net and loss are changed
+           counts:Collection # Training images of each class
+          ):
     "Put scales on a learner's head, and label-aware smoothing in place of its loss."
     replace_head(learn.model, ScaledHead)
     learn.loss_func = LabelAwareSmoothing(counts)
 
 def _head_and_scales(net): return [p for m in net.modules() if isinstance(m, ScaledHead) for p in m.parameters()]
-def shifted_and_even(counts): return [HeadOnly(_head_and_scales, shift_bn=True), EvenClasses()]
+def shifted_and_even(counts:Collection # Training images of each class; not looked at
+                    ) -> list:
+    "The callbacks that train head and scales on even classes, while batch statistics go on moving."
+    return [HeadOnly(_head_and_scales, shift_bn=True), EvenClasses()]
 mislas_stage = Stage('smoothed labels on even classes, with shifted statistics', smooth, shifted_and_even, epochs=10, lr=lambda lr: .2*lr)

@@ -6,6 +6,7 @@
 __all__ = ['hard_classes', 'NCLLoss', 'ncl_net']
 
 # %% ../../nbs/methods/17_ncl.ipynb #04fda1f0
+from collections.abc import Collection
 from fastai.basics import *
 from .losses import check_class_counts
 from .experts import ExpertsLoss, expert_net
@@ -21,7 +22,7 @@ def hard_classes(logits:Tensor, # `(B, C)`
 class NCLLoss(ExpertsLoss):
     "Balanced Softmax of each net on all and on hard classes, and the divergence from the other nets on both (Li et al. 2022, eq. 4 to 9)."
     def __init__(self,
-        class_counts, # Training images of each class: `class_counts(dls)`; each at least 1
+        class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         weight:float=.6, # Of the divergences
         hard:int=30, # Classes, the target among them
         reduction:str='mean' # 'mean', 'sum' or 'none'
@@ -31,7 +32,10 @@ class NCLLoss(ExpertsLoss):
         self.kl_weight,self.n_hard = weight,hard
         self.register_buffer('log_counts', check_class_counts(class_counts).log())
 
-    def trained_logits(self, logits:Tensor) -> Tensor: return logits+self.log_counts.to(logits)
+    def trained_logits(self, logits:Tensor # `(..., C)`
+                      ) -> Tensor: # The same shape
+        "The logits of the distribution that is trained: z + log n."
+        return logits+self.log_counts.to(logits)
     def parts(self, pred, targets): # `(B, K, C)`
         if pred.ndim!=3 or pred.shape[1]<2 or pred.shape[2]!=len(self.log_counts): raise ValueError(
             f"NCL: expected logits (B, K, {len(self.log_counts)}) of two nets or more, for as many classes as there are counts, got shape {tuple(pred.shape)}: `ncl_net(net)`.")
@@ -46,6 +50,8 @@ class NCLLoss(ExpertsLoss):
 
 def _kl(teacher, student): return F.kl_div(F.log_softmax(student, 1), F.log_softmax(teacher, 1), reduction='none', log_target=True).sum(1)
 
-def ncl_net(net:nn.Module, counts=None) -> nn.Module:
+def ncl_net(net:nn.Module, # A classifier that can be split
+            counts:Collection|None=None # Training images of each class; not looked at
+           ) -> nn.Module:
     "Three whole nets, newly drawn, that share nothing."
     return expert_net(net, 3, cosine=False, width=1, share=False)

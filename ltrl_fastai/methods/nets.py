@@ -29,13 +29,18 @@ _heads = dict(linear=nn.Linear, cosine=CosineHead)
 
 # %% ../../nbs/methods/01_nets.ipynb #fc5377ef
 class BasicBlock(nn.Module):
-    "Two 3x3 convolutions and a shortcut without parameters (option A)"
-    def __init__(self, ni:int, nf:int, stride:int=1):
+    "Two 3x3 convolutions and a shortcut without parameters (He et al. 2016, option A)."
+    def __init__(self, ni:int, # Channels that come in
+                 nf:int, # Channels that go out, at least as many
+                 stride:int=1 # Of the first convolution, and of the shortcut
+                ):
         super().__init__()
         self.stride,self.pad = stride,((nf-ni)//2, nf-ni-(nf-ni)//2)
         self.conv1,self.bn1 = nn.Conv2d(ni, nf, 3, stride, 1, bias=False),nn.BatchNorm2d(nf)
         self.conv2,self.bn2 = nn.Conv2d(nf, nf, 3, 1, 1, bias=False),nn.BatchNorm2d(nf)
-    def shortcut(self, x:Tensor) -> Tensor:
+    def shortcut(self, x:Tensor # `(B, ni, H, W)`
+                ) -> Tensor: # `(B, nf, H/stride, W/stride)`
+        "Every `stride`-th pixel, with channels of zeros on both sides."
         if self.stride!=1: x = x[:,:,::self.stride,::self.stride]
         return F.pad(x, (0,0,0,0,*self.pad)) if any(self.pad) else x
     def forward(self, x:Tensor) -> Tensor:
@@ -63,8 +68,9 @@ class CifarResNet(nn.Module):
         self.fc = CosineHead(widths[-1], n_classes, scale) if head=='cosine' else nn.Linear(widths[-1], n_classes)
         for m in self.modules():
             if isinstance(m, (nn.Conv2d, nn.Linear)): nn.init.kaiming_normal_(m.weight)
-    def features(self, x:Tensor) -> Tensor:
-        "What the head sees: `(B, widths[-1])`."
+    def features(self, x:Tensor # Images `(B, n_in, H, W)`
+                ) -> Tensor: # `(B, widths[-1])`
+        "What the head sees."
         return self.stages(F.relu(self.bn1(self.conv1(x)), inplace=True)).mean((2,3))
     def forward(self, x:Tensor) -> Tensor: return self.fc(self.features(x))
 

@@ -6,6 +6,7 @@
 __all__ = ['oltr_stage', 'MemoryHead', 'OLTRLoss', 'with_memory']
 
 # %% ../../nbs/methods/12_oltr.ipynb #6f691628
+from collections.abc import Collection
 from fastai.basics import *
 from .heads import EvenClasses, head_of, replace_head
 from .decouple import class_means
@@ -23,7 +24,7 @@ class MemoryHead(nn.Module):
     "Classifies features with the help of class centroids (Liu et al. 2019, eq. 2 to 6): `(logits, features, centroids)` in training, logits otherwise."
     def __init__(self,
         centroids:Tensor, # `(C, D)` to begin with: class means
-        head:nn.Module=None, # The first stage's, linear: what the memory is asked by begins as it
+        head:nn.Module|None=None, # The first stage's, linear: what the memory is asked by begins as it
         scale:float=16., # Of the cosine
         reach:float=10. # Over the distance to the nearest centroid
     ):
@@ -35,7 +36,8 @@ class MemoryHead(nn.Module):
         self.hallucinate,self.select = _Affine(ask),_Affine(nn.Linear(d, d))
         self.weight = nn.Parameter(torch.empty(c, d)); nn.init.xavier_uniform_(self.weight)
 
-    def meta(self, x:Tensor) -> Tensor: # `(B, D)`, of lengths below 1
+    def meta(self, x:Tensor # Features `(B, D)`
+            ) -> Tensor: # `(B, D)`, of lengths below 1
         "The feature with what memory adds to it, the longer the nearer it is to any centroid."
         nearest = _distances(x, self.centroids).amin(1, keepdim=True)
         u = x + torch.tanh(self.select(x))*(F.softmax(self.hallucinate(x), 1) @ self.centroids)
@@ -63,7 +65,9 @@ class OLTRLoss(MethodLoss):
         others = d2.scatter(1, targets[:,None], 0.).sum()/(len(d2)*max(1, d2.shape[1]-1))
         return F.cross_entropy(logits, targets, reduction='none') + self.attract*(own/2 + self.repel*(self.margin-others).clamp(min=0))
 
-def with_memory(learn:Learner, counts):
+def with_memory(learn:Learner, # Trained; its net and loss are changed
+                counts:Collection # Training images of each class; not looked at
+               ):
     "Put a memory head on a learner, its centroids at the class means of the training images; classes without images begin at the mean of all."
     means,n = class_means(learn, head_of(learn.model)[1].out_features)
     means[n==0] = means[n>0].mean(0)

@@ -6,6 +6,7 @@
 __all__ = ['QueuedNet', 'queued_net', 'KeyQueue', 'PaCoLoss']
 
 # %% ../../nbs/methods/18_paco.ipynb #4f5c5b6d
+from collections.abc import Collection
 from fastai.basics import *
 from .losses import check_class_counts
 from .heads import head_of
@@ -30,7 +31,9 @@ class QueuedNet(nn.Module):
         self.project = nn.Sequential(nn.Linear(d, d), nn.ReLU(inplace=True), nn.Linear(d, dims))
         self.slow = deepcopy(nn.ModuleList([self.body, self.project])).requires_grad_(False)
         self.register_buffer('queue', torch.zeros(size, dims)); self.register_buffer('labels', torch.full((size,), -1)); self.register_buffer('at', torch.tensor(0))
-    def get_classifier(self): return self.head
+    def get_classifier(self) -> nn.Module:
+        "The classifier, not the projection."
+        return self.head
 
     def forward(self, x, x_key=None):
         h = self.body(x)
@@ -55,7 +58,8 @@ class QueuedNet(nn.Module):
         self.at.copy_((self.at+len(keys))%n)
 
 def queued_net(net:nn.Module, # A classifier that can be split
-               counts=None) -> QueuedNet:
+               counts:Collection|None=None # Training images of each class; not looked at
+              ) -> QueuedNet:
     "Give a net a projection, a slow copy and a queue."
     body,_ = split_whole(net)
     return QueuedNet(body, head_of(net)[1])
@@ -76,7 +80,7 @@ class KeyQueue(Callback):
 class PaCoLoss(MethodLoss):
     "Cross-entropy over class centres, batch and queue, of which all of the own class are right to a degree (Cui et al. 2021, eq. 4)."
     def __init__(self,
-        class_counts, # Training images of each class: `class_counts(dls)`; each at least 1
+        class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         alpha:float=.01, # Weight of a sample of the own class; that of its centre is 1
         temperature:float=.05, # Of the similarities
         reduction:str='mean' # 'mean', 'sum' or 'none'
@@ -88,7 +92,10 @@ class PaCoLoss(MethodLoss):
         self.register_buffer('log_prior', (n/n.sum()).log())
 
     def logits_of(self, pred): return pred[0] if isinstance(pred, tuple) else pred
-    def trained_logits(self, logits:Tensor) -> Tensor: return logits+self.log_prior.to(logits)
+    def trained_logits(self, logits:Tensor # `(B, C)`
+                      ) -> Tensor: # `(B, C)`
+        "The logits of the distribution that is trained: z + log of the prior."
+        return logits+self.log_prior.to(logits)
     def parts(self, pred, targets):
         if not isinstance(pred, tuple): raise ValueError("PaCo: expected logits, queries, keys and queue in training: "
             "make the net by `queued_net`, and train it on `two_views(dls)`.")

@@ -6,6 +6,7 @@
 __all__ = ['LogitAdjustment']
 
 # %% ../../nbs/methods/05_posthoc.ipynb #d13bf0c9
+from collections.abc import Collection
 from fastai.basics import *
 from .losses import check_class_counts
 
@@ -14,7 +15,7 @@ class LogitAdjustment(Callback):
     "Predicts by logits - tau * log prior, outside of training (Menon et al. 2021, eq. 9)."
     order = -20 # before callbacks that read predictions
     def __init__(self,
-        class_counts, # Training images of each class: `class_counts(dls)`; each at least 1
+        class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         tau:float=1. # How much of the prior is taken off
     ):
         self.log_prior,self.tau = check_class_counts(class_counts).log().log_softmax(0),tau

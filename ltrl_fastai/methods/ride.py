@@ -7,6 +7,7 @@ __all__ = ['assignment', 'distillation', 'RIDELoss', 'Gate', 'GatedExperts', 'Ga
            'WithTeacher', 'SixThenThree', 'distil_net', 'follow']
 
 # %% ../../nbs/methods/14_ride.ipynb #ab04cab9
+from collections.abc import Collection
 from fastai.basics import *
 from .losses import check_class_counts
 from .margins import LDAM
@@ -20,12 +21,12 @@ class RIDELoss(ExpertsLoss):
     "LDAM of each expert, less the divergence of experts from their mean (Wang et al. 2021, eq. 3). `DeferredWeights` puts in class weights, and with them temperatures by class."
     review_weight = 6. # what a review of it weighs, if nothing is said
     def __init__(self,
-        class_counts, # Training images of each class: `class_counts(dls)`; each at least 1
+        class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         diversity:float=.45, # Weight of the divergence
         max_margin:float=.5, # See `LDAMLoss`
         scale:float=30., # That of the experts' cosine heads
         spread:float=.05, # Of temperatures over classes: t = spread * C * prior + 1 - spread
-        weight:Tensor=None, # Of the classes; temperatures hold as soon as there are weights
+        weight:Tensor|None=None, # `(C,)` of the classes; temperatures hold as soon as there are weights
         reduction:str='mean' # 'mean', 'sum' or 'none'
     ):
         super().__init__(reduction)
@@ -69,7 +70,9 @@ class GatedExperts(nn.Module):
         self.net = net
         self.gates = nn.ModuleList([Gate(net.heads.heads[0].in_features, top) for _ in net.experts[1:]])
         self.register_buffer('asked', torch.zeros(len(net.experts), dtype=torch.long)) # images that asked 1, 2, ... experts
-    def get_classifier(self): return self.net.heads
+    def get_classifier(self) -> nn.Module:
+        "The experts' heads."
+        return self.net.heads
 
     def forward(self, x):
         if self.training:
@@ -104,7 +107,9 @@ class GateLoss(MethodLoss):
         yes = (~right[:,:-1] & later).to(gates)
         return F.binary_cross_entropy_with_logits(gates, yes, reduction='none', pos_weight=gates.new_tensor(self.positive)).sum(1)
 
-def assign_experts(learn:Learner, counts=None):
+def assign_experts(learn:Learner, # Its model is an `ExpertNet`, trained; model and loss are changed
+                   counts:Collection|None=None # Training images of each class; not looked at
+                  ):
     "Put gates on a learner's trained experts."
     learn.model = GatedExperts(learn.model).to(next(learn.model.parameters()).device)
     learn.loss_func = GateLoss()
@@ -119,7 +124,9 @@ class Distilled(ExpertsLoss):
                  temperature:float=1.5 # Of both
                 ): super().__init__(loss.reduction); self.loss,self.alpha,self.temperature = loss,weight,temperature
     @property
-    def weight(self): return self.loss.weight
+    def weight(self) -> Any: # A tensor, or None
+        "Class weights of the experts' loss."
+        return self.loss.weight
     @weight.setter
     def weight(self, v): self.loss.weight = v # for `DeferredWeights`
     def logits_of(self, pred): return self.loss.logits_of(pred[0] if isinstance(pred, tuple) else pred)
@@ -133,7 +140,9 @@ class WithTeacher(nn.Module):
     def __init__(self, net:nn.Module, # Learns
                  teacher:nn.Module # Frozen; it is no part of the state
                 ): super().__init__(); self.net,self._teacher = net,(teacher.eval().requires_grad_(False),)
-    def get_classifier(self): return self.net.get_classifier()
+    def get_classifier(self) -> nn.Module:
+        "The head of the net that learns."
+        return self.net.get_classifier()
     def forward(self, x):
         out = self.net(x)
         if not self.training: return out
@@ -141,12 +150,20 @@ class WithTeacher(nn.Module):
 
 class SixThenThree(ExpertNet):
     "Six experts, and three that are to follow them, not yet trained."
-    def __init__(self, six:ExpertNet, three:ExpertNet): super().__init__(six.shared, six.experts, six.heads.heads); self._three = (three,)
+    def __init__(self, six:ExpertNet, # Learn first
+                 three:ExpertNet # Follow them; no part of the state
+                ): super().__init__(six.shared, six.experts, six.heads.heads); self._three = (three,)
 
-def distil_net(net:nn.Module, counts) -> ExpertNet: return SixThenThree(expert_net(deepcopy(net), 6), expert_net(net, 3))
+def distil_net(net:nn.Module, # A classifier that can be split
+               counts:Collection # Training images of each class; not looked at
+              ) -> ExpertNet:
+    "Six experts of a net, with three that wait to follow them."
+    return SixThenThree(expert_net(deepcopy(net), 6), expert_net(net, 3))
 
-def follow(learn:Learner, counts):
-    "Let three new experts follow the six trained ones."
+def follow(learn:Learner, # Its model is by `distil_net`, trained; model and loss are changed
+           counts:Collection # Training images of each class; not looked at
+          ):
+    "Let three new experts follow the six trained ones; raises `ValueError` for another model."
     if not isinstance(learn.model, SixThenThree): raise ValueError(f"distillation: expected a trained teacher with three experts waiting, got {type(learn.model).__name__}. "
         "Make the net by `distil_net`.")
     teacher = learn.model

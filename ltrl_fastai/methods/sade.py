@@ -6,6 +6,7 @@
 __all__ = ['mirrored', 'SADELoss', 'aggregate_experts']
 
 # %% ../../nbs/methods/15_sade.ipynb #0fafd015
+from collections.abc import Collection
 from fastai.basics import *
 from .losses import check_class_counts
 from .views import two_views
@@ -23,7 +24,7 @@ def mirrored(x:Tensor # `(C,)`
 class SADELoss(ExpertsLoss):
     "Cross-entropy under three priors, one for each expert: the training set's, a balanced one and the mirrored one (Zhang et al. 2022, eq. 1 to 3)."
     def __init__(self,
-        class_counts, # Training images of each class: `class_counts(dls)`; each at least 1
+        class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         tau:float=2., # How much of the mirrored prior is taken off for the third expert
         reduction:str='mean' # 'mean', 'sum' or 'none'
     ):
@@ -45,7 +46,7 @@ class SADELoss(ExpertsLoss):
 
 # %% ../../nbs/methods/15_sade.ipynb #fd9a6c7f
 def aggregate_experts(learn:Learner, # Its model is an `ExpertNet`
-                      dl, # Images to classify; labels are not read
+                      dl:DataLoader, # Images to classify; labels are not read
                       epochs:int=5, # At most
                       lr:float=.025, # Of SGD with momentum 0.9
                       least:float=.05 # Stop when a weight falls below

@@ -12,9 +12,9 @@ from fastai.callback.mixup import MixHandler
 
 # %% ../../nbs/methods/06_views.ipynb #e99c7a87
 class ViewPipeline(Pipeline):
-    "Transforms that run twice and stack both results, as `(B, 2, ...)`"
+    "Transforms that run twice and stack both results, as `(B, 2, ...)`."
     def __init__(self, pipe:Pipeline, # The second view
-                 first=None, # What the first view is made by; default: the same
+                 first:Pipeline|list|None=None, # What the first view is made by; default: the same
                  axis:int=1 # Of the views: 1 for batches, 0 for items
                 ):
         super().__init__(pipe.fs, split_idx=pipe.split_idx)
@@ -25,7 +25,7 @@ class ViewPipeline(Pipeline):
         return retain_type(torch.stack([o[0].as_subclass(Tensor) for o in views], self.axis), views[1][0]),*views[1][1:]
     def decode(self, b, full=True): return super().decode((retain_type(b[0].select(self.axis, 1), b[0]), *b[1:]), full)
 
-def has_views(train # A loader, or a distributed one around it
+def has_views(train:DataLoader # A loader, or a distributed one around it
              ) -> bool:
     "Does a training loader give several views?"
     inner = vars(train).get('dl', train)

@@ -6,11 +6,12 @@
 __all__ = ['effective_weights', 'ClassBalancedLoss', 'weighted_module', 'DeferredWeights']
 
 # %% ../../nbs/methods/02_weights.ipynb #3cc2d597
+from collections.abc import Collection
 from fastai.basics import *
 from .losses import check_class_counts
 
 # %% ../../nbs/methods/02_weights.ipynb #624717b2
-def effective_weights(class_counts, # Training images of each class: `class_counts(dls)`; each at least 1
+def effective_weights(class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
                       beta:float=.9999 # From 0 (all weigh the same) to below 1 (nearly one over the count)
                      ) -> Tensor: # `(C,)` float32, with a mean of 1
     "One over the effective number of images of each class (Cui et al. 2019, eq. 2 and 5)."
@@ -24,14 +25,15 @@ class ClassBalancedLoss(CrossEntropyLossFlat):
     "Cross-entropy weighted by one over the effective number of images (Cui et al. 2019)."
     review_weight = 6. # what a review of it weighs, if nothing is said
     def __init__(self,
-        class_counts, # Training images of each class: `class_counts(dls)`; each at least 1
+        class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         beta:float=.9999, # See `effective_weights`
         **kwargs # Of `CrossEntropyLossFlat`: `reduction`, `label_smoothing`, ...
     ):
         super().__init__(weight=effective_weights(class_counts, beta), **kwargs)
 
 # %% ../../nbs/methods/02_weights.ipynb #ca431416
-def weighted_module(loss) -> nn.Module:
+def weighted_module(loss:BaseLoss|nn.Module # A loss that may have class weights
+                   ) -> nn.Module: # With an attribute `weight`
     "The part of a loss that has class weights; raises `TypeError` if there is none."
     found = loss.func if isinstance(loss, BaseLoss) else loss
     if not (isinstance(found, nn.Module) and hasattr(found, 'weight')): raise TypeError(
@@ -43,7 +45,7 @@ class DeferredWeights(Callback):
     _stateattrs,run_valid = ('_before',),False
     _before = None
     def __init__(self,
-        class_counts, # Training images of each class: `class_counts(dls)`; each at least 1
+        class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         start:float=.8, # Share of the epochs after which weights are put in: 0.8 is epoch 160 of 200
         beta:float=.9999 # See `effective_weights`
     ):

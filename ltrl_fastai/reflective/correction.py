@@ -32,8 +32,14 @@ class KnowledgeCorrection(Companion):
         "Does `LossTerms` have to keep the gradient of the terms apart in this step?"
         return self._steps%self.every==0
 
-    def state_dict(self) -> dict: return dict(conflict_rates=self.conflict_rates, steps=self._steps)
-    def load_state_dict(self, state, learn): self.conflict_rates,self._steps = state['conflict_rates'],state['steps']
+    def state_dict(self) -> dict:
+        "What `Checkpoint` has to keep: the record of conflicts, and how many steps there were."
+        return dict(conflict_rates=self.conflict_rates, steps=self._steps)
+    def load_state_dict(self, state:dict, # What `state_dict` gave
+                        learn:Learner # That it is on
+                       ):
+        "Go on with this record."
+        self.conflict_rates,self._steps = state['conflict_rates'],state['steps']
 
     def before_train(self):
         self._conflicts = {}

@@ -17,8 +17,8 @@ def _fail_head(what, model):
     raise ValueError(_no_head.format(what=what, names=f"of this model for instance one of {names}" if names else "or the module itself"))
 
 def find_head(model:nn.Module, # Any classifier
-              head:str|nn.Module=None, # Its head: a module, or its dotted name; default: look for it
-              n_out:int=None # Number of classes, if known
+              head:str|nn.Module|None=None, # Its head: a module, or its dotted name; default: look for it
+              n_out:int|None=None # Number of classes, if known
              ) -> nn.Module: # The module whose input is the feature
     "The classifier head of `model`, with a dropout right before it; raises `ValueError` if there is none to be found."
     if isinstance(head, str):
@@ -49,4 +49,6 @@ class HeadInput:
     def _look(self, module, args, kwargs):
         self.value = [*args, *kwargs.values()][0]
         if not torch.compiler.is_compiling(): self.remove() # it would break the graph; who made it removes it then
-    def remove(self): self.handle.remove()
+    def remove(self):
+        "Take the hook off, if it never fired."
+        self.handle.remove()

@@ -9,6 +9,8 @@ __all__ = ['did_you_mean', 'check_number', 'check_targets', 'check_logits', 'bat
 
 # %% ../../nbs/reflective/00_functional.ipynb #c5f97cc2
 import numbers, torch
+from collections.abc import Iterable
+from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,7 +20,7 @@ def _upcast(x:Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 def did_you_mean(name:str, # That is not known
-                 known, # Names that are
+                 known:Iterable, # Names that are
                  n:int=1, # At most so many
                  cutoff:float=.6 # How alike they have to be, from 0 to 1
                 ) -> str: # " Did you mean 'this'?", or nothing
@@ -29,11 +31,11 @@ def did_you_mean(name:str, # That is not known
     return f" Did you mean {', '.join(map(repr, near))}?" if near else ''
 
 def check_number(name:str, # Of the argument, for the message
-                 value, # Checked
+                 value:Any, # Checked
                  what:str, # Expected: 'a weight', 'a temperature'
-                 above:float=None, # Has to be above this
-                 least:float=None, # Has to be at least this
-                 most:float=None # Has to be at most this
+                 above:float|None=None, # Has to be above this
+                 least:float|None=None, # Has to be at least this
+                 most:float|None=None # Has to be at most this
                 ):
     "Check that `value` is a number within its limits; raises `TypeError` or `ValueError` that says what is wrong."
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
@@ -44,7 +46,7 @@ def check_number(name:str, # Of the argument, for the message
 
 def check_targets(targets:Tensor, # Class indices
                   n_classes:int, # How many classes there are
-                  read:bool=None # Look at the values? Default: where that needs no synchronisation with a device
+                  read:bool|None=None # Look at the values? Default: where that needs no synchronisation with a device
                  ) -> Tensor: # `targets` as int64
     "Check that `targets` is a vector of class indices below `n_classes`; raises `ValueError` that says what is wrong."
     if targets.ndim!=1 or targets.is_floating_point() or targets.is_complex() or targets.dtype==torch.bool: raise ValueError(
@@ -56,7 +58,11 @@ def check_targets(targets:Tensor, # Class indices
             f"targets: expected class indices from 0 to {n_classes-1}, got {lo} to {hi}. Does the model's head have as many outputs as there are classes?")
     return targets.long()
 
-def check_logits(logits:Tensor, n:int, n_classes:int=None, name:str='logits'):
+def check_logits(logits:Tensor, # Checked
+                 n:int, # Number of targets
+                 n_classes:int|None=None, # Number of classes; default: any
+                 name:str='logits' # Of the argument, for the message
+                ):
     "Check that `logits` is `(n, n_classes)` and floating point; raises `ValueError` that says what is wrong."
     want = f"({n}, {n_classes or 'classes'})"
     if not isinstance(logits, Tensor): raise ValueError(f"{name}: expected a tensor {want}, got {type(logits).__name__}. "
@@ -67,7 +73,7 @@ def check_logits(logits:Tensor, n:int, n_classes:int=None, name:str='logits'):
 # %% ../../nbs/reflective/00_functional.ipynb #ad1311a5
 def batch_class_counts(targets:Tensor, # `(B,)` class indices
                        n_classes:int, # How many classes there are
-                       of:Tensor=None # `(B',)` classes of those who ask; default: `targets`
+                       of:Tensor|None=None # `(B',)` classes of those who ask; default: `targets`
                       ) -> Tensor: # `(B',)` int64
     "For each sample, how many samples of its class are in this batch."
     counts = torch.zeros(n_classes, dtype=torch.long, device=targets.device)
@@ -78,10 +84,10 @@ def review_loss(logits:Tensor, # `(B, C)` what the net says now
                 targets:Tensor, # `(B,)` class indices
                 tau:float=2., # Temperature, > 0
                 count_scale:bool=False, # Divide the student by the in-batch count of its class (published code)
-                seen:Tensor=None, # `(B,)` bool, False where there is no teacher yet; default: all have one
+                seen:Tensor|None=None, # `(B,)` bool, False where there is no teacher yet; default: all have one
                 cci:bool=True, # Review only what the teacher got right?
                 distance:str='kl', # 'kl', or 'logits': half the mean squared difference of the logits themselves, whatever tau
-                among:Tensor=None # How many samples to average over; default: as many as are reviewed
+                among:Tensor|None=None # How many samples to average over; default: as many as are reviewed
                ) -> Tensor: # Scalar, in at least float32
     "KL divergence from each sample's last prediction to its present one, over the samples whose last prediction was right (LTRL eq. 1 to 4)."
     check_logits(logits, len(targets)); check_logits(teacher_logits, len(targets), logits.shape[1], 'teacher_logits')
@@ -98,7 +104,7 @@ def review_loss(logits:Tensor, # `(B, C)` what the net says now
 
 def review_mask(teacher_logits:Tensor, # `(B, C)` teachers
                 targets:Tensor, # `(B,)` class indices
-                seen:Tensor=None, # `(B,)` bool, False where there is no teacher
+                seen:Tensor|None=None, # `(B,)` bool, False where there is no teacher
                 cci:bool=True # Only correctly classified instances?
                ) -> Tensor: # `(B,)` bool
     "Which samples are reviewed: those with a teacher that was right (the paper's CCI set)."
@@ -109,7 +115,7 @@ def review_mask(teacher_logits:Tensor, # `(B, C)` teachers
 def class_centers(features:Tensor, # `(N, D)` features of an epoch
                   targets:Tensor, # `(N,)` their classes
                   n_classes:int, # How many classes there are
-                  previous:Tensor=None # `(C, D)` centres to keep for classes without a feature; default: zeros
+                  previous:Tensor|None=None # `(C, D)` centres to keep for classes without a feature; default: zeros
                  ) -> Tensor: # `(C, D)` in at least float32
     "Median feature of each class (LTRL eq. 5): the lower median of each dimension by itself."
     if features.ndim!=2 or len(features)!=len(targets): raise ValueError(f"features: expected ({len(targets)}, dimensions), one row per target, got {tuple(features.shape)}.")

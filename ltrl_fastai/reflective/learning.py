@@ -42,9 +42,9 @@ class ReflectiveLearning(Companion):
     kr,ks,kc = map(_toggle, _classes)
     how_to = '`learn.reflective_learning.ks = True` switches a part on, `learn.knowledge_review.tau = 4.` changes it'
     def __init__(self,
-        kr:bool|dict|KnowledgeReview=None, # Review? Or arguments of `KnowledgeReview` that differ from the preset, or the callback itself; default: as the preset says
-        ks:bool|dict|KnowledgeSummary=None, # Summarise? Likewise for `KnowledgeSummary`
-        kc:bool|dict|KnowledgeCorrection=None, # Correct? Likewise for `KnowledgeCorrection`
+        kr:bool|dict|KnowledgeReview|None=None, # Review? Or arguments of `KnowledgeReview` that differ from the preset, or the callback itself; default: as the preset says
+        ks:bool|dict|KnowledgeSummary|None=None, # Summarise? Likewise for `KnowledgeSummary`
+        kc:bool|dict|KnowledgeCorrection|None=None, # Correct? Likewise for `KnowledgeCorrection`
         preset:str='default' # 'default', 'paper' (as on the slides) or 'published' (as the released code)
     ):
         if preset not in presets: raise ValueError(f"preset: expected one of {list(presets)}, got {preset!r}")
@@ -67,13 +67,14 @@ class ReflectiveLearning(Companion):
         learn.remove_cbs([cb for cb in self.parts.values() if cb in learn.cbs])
         super().detach(learn)
 
-    def is_on(self, part:str) -> bool:
+    def is_on(self, part:str # 'kr', 'ks' or 'kc'
+             ) -> bool:
         "Is 'kr', 'ks' or 'kc' switched on?"
         if part in self._wishes: return self._wishes[part]
         return self._on[part] if self._learn is None else self.parts[part] in self._learn.cbs
 
     def switch(self, **on # `kr=`, `ks=` or `kc=` True or False
-              ):
+              ) -> 'ReflectiveLearning': # Itself
         "Switch parts on or off; what they remember stays with them. From within a fit it holds from the next epoch on."
         for k,v in on.items():
             if k not in self.parts: raise ValueError(f"switch: expected kr, ks or kc, got {k!r}")

@@ -7,10 +7,11 @@ __all__ = ['TeacherMemory', 'FeatureBank']
 
 # %% ../../nbs/reflective/04_memory.ipynb #75e720bd
 import numpy as np, torch, torch.nn.functional as F
+from collections.abc import Callable
 from torch import Tensor
 from .functional import class_centers, check_targets
 from .ranks import Ranks
-from .stores import DenseStore, DiskStore, store_from_state
+from .stores import DenseStore, TopKStore, DiskStore, store_from_state
 
 # %% ../../nbs/reflective/04_memory.ipynb #699e32c6
 class TeacherMemory:
@@ -19,8 +20,8 @@ class TeacherMemory:
         n:int, # Number of dataset items
         n_classes:int, # Number of classes
         dtype:torch.dtype=torch.float32, # Of the logits
-        device='cpu', # Where the batches are
-        store=None # Where logits are kept; default: `DenseStore` on `device`. See `make_store`
+        device:str|torch.device='cpu', # Where the batches are
+        store:DenseStore|TopKStore|DiskStore|None=None # Where logits are kept; default: `DenseStore` on `device`. See `make_store`
     ):
         self.store = DenseStore(n, n_classes, dtype, device) if store is None else store
         self.seen   = torch.zeros(n, dtype=torch.bool, device=device)
@@ -30,7 +31,9 @@ class TeacherMemory:
         self.visited = np.zeros(n, dtype=bool)
 
     @property
-    def n_classes(self) -> int: return self.store.n_classes
+    def n_classes(self) -> int:
+        "Number of classes."
+        return self.store.n_classes
     @property
     def on_host(self) -> bool:
         "Does the store want ids of the host?"
@@ -44,13 +47,13 @@ class TeacherMemory:
     def __len__(self): return len(self.seen)
     def __repr__(self): return f"TeacherMemory: {self.visited.sum()} of {len(self)} samples visited, {self.n_classes} classes, {self.store}"
 
-    def any_visited(self, ids:list # Dataset ids, on the host; None if they are not known there
+    def any_visited(self, ids:list|None # Dataset ids, on the host; None if they are not known there
                    ) -> bool:
         "Was any of `ids` ever remembered? Asks the host only."
         return bool((self.visited if ids is None else self.visited[ids]).any())
 
     def recall(self, ids:Tensor, # `(B,)` int64 dataset ids
-               host_ids:list=None # `ids` again, on the host
+               host_ids:list|None=None # `ids` again, on the host
               ) -> tuple[tuple, Tensor]: # rows of the store, seen `(B,)`
         "What is kept of `ids`, and of which of them there is something; other rows mean nothing."
         return self.store.get(ids, host_ids),self.seen[ids]
@@ -60,9 +63,9 @@ class TeacherMemory:
         logits:Tensor, # `(B, C)` their logits now; here and below, of this rank
         targets:Tensor, # `(B,)` their classes
         right:Tensor, # `(B,)` bool: is that prediction correct?
-        host_ids:list=None, # `ids` again, on the host
-        ranks:Ranks=None, # Who shares this memory
-        view=None, # What a reviewer makes of logits, for a `TopKStore`
+        host_ids:list|None=None, # `ids` again, on the host
+        ranks:Ranks|None=None, # Who shares this memory
+        view:Callable|None=None, # What a reviewer makes of logits, for a `TopKStore`
         tau:float=1. # His temperature, likewise
     ):
         "Replace what is known of `ids`; a row that is not finite counts as not seen."
@@ -91,7 +94,7 @@ class TeacherMemory:
 
     @classmethod
     def from_state(cls, state:dict, # What `state_dict` gave
-                   device='cpu', # Where it is kept from now on
+                   device:str|torch.device='cpu', # Where it is kept from now on
                    rank:int=0 # Of this process
                   ) -> 'TeacherMemory':
         "The memory that `state` was taken of."
@@ -120,7 +123,9 @@ class FeatureBank:
                 ):
         self.n_classes,self.n_items,self.most = n_classes,n_items,most
         self.clear()
-    def clear(self): self.blocks,self._classes,self._used = [],[],0
+    def clear(self):
+        "Forget everything: a new epoch begins."
+        self.blocks,self._classes,self._used = [],[],0
     def __len__(self): return sum(map(len, self.targets))
     @property
     def features(self) -> list:
@@ -161,10 +166,10 @@ class FeatureBank:
             block[self._used:self._used+k],self._classes[-1][self._used:self._used+k] = feats[:k],targets[:k]
             feats,targets,self._used = feats[k:],targets[k:],self._used+k
 
-    def centers(self, previous:Tensor=None, # `(C, D)` centres of classes that this epoch has not met
-                ranks:Ranks=None, # Who has the other features
+    def centers(self, previous:Tensor|None=None, # `(C, D)` centres of classes that this epoch has not met
+                ranks:Ranks|None=None, # Who has the other features
                 at_once:int=2**27 # Bytes of features to look at, at a time
-               ) -> Tensor: # `(C, D)` in at least float32
+               ) -> Tensor|None: # `(C, D)` in at least float32; None if there is neither a feature nor `previous`
         "Median feature per class, over all ranks; classes without a feature keep `previous`."
         if not len(self): return previous
         ranks = ranks or Ranks()

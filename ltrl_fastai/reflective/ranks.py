@@ -7,19 +7,20 @@ __all__ = ['Ranks', 'allow_cpu_ranks']
 
 # %% ../../nbs/reflective/01_ranks.ipynb #dbca5a1a
 import torch, torch.distributed as dist
-from torch import Tensor
+from typing import Any
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 # %% ../../nbs/reflective/01_ranks.ipynb #1c33dfb6
 class Ranks:
     "The processes that train copies of one model: a group of `torch.distributed`, or this process alone."
-    def __init__(self, group=None # A process group; None for this process alone
+    def __init__(self, group:dist.ProcessGroup|None=None # A process group; None for this process alone
                 ):
         self.group = group
         self.size,self.rank = (1,0) if group is None else (dist.get_world_size(group),dist.get_rank(group))
 
     @classmethod
-    def of(cls, model # Any module; a compiled one too
+    def of(cls, model:nn.Module # Any module; a compiled one too
           ) -> 'Ranks':
         "Those that train copies of `model`: more than one only if it is wrapped in `DistributedDataParallel`."
         model = getattr(model, '_orig_mod', model)
@@ -46,7 +47,8 @@ class Ranks:
         dist.all_reduce(t, group=self.group)
         return t
 
-    def mean(self, t:Tensor) -> Tensor:
+    def mean(self, t:Tensor # Of one shape on all ranks
+            ) -> Tensor: # Another tensor
         "Mean over ranks."
         return self.sum(t)/self.size
 
@@ -58,7 +60,7 @@ class Ranks:
         filled = torch.cat([t.detach(), t.new_zeros(max(n)-len(t), *t.shape[1:])])
         return torch.cat([o[:k] for o,k in zip(self.gather(filled).split(max(n)), n)]) if max(n) else t.detach()
 
-    def objects(self, o # Anything that can be pickled
+    def objects(self, o:Any # Anything that can be pickled
                ) -> list: # One of each rank
         "The `o` of all ranks. Waits for the others: once an epoch is enough."
         if self.size==1: return [o]

@@ -24,7 +24,7 @@ class KnowledgeReview(Companion):
     teachers,_recalled,_dataset = None,None,None
     def __init__(self,
         tau:float=2., # Temperature of both distributions
-        weight:float=None, # Weight of the loss; default: the loss's `review_weight`, else 6 if it has `trained_logits`, or 1. Published code: 1, and 3 for three experts
+        weight:float|None=None, # Weight of the loss; default: the loss's `review_weight`, else 6 if it has `trained_logits`, or 1. Published code: 1, and 3 for three experts
         adapt:float=6., # Power of the share of right teachers that the weight is multiplied by; 0 for a constant weight
         on:str='trained', # What is reviewed: 'trained', the distribution that the loss trains, or 'logits', the plain softmax
         prior:float=1., # How many times the log of the class frequencies is added to it; 0 in the slides
@@ -65,7 +65,8 @@ class KnowledgeReview(Companion):
                         learn:Learner # Whose training data it is about
                        ):
         "Take teachers back; their samples are those of `learn`."
-        if state['teachers'] is None: return self.reset()
+        self.reset()
+        if state['teachers'] is None: return
         self.teachers,self._dataset = TeacherMemory.from_state(state['teachers'], learn.dls.device, Ranks.of(learn.model).rank),learn.dls.train.dataset
 
     def before_train(self):

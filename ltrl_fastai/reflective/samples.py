@@ -12,7 +12,7 @@ from .ranks import Ranks
 # %% ../../nbs/reflective/02_samples.ipynb #57acbece
 class WithIds:
     "A dataset whose items bring their index along, as the last of the tuple, for loaders that keep no order: `torch.utils.data.DataLoader(WithIds(ds))`."
-    def __init__(self, dataset # Anything with `__len__` and `__getitem__` that gives tuples, input first
+    def __init__(self, dataset:Any # Anything with `__len__` and `__getitem__` that gives tuples, input first
                 ):
         for o in ('__len__','__getitem__'):
             if not hasattr(dataset, o) or isinstance(dataset, torch.utils.data.IterableDataset): raise TypeError(
@@ -29,7 +29,7 @@ _wrong_loader = ("Knowledge Review must know which dataset items are in a batch,
     "Use a fastai DataLoader with a batch size over a dataset with `__len__` and `__getitem__`: `DataLoaders.from_dsets(train_ds, valid_ds, bs=64)`, "
     "or any loader of `WithIds(train_ds)`, whose items bring their ids along, or train without it: `ReflectiveLearning(kr=False)`.")
 
-def check_loader(dl # The training `DataLoader`
+def check_loader(dl:DataLoader # The training `DataLoader`
                 ) -> int: # How many items its dataset has
     "Raise `TypeError` or `ValueError` if sample ids can't be had from `dl`; says why and what to do."
     if isinstance(getattr(dl, 'dataset', None), WithIds): return len(dl.dataset)
@@ -39,7 +39,7 @@ def check_loader(dl # The training `DataLoader`
     try: return len(dl.dataset)
     except TypeError: raise ValueError(_wrong_loader.format(what=f"the dataset {type(dl.dataset).__name__} has no length")) from None
 
-def epoch_ids(dl # A `DataLoader` that is being iterated
+def epoch_ids(dl:DataLoader # A `DataLoader` that is being iterated
              ) -> list: # Dataset ids, in the order in which this process meets them
     "The order that `dl` drew for the running epoch."
     ids = getattr(dl, '_DataLoader__idxs', None)

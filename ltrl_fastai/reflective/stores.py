@@ -7,6 +7,7 @@ __all__ = ['store_kinds', 'InMemory', 'DenseStore', 'TopKStore', 'DiskStore', 'f
 
 # %% ../../nbs/reflective/03_stores.ipynb #5f96e531
 import os, tempfile, uuid, weakref
+from collections.abc import Callable
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
@@ -16,14 +17,18 @@ from .functional import _upcast
 class InMemory:
     "Rows of the tensors `_parts`, read and written by the ids of their samples."
     @property
-    def nbytes(self) -> int: return sum(o.nbytes for o in self._parts)
+    def nbytes(self) -> int:
+        "Of memory taken by all rows."
+        return sum(o.nbytes for o in self._parts)
     def put(self, ids:Tensor, # `(B,)` int64 dataset ids
             rows:tuple, # Of `pack`
-            host_ids:list=None # `ids` again, on the host
+            host_ids:list|None=None # `ids` again, on the host
            ):
         "Replace the rows of `ids`."
         for o,v in zip(self._parts, rows): o[ids] = v
-    def get(self, ids:Tensor, host_ids:list=None) -> tuple:
+    def get(self, ids:Tensor, # `(B,)` int64 dataset ids
+            host_ids:list|None=None # `ids` again, on the host
+           ) -> tuple: # As `pack` gave it
         "The rows of `ids`."
         return tuple(o[ids] for o in self._parts)
 
@@ -32,34 +37,41 @@ class DenseStore(InMemory):
     def __init__(self, n:int, # Samples
                  n_classes:int, # Classes
                  dtype:torch.dtype=torch.float32, # Of what is kept
-                 device='cpu' # Where: best where the batches are
+                 device:str|torch.device='cpu' # Where: best where the batches are
                 ):
         self.logits = torch.zeros(n, n_classes, dtype=dtype, device=device)
         self.n_classes = n_classes
 
     @property
-    def lossy(self) -> bool: return self.logits.dtype==torch.float16
+    def lossy(self) -> bool:
+        "Is what it gives back another than what was put?"
+        return self.logits.dtype==torch.float16
     @property
     def _parts(self): return self.logits,
     def __repr__(self): return f"{self.nbytes/2**20:.1f} MiB of {self.logits.dtype}"
 
     def pack(self, logits:Tensor, # `(B, C)`
-             view=None, tau:float=1. # Not looked at: see `TopKStore`
+             view:Callable|None=None, tau:float=1. # Not looked at: see `TopKStore`
             ) -> tuple:
         "Rows to `put`."
         return logits.detach().clamp(*_range(self.logits.dtype)).to(self.logits.dtype),
 
     def unpack(self, rows:tuple, # Of `get`
                student:Tensor, # `(B, C)` the logits of the same samples now
-               view, # What a reviewer makes of logits
+               view:Callable, # What a reviewer makes of logits
                tau:float=1. # His temperature
               ) -> Tensor: # `(B, C)`
         "What a reviewer sees of last time's logits."
         return view(rows[0].to(student))
 
-    def state_dict(self) -> dict: return dict(kind='dense', logits=self.logits)
+    def state_dict(self) -> dict:
+        "Everything that is kept, as tensors and plain types."
+        return dict(kind='dense', logits=self.logits)
     @classmethod
-    def from_state(cls, state, device='cpu'):
+    def from_state(cls, state:dict, # What `state_dict` gave
+                   device:str|torch.device='cpu' # Where it is kept from now on
+                  ) -> 'DenseStore':
+        "The store that `state` was taken of."
         self = cls.__new__(cls)
         self.logits = state['logits'].to(device); self.n_classes = self.logits.shape[1]
         return self
@@ -72,7 +84,7 @@ class TopKStore(InMemory):
     def __init__(self, n:int, # Samples
                  n_classes:int, # Classes
                  k:int=512, # How many to keep
-                 device='cpu' # Where: best where the batches are
+                 device:str|torch.device='cpu' # Where: best where the batches are
                 ):
         if not 0<k<n_classes: raise ValueError(f"k: expected 1 to {n_classes-1}, fewer than there are classes, got {k}.")
         self.n_classes,self.k = n_classes,k
@@ -87,7 +99,7 @@ class TopKStore(InMemory):
     def __repr__(self): return f"{self.nbytes/2**20:.1f} MiB, the largest {self.k} of {self.n_classes}"
 
     def pack(self, logits:Tensor, # `(B, C)`
-             view=None, # What a reviewer makes of logits; None if that is not known yet
+             view:Callable|None=None, # What a reviewer makes of logits; None if that is not known yet
              tau:float=1. # His temperature
             ) -> tuple:
         "Rows to `put`."
@@ -100,7 +112,7 @@ class TopKStore(InMemory):
 
     def unpack(self, rows:tuple, # Of `get`
                student:Tensor, # `(B, C)` the logits of the same samples now
-               view, # What a reviewer makes of logits
+               view:Callable, # What a reviewer makes of logits
                tau:float=1. # His temperature
               ) -> Tensor: # `(B, C)`
         "What a reviewer sees of last time's logits; among the classes that were not kept, the proportions of now."
@@ -112,9 +124,14 @@ class TopKStore(InMemory):
         level = tau*(rest.to(z) - torch.where(plain, others(z), others(seen)))
         return seen + torch.zeros_like(seen).add(level[:,None]).scatter(1, top, 0.)
 
-    def state_dict(self) -> dict: return dict(kind='topk', n_classes=self.n_classes, k=self.k, parts=self._parts)
+    def state_dict(self) -> dict:
+        "Everything that is kept, as tensors and plain types."
+        return dict(kind='topk', n_classes=self.n_classes, k=self.k, parts=self._parts)
     @classmethod
-    def from_state(cls, state, device='cpu'):
+    def from_state(cls, state:dict, # What `state_dict` gave
+                   device:str|torch.device='cpu' # Where it is kept from now on
+                  ) -> 'TopKStore':
+        "The store that `state` was taken of."
         self = cls.__new__(cls)
         self.n_classes,self.k = state['n_classes'],state['k']
         self.values,self.classes,self.rest,self.plain = [o.to(device) for o in state['parts']]
@@ -125,8 +142,8 @@ class DiskStore:
     "All logits of all samples in half precision, in a file; a batch at a time is read and written."
     def __init__(self, n:int, # Samples
                  n_classes:int, # Classes
-                 folder=None, # Where, on a disk with room for three copies if checkpoints are taken; default: a temporary one, gone with this process
-                 device='cpu', # Where the batches are
+                 folder:str|Path|None=None, # Where, on a disk with room for three copies if checkpoints are taken; default: a temporary one, gone with this process
+                 device:str|torch.device='cpu', # Where the batches are
                  rank:int=0 # Of this process, if several keep theirs in one folder
                 ):
         self.n,self.n_classes,self.device,self.rank = n,n_classes,torch.device(device),rank
@@ -143,7 +160,9 @@ class DiskStore:
 
     nbytes,lossy = 0,True
     @property
-    def row_bytes(self) -> int: return 2*self.n_classes
+    def row_bytes(self) -> int:
+        "Of disk taken by a sample."
+        return 2*self.n_classes
     def __repr__(self): return f"{self.n*self.row_bytes/2**20:.1f} MiB of torch.float16 on disk"
 
     def _create(self):
@@ -157,17 +176,24 @@ class DiskStore:
                 "Choose another folder: `KnowledgeReview(store=dict(kind='disk', folder=...))`.") from e
         return file.name,fd
 
-    def pack(self, logits, view=None, tau=1.) -> tuple:
+    def pack(self, logits:Tensor, # `(B, C)`
+             view:Callable|None=None, tau:float=1. # Not looked at: see `TopKStore`
+            ) -> tuple:
         "Rows to `put`."
         return logits.detach().clamp(*_range(torch.float16)).half(),
 
-    def put(self, ids, rows, host_ids=None):
+    def put(self, ids:Tensor, # `(B,)` int64 dataset ids
+            rows:tuple, # Of `pack`
+            host_ids:list|None=None # `ids` again, on the host
+           ):
         "Replace the rows of `ids`."
         host_ids = ids.tolist() if host_ids is None else host_ids
         for i,row in zip(host_ids, rows[0].cpu().numpy()): _all(os.pwrite, self._new, row.tobytes(), i*self.row_bytes)
         self.written[host_ids] = True
 
-    def get(self, ids, host_ids=None) -> tuple:
+    def get(self, ids:Tensor, # `(B,)` int64 dataset ids
+            host_ids:list|None=None # `ids` again, on the host
+           ) -> tuple: # As `pack` gave it
         "The rows of `ids`."
         host_ids = ids.tolist() if host_ids is None else host_ids
         res = np.empty((len(host_ids),self.n_classes), dtype=np.float16)
@@ -200,7 +226,11 @@ class DiskStore:
         return dict(kind='disk', n=self.n, n_classes=self.n_classes, folder=str(self.folder), frozen=self.frozen)
 
     @classmethod
-    def from_state(cls, state, device='cpu', rank=0):
+    def from_state(cls, state:dict, # What `state_dict` gave
+                   device:str|torch.device='cpu', # Where the batches are
+                   rank:int=0 # Of this process
+                  ) -> 'DiskStore':
+        "The store that `state` was taken of; raises `ValueError` if its file is not there or not whole."
         self = cls.__new__(cls)
         self.n,self.n_classes,self.folder,self.frozen = state['n'],state['n_classes'],Path(state['folder']),list(state['frozen'])
         self.device,self._temporary,self.rank = torch.device(device),None,rank
@@ -231,7 +261,8 @@ def _all(write, fd, data, at):
     if write(fd, data, at)!=len(data): raise OSError("The disk with the last predictions is full.")
 
 # %% ../../nbs/reflective/03_stores.ipynb #64c0924e
-def free_memory(device='cpu') -> int: # Bytes
+def free_memory(device:str|torch.device='cpu' # Whose
+               ) -> int: # Bytes
     "What is available on `device`, without what can only be had by swapping."
     if torch.device(device).type=='cuda': return torch.cuda.mem_get_info(device)[0]
     try: info = Path('/proc/meminfo').read_text()
@@ -243,12 +274,12 @@ def make_store(kind:str, # One of `store_kinds`
                n:int, # Samples
                n_classes:int, # Classes
                dtype:torch.dtype=torch.float32, # Of the logits
-               device='cpu', # Where the batches are
+               device:str|torch.device='cpu', # Where the batches are
                k:int=512, # With 'topk': how many to keep
-               folder=None, # With 'disk': where
+               folder:str|Path|None=None, # With 'disk': where
                rank:int=0, # Of this process
-               free:int=None # Bytes of free memory; default: ask
-              ):
+               free:int|None=None # Bytes of free memory; default: ask
+              ) -> DenseStore|TopKStore|DiskStore:
     "Somewhere to keep the last predictions of `n` samples; 'auto' goes by their size and the memory that is free."
     if kind not in store_kinds: raise ValueError(f"store: expected one of {', '.join(store_kinds)}, got {kind!r}.")
     if kind=='auto':
@@ -259,9 +290,9 @@ def make_store(kind:str, # One of `store_kinds`
     return DenseStore(n, n_classes, dtype if kind=='dense' else torch.float16, device)
 
 def store_from_state(state:dict, # Of a store's `state_dict`
-                     device='cpu', # Where the batches are
+                     device:str|torch.device='cpu', # Where the batches are
                      rank:int=0 # Of this process
-                    ):
+                    ) -> DenseStore|TopKStore|DiskStore:
     "The store that `state` was taken of."
     if state['kind']=='disk': return DiskStore.from_state(state, device, rank)
     return dict(dense=DenseStore, topk=TopKStore)[state['kind']].from_state(state, device)

@@ -29,7 +29,7 @@ class KnowledgeSummary(Companion):
         on:str='trained', # Which prediction: 'trained', the distribution that the loss trains, or 'logits', the plain softmax
         adapt:float=6., # Power of the share of samples that the last epoch predicted right, by which the weight (or, with 'replace', 1-alpha) is multiplied; 0 for a constant one
         smoothing:float=0., # Label smoothing until there are centres (0.1 in the published code)
-        head:str|nn.Module=None # The classifier head, whose input is the feature; default: `find_head`
+        head:str|nn.Module|None=None # The classifier head, whose input is the feature; default: `find_head`
     ):
         if mode not in ('add','replace'): raise ValueError(f"mode: expected 'add' or 'replace', got {mode!r}")
         if on not in ('trained','logits'): raise ValueError(f"on: expected 'trained' or 'logits', got {on!r}")
@@ -99,7 +99,7 @@ class KnowledgeSummary(Companion):
         if self.smoothing: return (1-self.smoothing)*F.one_hot(y, c) + self.smoothing/c
 
     @property
-    def strength(self):
+    def strength(self) -> Tensor|float:
         "How much of the softening is in force: the share of samples that the last epoch predicted right, to the power `adapt`."
         return 1. if self.learned is None else self.learned**self.adapt
 

@@ -41,7 +41,8 @@ class Companion(Callback):
             except Exception: self.__dict__['_learn'] = None; raise
         elif learn is None and old is not None: self.detach(old)
 
-    def attach(self, learn):
+    def attach(self, learn:Learner # Whose callback it has become
+              ):
         "Called when added to `learn`."
         self._refuse_twin(learn, type(self))
         for o in self.needs:
@@ -54,7 +55,8 @@ class Companion(Callback):
         raise ValueError(f"This learner has a {type(twin).__name__} already{'' if whole is twin else f', of its {whole}'}. "
             f"Change that one ({'`learn.'+whole.name+'`' if whole is twin else whole.how_to}), or take it away first: `learn.remove_cbs({type(whole).__name__})`.")
 
-    def detach(self, learn):
+    def detach(self, learn:Learner # Whose callback it was
+              ):
         "Called when removed from `learn`."
         others = [cb for cb in learn.cbs if cb is not self and isinstance(cb, Companion)]
         for o in self.needs:
@@ -119,7 +121,9 @@ class LossTerms(Callback):
         if correct: self.projected.append(loss)
         self.log(f'{name}_loss', loss)
 
-    def log(self, name:str, value:Tensor):
+    def log(self, name:str, # Of the mean, and of its column if it is among those
+            value:Tensor # Scalar; its graph is not kept
+           ):
         "Take a scalar `value` into this epoch's mean of `name`, weighted by the batch size."
         bs = find_bs(self.yb)
         self.sums[name] = self.sums.get(name, 0.) + value.detach().float()*bs
@@ -197,7 +201,7 @@ class LossTerms(Callback):
 
     # What the terms look at
     @property
-    def fit_loss(self):
+    def fit_loss(self) -> Callable:
         "The learner's loss function at this moment; that which MixUp has put its own in front of, if it has."
         loss = self.learn.loss_func
         while isinstance(getattr(loss, '__self__', None), MixHandler): loss = loss.__self__.old_lf
@@ -214,16 +218,24 @@ class LossTerms(Callback):
         self._looked = True # waiting for a device once a fit is enough
         return logits.as_subclass(Tensor),y
 
-    def logits_of(self, pred) -> Tensor:
+    def logits_of(self, pred:Any # What the model gave
+                 ) -> Tensor: # `(B, C)`
         "The prediction in what the model gave, if that is more: by the loss's `logits_of` (the mean of experts, say), if it has one."
         return getattr(self.fit_loss, 'logits_of', noop)(pred)
 
-    def trained_logits(self, logits:Tensor) -> Tensor:
+    def trained_logits(self, logits:Tensor # `(B, C)`
+                      ) -> Tensor: # `(B, C)`
         "`logits` as the loss sees them: through its `trained_logits`, if it has one (Balanced Softmax adds log n), else as they are."
         return getattr(self.fit_loss, 'trained_logits', noop)(logits)
 
-    def state_dict(self) -> dict: return dict(history=self.history)
-    def load_state_dict(self, state, learn): self.history = state['history']
+    def state_dict(self) -> dict:
+        "What `Checkpoint` has to keep: means by epoch."
+        return dict(history=self.history)
+    def load_state_dict(self, state:dict, # What `state_dict` gave
+                        learn:Learner # That it is on
+                       ):
+        "Go on with this history."
+        self.history = state['history']
 
     def after_train(self):
         if self.ranks.size>1: self._pool()

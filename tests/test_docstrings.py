@@ -1,0 +1,59 @@
+"Everything public says what it is, in a line, and explains every argument."
+import inspect
+
+import pytest
+
+from public import Public, everything, is_command, modules, name_of
+
+
+def undocumented(o):
+    doc = inspect.getdoc(o.of) if not isinstance(o.of, type) else o.of.__doc__
+    if not doc: return 'no docstring'
+    first,*rest = doc.splitlines()
+    if rest and not is_command(o): return 'a docstring of more than one line'
+    if not first.endswith(('.','?')): return f'{first!r} is no sentence'
+
+
+def unexplained(o): return [name_of(a) for a in o.args if a.lineno not in o.commented and not (shared(o, a) or is_command(o) and 'Annotated' in inspect.getsource(o.f))]
+
+
+def shared(o, arg):
+    "Arguments of one line have its comment in common"
+    return any(a.lineno==arg.lineno and a.end_lineno in o.commented for a in o.args)
+
+
+def test_there_is_something_to_look_at():
+    names = {str(o).removeprefix('ltrl_fastai.') for o in everything}
+    assert {'reflective.learning.ReflectiveLearning','reflective.learning.ReflectiveLearning.switch','methods.losses.BalancedSoftmaxLoss','evaluation.report.ShotReport.plot',
+            'evaluation.pictures.Learner.plot_shots','experiments.plan.PlannedRun','reflective.ranks.Ranks.of','data.fast.TensorItems.set_split_idx'} <= names
+    assert len(everything)>400
+
+
+@pytest.mark.parametrize('m', modules, ids=lambda o: o.__name__.removeprefix('ltrl_fastai.'))
+def test_module(m):
+    assert (m.__doc__ or '').strip().endswith('.')
+    mine = [o for o in everything if o.name.startswith(m.__name__+'.')]
+    assert not {o.name: why for o in mine if (why := undocumented(o))}
+    assert not {o.name: names for o in mine if (names := unexplained(o))}
+    assert not [o.name for o in mine if o.gives and o.node.returns is None and not is_command(o)], 'these say nothing of what they return'
+
+
+def _bad(a, b=1): return a
+def _half(a, # Explained
+          b=1): # Of the result
+    "Something"
+    return a
+def _good(a, # Explained
+          b:int, c:int=1, # Together
+          *args, # More
+          **kwargs # Others
+         ) -> int: # Of the result
+    "Something."
+    return a
+
+
+def test_what_is_missing_is_found():
+    bad,half,good = (Public(f.__name__, f, f) for f in (_bad, _half, _good))
+    assert undocumented(bad)=='no docstring' and unexplained(bad)==['a','b'] and bad.gives and bad.node.returns is None
+    assert undocumented(half)=="'Something' is no sentence" and unexplained(half)==['b']
+    assert undocumented(good) is None and unexplained(good)==[] and good.node.returns is not None

@@ -80,8 +80,6 @@ def test_metadata(wheel):
     assert m['Description-Content-Type']=='text/markdown' and m.get_payload().strip()==(root/'README.md').read_text().strip()
     kinds = m.get_all('Classifier')
     assert {'Typing :: Typed','Operating System :: OS Independent', *(f'Programming Language :: Python :: 3.{i}' for i in range(10, 14))} <= set(kinds)
-    urls = dict(o.split(', ') for o in m.get_all('Project-URL'))
-    assert set(urls)=={'Homepage','Repository','Issues','Changelog'} and all(o.startswith(urls['Homepage']) for o in urls.values())
 
 
 def test_requirements_and_extras_are_those_of_settings_ini(wheel):

@@ -412,6 +412,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                              'ltrl_fastai/experiments/checkpoint.py'),
                                                     'ltrl_fastai.experiments.checkpoint.Checkpoint.remove': ( 'experiments/checkpoint.html#checkpoint.remove',
                                                                                                               'ltrl_fastai/experiments/checkpoint.py'),
+                                                    'ltrl_fastai.experiments.checkpoint.Checkpoint.run': ( 'experiments/checkpoint.html#checkpoint.run',
+                                                                                                           'ltrl_fastai/experiments/checkpoint.py'),
                                                     'ltrl_fastai.experiments.checkpoint.Checkpoint.save': ( 'experiments/checkpoint.html#checkpoint.save',
                                                                                                             'ltrl_fastai/experiments/checkpoint.py'),
                                                     'ltrl_fastai.experiments.checkpoint.Checkpoint.state': ( 'experiments/checkpoint.html#checkpoint.state',

@@ -52,13 +52,20 @@ class Checkpoint(Callback):
     order,run_valid = 200,False
     _stateattrs = ('_others','_kept')
     _others = _kept = None
-    seconds = 0. # Of earlier sittings
+    seconds,_run = 0.,True # of earlier sittings; see `run`
     def __init__(self,
         file:str|Path, # Where; replaced as a whole. The one before is beside it, with `.older` behind its name
         identity=None, # Plain types that tell this fit from others: a file of another one is refused
         every:int=1 # Epochs between two checkpoints
     ):
         self.file,self.identity,self.every,self._began = Path(file),identity,every,time.time()
+
+    @property
+    def run(self):
+        "In a fit only: it rests in `lr_find`, and where fastai calls `before_fit` to validate or predict."
+        return self._run and not (hasattr(self.learn, 'lr_finder') or self.learn.lock.locked())
+    @run.setter
+    def run(self, v): self.__dict__['_run'] = v
 
     def state(self) -> dict:
         "Of everything, as plain types and tensors."

@@ -273,6 +273,18 @@ def test_pytorch_persistent_workers():
     orders(train(rows(TorchDL(WithIds(Rows()), bs, shuffle=True, num_workers=2, persistent_workers=True), valid)), N, True)
 
 
+@pytest.mark.parametrize('kw', [dict(kr=False), dict(kr=False, ks=True, kc=True), dict(ks=True)], ids=str)
+def test_pytorch_without_review(kw):
+    "Ids are taken off whether they are wanted or not, also once the review is switched off"
+    case = rows(TorchDL(WithIds(Rows()), bs, shuffle=True))
+    learn = Learner(case.dls, case.net, loss_func=CrossEntropyLossFlat(), cbs=ReflectiveLearning(**kw))
+    for _ in range(2):
+        with learn.no_bar(), learn.no_logging(): learn.fit(2, .05)
+        learn.reflective_learning.kr = False
+    learn.remove_cbs(ReflectiveLearning)
+    assert not any('ltrl_fastai' in type(cb).__module__ for cb in learn.cbs)
+
+
 # What is refused
 
 class Stream(IterableDataset):

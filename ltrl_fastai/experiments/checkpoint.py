@@ -47,15 +47,15 @@ def plain(o:Any # Of dicts, lists, tuples, tensors and numbers
     if isinstance(o, (list,L)): return [plain(v) for v in o]
     return o.item() if isinstance(o, np.generic) else o.as_subclass(Tensor) if isinstance(o, Tensor) else o
 
-class UnreadableCheckpoint(ValueError): "There is a checkpoint, but it can't be read, nor can the one before."
+class UnreadableCheckpoint(ValueError): "There is a checkpoint, but it can't be read, or not all that it needs is there; nor is the one before of any use."
 class ForeignCheckpoint(ValueError): "There is a checkpoint, but of another fit."
 
 class Checkpoint(Callback):
     "After each epoch keeps in a file what training needs to go on, and in another what it needed the last time; a fit that finds one goes on from there."
     order,run_valid = 200,False
     _stateattrs = ('_others','_kept')
-    _others = _kept = None
-    seconds = 0. # Of earlier sittings
+    _others = _kept = _refused = None
+    seconds,_run = 0.,True # of earlier sittings; see `run`
     def __init__(self,
         file:str|Path, # Where; replaced as a whole. The one before is beside it, with `.older` behind its name
         identity:Any=None, # Plain types that tell this fit from others: a file of another one is refused
@@ -63,13 +63,28 @@ class Checkpoint(Callback):
     ):
         self.file,self.identity,self.every,self._began = Path(file),identity,every,time.time()
 
+    @property
+    def run(self):
+        "In a fit only: it rests in `lr_find`, and where fastai calls `before_fit` to validate or predict."
+        return self._run and not (hasattr(self.learn, 'lr_finder') or self.learn.lock.locked())
+    @run.setter
+    def run(self, v): self.__dict__['_run'] = v
+
     def state(self) -> dict:
         "Of everything, as plain types and tensors."
         learn,rec = self.learn,self.learn.recorder
-        return plain(dict(identity=self.identity, n_epoch=learn.n_epoch, done=learn.epoch+1, model=get_model(learn.model).state_dict(), opt=learn.opt.state_dict(),
+        return plain(dict(identity=self.identity, n_epoch=learn.n_epoch, about=self._about(),
+            done=learn.epoch+1, model=get_model(learn.model).state_dict(), opt=learn.opt.state_dict(),
             ranks=self.ranks.objects(self._of_rank()), grads=self._grads(), fastai=self._of_fastai(), train_iter=learn.train_iter, seconds=self.seconds+time.time()-self._began,
             recorder=dict(lrs=rec.lrs, iters=rec.iters, losses=rec.losses, values=rec.values, smooth=(rec.smooth_loss.count, rec.smooth_loss.val)),
             schedules=[cb.hps for cb in self._of(ParamScheduler)], callbacks={cb.name: cb.state_dict() for cb in self._with_state()}))
+
+    def _about(self):
+        "What can be said of a fit without being told"
+        learn = self.learn
+        data = getattr(learn.dls.train, 'dataset', None)
+        return plain(dict(model={k: list(v.shape) for k,v in get_model(learn.model).state_dict().items() if isinstance(v, Tensor)},
+            samples=len(data) if hasattr(data, '__len__') else None, optimizer=sorted(learn.opt.hypers[0])))
 
     # An accumulated step may reach over the end of an epoch, and fastai's own callbacks remember things that they keep in no file
     def _of_rank(self): return dict(random=random_state(self.learn.dls.loaders), split={k: g for cb in self._of(LossTerms) for k,g in cb.grads_by_name().items()})
@@ -88,7 +103,9 @@ class Checkpoint(Callback):
         self.file.parent.mkdir(parents=True, exist_ok=True)
         tmp = self.file.with_name(f'.{self.file.name}.{os.getpid()}')
         with open(tmp, 'wb') as f: torch.save(state, f); f.flush(); os.fsync(f.fileno())
-        if self.file.exists(): os.replace(self.file, self.older)
+        aside = self.file.with_name(self.file.name+'.refused') if self._refused else self.older # never over the one that is of use
+        if self.file.exists(): os.replace(self.file, aside)
+        self._refused = False
         os.replace(tmp, self.file)
 
     @property
@@ -110,26 +127,39 @@ class Checkpoint(Callback):
         for f in (self.file, *folder.glob(f'{name}.*'), *folder.glob(f'.{name}.*')): shutil.rmtree(f) if f.is_dir() else f.unlink(missing_ok=True)
 
     def load(self) -> dict:
-        "What the file holds, or the one before if that can't be read; raises `UnreadableCheckpoint` if neither can, `ForeignCheckpoint` if it is of another fit."
-        errors = []
+        "What the file holds, or the one before if that is refused; if both are, raises `ForeignCheckpoint` for one that is of another fit, else `UnreadableCheckpoint`."
+        errors,self._refused = [],False
         for f in (self.file, self.older):
             if not f.exists(): continue
-            try: kept = torch.load(f, map_location='cpu', weights_only=True)
-            except Exception as e: errors.append(f"{f} is no checkpoint that can be read ({type(e).__name__}).")
-            else: break
-        else: raise UnreadableCheckpoint(' '.join(errors)+" Remove it to start anew.")
-        if errors and not self.ranks.rank: print(f"{errors[0]} Going on from the one before it, {f}.")
-        if not isinstance(kept, dict) or 'identity' not in kept: raise ForeignCheckpoint(f"{self.file} is no checkpoint of this package. Choose another file.")
+            try: kept = self._read(f)
+            except (UnreadableCheckpoint, ForeignCheckpoint) as e: errors.append(e)
+            else:
+                self._refused = f==self.older and self.file.exists()
+                if errors and not self.ranks.rank: print(f"{errors[0]} Going on from the one before it, {f}.")
+                return kept
+        if (foreign := first(o for o in errors if isinstance(o, ForeignCheckpoint))): raise ForeignCheckpoint(f"{foreign} Choose another file, or remove it to start anew.")
+        raise UnreadableCheckpoint(' '.join(map(str, errors))+" Remove it to start anew.")
+
+    def _read(self, f):
+        "What `f` holds; refuses, with the reason, what this fit can't go on from"
+        try: kept = torch.load(f, map_location='cpu', weights_only=True)
+        except Exception as e: raise UnreadableCheckpoint(f"{f} is no checkpoint that can be read ({type(e).__name__}).") from e
+        if not isinstance(kept, dict) or 'identity' not in kept: raise ForeignCheckpoint(f"{f} is no checkpoint of this package.")
         if (kept['identity'],kept['n_epoch'])!=(self.identity,self.learn.n_epoch): raise ForeignCheckpoint(
-            f"{self.file} is the checkpoint of another fit ({kept['n_epoch']} epochs, {kept['identity']}) than this ({self.learn.n_epoch} epochs, {self.identity}). "
-            "Choose another file, or remove it to start anew.")
+            f"{f} is the checkpoint of another fit ({kept['n_epoch']} epochs, {kept['identity']}) than this ({self.learn.n_epoch} epochs, {self.identity}).")
+        if (other := [k for k,v in self._about().items() if kept.get('about', {}).get(k, v)!=v]): raise ForeignCheckpoint(
+            f"{f} is the checkpoint of another fit: of another {' and another '.join(dict(samples='number of training samples').get(k, k) for k in other)}.")
+        if (n := len(kept['ranks']))!=self.ranks.size: raise ForeignCheckpoint(f"{f} is of {n} processes, and here are {self.ranks.size}: start as many.")
+        for cb in self._with_state():
+            if not hasattr(cb, 'check_state') or cb.name not in kept['callbacks']: continue
+            try: cb.check_state(kept['callbacks'][cb.name])
+            except ValueError as e: raise UnreadableCheckpoint(str(e)) from e
         return kept
 
     def before_fit(self):
         self.seconds,self._began = 0.,time.time()
         if not (self.file.exists() or self.older.exists()): return
         self._kept = self.load()
-        if (n := len(self._kept['ranks']))!=self.ranks.size: raise ForeignCheckpoint(f"{self.file} is of {n} processes, and here are {self.ranks.size}. Start as many.")
         self._others,self.learn.cbs = self.learn.cbs,L(self) # nobody else hears of epochs that are done
 
     def before_epoch(self):

@@ -11,7 +11,7 @@ from fastai.callback.training import GradientAccumulation
 from .functional import check_logits, check_number, review_loss, batch_class_counts
 from .ranks import Ranks
 from .samples import SampleIds
-from .stores import make_store, store_kinds
+from .stores import check_store, make_store, store_kinds
 from .memory import TeacherMemory
 from .terms import Companion, LossTerms
 
@@ -60,6 +60,11 @@ class KnowledgeReview(Companion):
     def state_dict(self) -> dict:
         "What `Checkpoint` has to keep: all teachers."
         return dict(teachers=None if self.teachers is None else self.teachers.state_dict())
+
+    def check_state(self, state:dict # What `state_dict` gave
+                   ):
+        "Raise `ValueError` if it can't be taken back."
+        if state['teachers'] is not None: check_store(state['teachers']['store'])
 
     def load_state_dict(self, state:dict, # What `state_dict` gave
                         learn:Learner # Whose training data it is about

@@ -11,6 +11,7 @@ from fastai.basics import *
 from fastai.callback.mixup import MixHandler
 from .functional import check_logits, check_targets
 from .ranks import Ranks
+from .samples import SampleIds, carries_ids
 
 # %% ../../nbs/reflective/05_terms.ipynb #b71eb09d
 @functools.wraps(Learner.fit)
@@ -45,9 +46,13 @@ class Companion(Callback):
               ):
         "Called when added to `learn`."
         self._refuse_twin(learn, type(self))
-        for o in self.needs:
+        for o in self.needed(learn):
             if not learn._grab_cbs(o): learn.add_cb(o())
         _tells_of_crashes(learn)
+
+    def needed(self, learn) -> tuple:
+        "What it `needs` of `learn`; of items that bring their ids along somebody has to take them off."
+        return *self.needs,*([SampleIds] if SampleIds not in self.needs and carries_ids(getattr(learn.dls, 'train', None)) else [])
 
     def _refuse_twin(self, learn, cls):
         if not (twin := first(cb for cb in learn.cbs if type(cb) is cls and cb is not self)): return
@@ -59,8 +64,8 @@ class Companion(Callback):
               ):
         "Called when removed from `learn`."
         others = [cb for cb in learn.cbs if cb is not self and isinstance(cb, Companion)]
-        for o in self.needs:
-            if not any(o in cb.needs for cb in others): learn.remove_cbs(o)
+        for o in self.needed(learn):
+            if not any(o in cb.needed(learn) for cb in others): learn.remove_cbs(o)
         if not others: _tells_of_crashes(learn, False)
 
     @property

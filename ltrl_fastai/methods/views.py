@@ -47,7 +47,8 @@ def two_views(dls:DataLoaders, # With batch transforms for training
     return res
 
 # %% ../../nbs/methods/06_views.ipynb #eccca0ad
-def check_unmixed(learn:Learner):
+def check_unmixed(learn:Learner # Whose callbacks may mix
+                 ):
     "Raise `ValueError` if a learner's batches are mixed, by `MixUp` or `CutMix`: fastai mixes models' only input."
     mixed = learn._grab_cbs(MixHandler)
     if mixed: raise ValueError(f"views: {type(mixed[0]).__name__} mixes the one input of a model, and this method's model has several. Take one of the two.")

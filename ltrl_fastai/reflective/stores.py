@@ -246,9 +246,9 @@ class DiskStore:
         self._end()
 
 def check_store(state:dict # Of a store's `state_dict`
-               ) -> Path: # Its file, if it has one
+               ) -> Path|None: # Its file, if it has one
     "Raise `ValueError` if the file that `state` names is not there or not whole."
-    if state['kind']!='disk': return
+    if state['kind']!='disk': return None
     file = Path(state['folder'])/state['frozen'][-1]
     if file.exists() and file.stat().st_size==2*state['n']*state['n_classes']: return file
     raise ValueError(f"{file}, where the last predictions of this checkpoint are kept, is not there or not whole. Take an older checkpoint, or start anew.")

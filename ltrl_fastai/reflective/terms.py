@@ -50,7 +50,8 @@ class Companion(Callback):
             if not learn._grab_cbs(o): learn.add_cb(o())
         _tells_of_crashes(learn)
 
-    def needed(self, learn) -> tuple:
+    def needed(self, learn:Learner # That it is added to
+              ) -> tuple: # Of classes of callbacks
         "What it `needs` of `learn`; of items that bring their ids along somebody has to take them off."
         return *self.needs,*([SampleIds] if SampleIds not in self.needs and carries_ids(getattr(learn.dls, 'train', None)) else [])
 

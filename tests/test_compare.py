@@ -73,7 +73,7 @@ def test_killed_in_the_middle_goes_on_to_the_same_numbers(tmp_path):
     args = ['compare', '--set', 'epochs=30', '--seeds', '1', '--jobs', '1', '--out']
     p = subprocess.Popen([ltrl, *args, 'a'], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        end = time.time()+300
+        end = time.time()+900
         while not (list((tmp_path/'a').glob('.unfinished/*-rl-*.pt'))): # the first run is done, the second has begun
             assert time.time() < end and p.poll() is None
             time.sleep(.02)

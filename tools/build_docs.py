@@ -1,14 +1,20 @@
 """Build the docs site from the notebooks into _docs/: `python tools/build_docs.py`. Needs no Quarto and no network.
 
-nbdev makes pages of the notebooks, smalldocs makes HTML of the pages. In between and after it are four changes, so that links are those that nbdev writes, and no page asks
-for anything that is not on the site: pages are named as nbdev's links have them, formulas become MathML, fonts are those of the reader, and "source" leads to a page of code.
+nbdev makes pages of the notebooks, smalldocs makes HTML of the pages. Three things are added on the way: methods and public data, of which nbdev documents functions and
+classes alone; pages under the names that nbdev's links have; and pages of code, to which "source" leads. And no page asks for anything that is not on the site: formulas
+become MathML, fonts are those of the reader.
 """
 import argparse
+import ast
 import html
+import importlib
+import inspect
+import json
 import os
 import re
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
@@ -27,8 +33,44 @@ def processed(workers):
     return proc_nbs(get_config().nbs_path, n_workers=workers)
 
 
+def methods(name, cls):
+    "What nbdev would show of the public methods and properties that a class has of its own"
+    from fastai.callback.core import _events
+    from nbdev.showdoc import BasicMarkdownRenderer
+    for k, o in vars(cls).items():
+        f = inspect.unwrap(getattr(o, '__func__', o)) if not isinstance(o, property) else o
+        if k.startswith('_') or k in map(str, _events) or not inspect.getdoc(f) or any(k in vars(base) for base in cls.__mro__[1:]): continue
+        if isinstance(f, property): yield f'#### {name}.{k}\n\n*{inspect.getdoc(f)}*'
+        elif inspect.isfunction(f):
+            shown = BasicMarkdownRenderer(f, name=f'{name}.{k}', title_level=4)._repr_markdown_()
+            yield shown.removeprefix('---\n').replace('#LNone', f'#L{inspect.getsourcelines(f)[1]}')
+
+
+def data(module):
+    "The code that assigns the public names of a module that are no functions or classes, without what is long in it"
+    source = inspect.getsource(module)
+    for node in ast.parse(source).body:
+        names = [o.id for t in getattr(node, 'targets', []) for o in ast.walk(t) if isinstance(o, ast.Name) and o.id in module.__all__]
+        if not names: continue
+        lines = ast.get_source_segment(source, node).split('\n')
+        code = '\n'.join(lines if len(lines) <= 12 else [*lines[:10], '    ...'])
+        yield '\n\n'.join([*(f'### {o}' for o in names), f'```python\n{code}\n```'])
+
+
+def completed(page, module):
+    "A page of nbdev's, as JSON, with the methods of each class, and with data at its end"
+    nb = json.loads(page)
+    for cell in nb['cells']:
+        if m := re.search(r'^show_doc\((\w+)\)', ''.join(cell['source']), re.M):
+            o = getattr(module, m[1], None)
+            extra = list(methods(m[1], o)) if inspect.isclass(o) else []
+            if extra: cell['outputs'].append(dict(output_type='display_data', metadata={}, data={'text/markdown': '\n\n'.join(extra)}))
+    if more := '\n\n'.join(data(module)): nb['cells'].append(dict(cell_type='markdown', metadata={}, source=f'## Data\n\n{more}'))
+    return json.dumps(nb)
+
+
 def staged(pages, to):
-    "The pages under the names that links have, and what they include"
+    "The pages, completed, under the names that links have, and what they include"
     shutil.rmtree(to, ignore_errors=True)
     shutil.copytree(pages, to/'pages', ignore=shutil.ignore_patterns('_docs', '__pycache__'))
     for o in ('images', 'styles.css', 'sidebar.yml', 'nbdev.yml'):
@@ -38,8 +80,11 @@ def staged(pages, to):
     shutil.copy(root/'CHANGELOG.md', to)
     for p in sorted((to/'pages').rglob('*')):
         if p.suffix not in ('.ipynb', '.qmd', '.md', '.yml'): continue
-        p.write_text(numbered.sub('', p.read_text(encoding='utf-8')), encoding='utf-8')
-        if p.suffix == '.ipynb': p.rename(p.with_name(numbered.sub('', p.name)))
+        text, named = numbered.sub('', p.read_text(encoding='utf-8')), p.with_name(numbered.sub('', p.name))
+        if p.suffix == '.ipynb' and (root/'ltrl_fastai'/p.parent.name/named.with_suffix('.py').name).exists():
+            text = completed(text, importlib.import_module(f'ltrl_fastai.{p.parent.name}.{named.stem}'))
+        p.write_text(text, encoding='utf-8')
+        p.rename(named)
     return to/'pages'
 
 
@@ -85,7 +130,7 @@ def source_page(file, template, depth):
 
 
 def finished(site):
-    "The four changes, and a look at each page for what is not on the site"
+    "Formulas, code and fonts, and a look at each page for what is not on the site"
     wanted = {}
     shutil.copytree(root/'nbs'/'images', site/'images', dirs_exist_ok=True)
     template = (site/'citing.html').read_text(encoding='utf-8')
@@ -98,7 +143,8 @@ def finished(site):
         to.write_text(source_page(file, template, len(to.relative_to(site).parts)-1), encoding='utf-8')
     for p in site.rglob('*.css'):
         p.write_text(re.sub(r'@import\s+url\("?https?:[^)]*\)[^;]*;', '', p.read_text(encoding='utf-8')), encoding='utf-8')
-    away = [(p.relative_to(site), m) for p in sorted(site.rglob('*.html')) for m in re.findall(r'<(?:script|link|img|iframe)[^>]*(?:src|href)="(?:https?:)?//[^"]*"', p.read_text(encoding='utf-8'))]
+    asks = re.compile(r'<(?:script|link|img|iframe)[^>]*(?:src|href)="(?:https?:)?//[^"]*"')
+    away = [(p.relative_to(site), m) for p in sorted(site.rglob('*.html')) for m in asks.findall(p.read_text(encoding='utf-8'))]
     if away: sys.exit('\n'.join(f'{p} asks for what is not on the site: {m}' for p, m in away))
     raw = [p.relative_to(site) for p in sorted(site.rglob('*.html')) if re.search(r'class="math (?:inline|display)"', p.read_text(encoding='utf-8'))]
     if raw: sys.exit(f'formulas are left as they were in {", ".join(map(str, raw))}')
@@ -109,7 +155,8 @@ def main():
     parser.add_argument('--out', type=Path, default=root/'_docs', help='folder of the site; default: _docs')
     parser.add_argument('--workers', type=int, default=2, help='processes; default: 2')
     args = parser.parse_args()
-    os.environ.update(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore::FutureWarning')
+    os.environ.update(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore::FutureWarning')  # of torch to fastai, in other processes
+    warnings.filterwarnings('ignore', category=FutureWarning)  # and in this
     stage = root/'_proc'/'_stage'
     site = rendered(staged(processed(args.workers), stage))
     finished(site)

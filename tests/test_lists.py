@@ -575,3 +575,10 @@ def test_pickled_learners_predict(tmp_path, quick_fit):
         loaded = load_learner(tmp_path/'m.pkl')
     with loaded.no_bar(): word, i, p = loaded.predict(tmp_path/'a/blue/3.jpg')
     assert word == dls.vocab[int(i)] and p.shape == (4,) and (tmp_path/'m.pkl').stat().st_size < 2e6
+
+
+def test_a_broken_image_of_ones_own_is_named(tmp_path):
+    from ltrl_fastai.all import own_images
+    for i in range(8): (tmp_path/f'{i%2}').mkdir(exist_ok=True); Image.new('RGB', (8, 8)).save(tmp_path/f'{i%2}/{i}.png')
+    (tmp_path/'1/half.png').write_bytes(b'half a download')
+    with pytest.raises(ValueError, match='half.png: expected an image.*verify_images'): own_images(tmp_path)

@@ -87,7 +87,10 @@ def common_size(files:list # Paths of images
     "The size of all images, if they are square and of one size of at most 64 pixels; else None. Reads no more than headers."
     res = None
     for f in files:
-        with PIL.Image.open(f) as im: w,h = im.size
+        try:
+            with PIL.Image.open(f) as im: w,h = im.size
+        except PIL.UnidentifiedImageError as e: raise ValueError(f"{f}: expected an image, and it can't be read as one. "
+            "Remove it or mend it; fastai's `verify_images(get_image_files(folder))` finds all such files.") from e
         if w!=h or w>64 or res not in (None,w): return None
         res = w
     return res

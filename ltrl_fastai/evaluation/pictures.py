@@ -233,6 +233,7 @@ def draw_shots(runs:dict, # From labels to a `ShotReport`, or to a list of them:
     first_,said = next(iter(runs)),[]
     with picture_style():
         ax = _axes(ax, (5.5,3.2)); x,w = np.arange(len(shots)),.8/len(runs)
+        inches = ax.figure.get_figwidth()*ax.get_position().width*w/len(shots) # of a bar
         for i,(label,a) in enumerate(acc.items()):
             m,at = a.mean(0),x+(i-(len(runs)-1)/2)*w
             if n==1: lo,hi = np.array([runs[label][0].intervals[s] or (np.nan,)*2 for s in shots]).T
@@ -245,7 +246,7 @@ def draw_shots(runs:dict, # From labels to a `ShotReport`, or to a list of them:
             if n>1: top = np.fmax(top, acc[first_].mean(0)) # above the dashed line too
             for b,v,t in zip(bars, m, top):
                 if np.isnan(v): continue
-                ax.annotate(f'{v:.1f}', (b.get_x()+w/2, t), (0,2), textcoords='offset points', ha='center', va='bottom', fontsize=7 if len(runs)<3 else 6, color=picture_ink)
+                ax.annotate(f'{v:.1f}', (b.get_x()+w/2, t), (0,2), textcoords='offset points', ha='center', va='bottom', fontsize=min(7, 72*inches/2.9), color=picture_ink)
             if n>1 and not i and len(runs)>1: ax.hlines(m, x-.45, x+.45, color=picture_ink, ls='--', lw=.9)
             spans = ['']*len(m) if lo is None else ['' if np.isnan(a) else f' ({a:.1f} to {b:.1f})' for a,b in zip(lo, hi)]
             said.append((f'{name}: ' if name else '') + ', '.join(f'{s.title()} {_num(v)}{o}' for s,v,o in zip(shots, m, spans)))

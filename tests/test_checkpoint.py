@@ -89,6 +89,17 @@ def test_another_fit_is_known_without_an_identity(kw, said, tmp_path):
     assert {f: f.read_bytes() for f in tmp_path.iterdir()} == kept
 
 
+@pytest.mark.parametrize('call,args,said', [('fit', (5, .05), 'lr, in its course: 0.002, 0.05, .* there, 0.05 here'), ('fit_flat_cos', (5, .05), 'another schedule'),
+                                            ('fit_one_cycle', (5, .1), '0.05, .* there, .* 0.1, .* here')])
+def test_another_schedule_is_another_fit(call, args, said, tmp_path):
+    f = tmp_path/'fit.pt'
+    begun(f)
+    with pytest.raises(ForeignCheckpoint, match=said): getattr(learner(), call)(*args, cbs=Checkpoint(f))
+    begun(f, crash=4)  # the same goes on
+    learner().fit(4, .05, cbs=Checkpoint(f.with_name('plain.pt')))
+    with pytest.raises(ForeignCheckpoint, match='lr, in its course: 0.05 there, 0.1 here'): learner().fit(4, .1, cbs=Checkpoint(f.with_name('plain.pt')))
+
+
 class Lights(Callback):
     "Go out in the middle of the last epoch of a fit of so many; tells which epochs there were"
     order = -100

@@ -55,7 +55,7 @@ class Checkpoint(Callback):
     order,run_valid = 200,False
     _stateattrs = ('_others','_kept')
     _others = _kept = _refused = None
-    seconds,_run,_ended = 0.,True,0 # of earlier sittings; see `run`; how many fits it was in to their end
+    seconds,_run,_ended,_lr = 0.,True,0,() # of earlier sittings; see `run`; how many fits it was in to their end; what this one was given
     def __init__(self,
         file:str|Path, # Where; replaced as a whole. The one before is beside it, with `.older` behind its name; a second fit that this callback is in has `.2` there
         identity:Any=None, # Plain types that tell this fit from others: a file of another one is refused
@@ -84,7 +84,12 @@ class Checkpoint(Callback):
         learn = self.learn
         data = getattr(learn.dls.train, 'dataset', None)
         return plain(dict(model={k: list(v.shape) for k,v in get_model(learn.model).state_dict().items() if isinstance(v, Tensor)},
-            samples=len(data) if hasattr(data, '__len__') else None, optimizer=sorted(learn.opt.hypers[0])))
+            samples=len(data) if hasattr(data, '__len__') else None, optimizer=sorted(learn.opt.hypers[0]), schedule=self._schedule()))
+
+    def _schedule(self):
+        "The learning rate that the fit was given, and all that is scheduled at five places of its course"
+        scheds = {'lr': [self._lr], **{k: [f(o) for o in (0.,.25,.5,.75,.99)] for cb in self._of(ParamScheduler) for k,f in cb.scheds.items()}}
+        return {k: [[float(f'{o:.6g}') for o in np.atleast_1d(v)] for v in vs] for k,vs in scheds.items()}
 
     # An accumulated step may reach over the end of an epoch, and fastai's own callbacks remember things that they keep in no file
     def _of_rank(self): return dict(random=random_state(self.learn.dls.loaders), split={k: g for cb in self._of(LossTerms) for k,g in cb.grads_by_name().items()})
@@ -159,8 +164,10 @@ class Checkpoint(Callback):
         if not isinstance(kept, dict) or 'identity' not in kept: raise ForeignCheckpoint(f"{f} is no checkpoint of this package.")
         if (kept['identity'],kept['n_epoch'])!=(self.identity,self.learn.n_epoch): raise ForeignCheckpoint(
             f"{f} is the checkpoint of another fit ({kept['n_epoch']} epochs, {kept['identity']}) than this ({self.learn.n_epoch} epochs, {self.identity}).")
-        if (other := [k for k,v in self._about().items() if kept.get('about', {}).get(k, v)!=v]): raise ForeignCheckpoint(
-            f"{f} is the checkpoint of another fit: of another {' and another '.join(dict(samples='number of training samples').get(k, k) for k in other)}.")
+        about,was = self._about(),kept.get('about', {})
+        if (other := [k for k,v in about.items() if was.get(k, v)!=v]): raise ForeignCheckpoint(
+            f"{f} is the checkpoint of another fit: of another {' and another '.join(dict(samples='number of training samples').get(k, k) for k in other)}"
+            f"{_other_schedule(was['schedule'], about['schedule']) if 'schedule' in other else ''}.")
         if (n := len(kept['ranks']))!=self.ranks.size: raise ForeignCheckpoint(f"{f} is of {n} processes, and here are {self.ranks.size}: start as many.")
         for cb in self._with_state():
             if not hasattr(cb, 'check_state') or self._next or cb.name not in kept['callbacks']: continue
@@ -170,6 +177,7 @@ class Checkpoint(Callback):
 
     def before_fit(self):
         self.seconds,self._began = 0.,time.time()
+        self._lr = [o['lr'] for o in self.learn.opt.hypers]
         if not (self.current.exists() or self.older.exists()):
             if self._next: raise ForeignCheckpoint(f"{self._next} is there, of the fit after this one, and {self.current} is not. Put that back, or remove this to start anew.")
             return
@@ -213,6 +221,12 @@ class Checkpoint(Callback):
         self._others = self._kept = None
 
     def after_fit(self): self._ended += 1
+
+def _other_schedule(was, now):
+    "In words, what differs"
+    k = first(k for k in {**was, **now} if was.get(k)!=now.get(k))
+    there,here = [', '.join(f'{o[-1]:g}' for o in v[k]) if k in v else 'none' for v in (was,now)]
+    return f" ({k}, in its course: {there} there, {here} here)"
 
 def _behind(file, s): return file.with_name(file.name+s)
 

@@ -392,8 +392,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                            'ltrl_fastai/experiments/checkpoint.py'),
                                                     'ltrl_fastai.experiments.checkpoint.Checkpoint._of_fastai': ( 'experiments/checkpoint.html#checkpoint._of_fastai',
                                                                                                                   'ltrl_fastai/experiments/checkpoint.py'),
-                                                    'ltrl_fastai.experiments.checkpoint.Checkpoint._of_fit': ( 'experiments/checkpoint.html#checkpoint._of_fit',
-                                                                                                               'ltrl_fastai/experiments/checkpoint.py'),
                                                     'ltrl_fastai.experiments.checkpoint.Checkpoint._of_rank': ( 'experiments/checkpoint.html#checkpoint._of_rank',
                                                                                                                 'ltrl_fastai/experiments/checkpoint.py'),
                                                     'ltrl_fastai.experiments.checkpoint.Checkpoint._read': ( 'experiments/checkpoint.html#checkpoint._read',

@@ -125,11 +125,11 @@ def test_a_call_of_two_fits_goes_on_in_either(store, tmp_path):
     f = tmp_path/'fit.pt'
     for out in (2, 3):
         with pytest.raises(InterruptedError): fine_tune(f, out, store)
-        assert f.with_name('fit.pt.2').exists() == (out == 3)
+        assert f.with_name('fit.pt.next').exists() == (out == 3)
     for again in ([(3, 2)], []):
         got, seen, more = fine_tune(f, store=store)
         assert seen == again and torch.equal(got, want) and more == losses
-    with pytest.raises(ForeignCheckpoint, match='fit.pt.2 is the checkpoint of another fit .3 epochs'): fine_tune(f, store=store, epochs=4)
+    with pytest.raises(ForeignCheckpoint, match='fit.pt.next is the checkpoint of another fit .3 epochs'): fine_tune(f, store=store, epochs=4)
     Checkpoint(f).remove()
     assert not list(tmp_path.glob('*fit.pt*'))
 
@@ -138,7 +138,7 @@ def test_between_two_fits_nothing_is_lost(tmp_path):
     "A kill before the second has a checkpoint"
     want, f = fine_tune(tmp_path/'whole.pt')[0], tmp_path/'fit.pt'
     fine_tune(f)
-    for o in tmp_path.glob('fit.pt.2*'): o.unlink()
+    for o in tmp_path.glob('fit.pt.next*'): o.unlink()
     got, seen, _ = fine_tune(f)
     assert seen == [(3, 0), (3, 1), (3, 2)] and torch.equal(got, want)
 
@@ -149,7 +149,7 @@ def test_what_a_second_fit_can_not_go_on_with(tmp_path):
     with pytest.raises(ForeignCheckpoint, match='fit 2 of one callback; another `Checkpoint` begins with the first'): fine_tune(f, cp=cp)
     assert fine_tune(f)[1] == [(3, 2)]
     for o in (f, f.with_name('fit.pt.older')): o.unlink()
-    with pytest.raises(ForeignCheckpoint, match='fit.pt.2 is there, of the fit after this one'): fine_tune(f)
+    with pytest.raises(ForeignCheckpoint, match='fit.pt.next is there, of the fit after this one'): fine_tune(f)
 
 
 class CpuAMP(MixedPrecision):

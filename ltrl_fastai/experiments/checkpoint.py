@@ -57,7 +57,7 @@ class Checkpoint(Callback):
     _others = _kept = _refused = None
     seconds,_run,_ended,_lr = 0.,True,0,() # of earlier sittings; see `run`; how many fits it was in to their end; what this one was given
     def __init__(self,
-        file:str|Path, # Where; replaced as a whole. The one before is beside it, with `.older` behind its name; a second fit that this callback is in has `.2` there
+        file:str|Path, # Where; replaced as a whole. The one before is beside it, with `.older` behind its name; a second fit that this callback is in has `.next` there
         identity:Any=None, # Plain types that tell this fit from others: a file of another one is refused
         every:int=1 # Epochs between two checkpoints
     ):
@@ -119,17 +119,16 @@ class Checkpoint(Callback):
         return _behind(self.file, '.d')
     @property
     def current(self) -> Path:
-        "The file of this fit, or of the next one if there is none: `file` for the first that this callback is in, then with `.2` behind its name, and so on."
-        return self._of_fit(self._ended)
+        "The file of this fit, or of the coming one: `file` for the first that this callback is in; each other has one more `.next` behind its name."
+        return _behind(self.file, '.next'*self._ended)
     @property
     def older(self) -> Path:
         "The file of the checkpoint before."
         return _behind(self.current, '.older')
-    def _of_fit(self, i): return _behind(self.file, f'.{i+1}' if i else '')
     @property
     def _next(self):
         "What there is of the fit after this one"
-        f = self._of_fit(self._ended+1)
+        f = _behind(self.current, '.next')
         return first(o for o in (f, _behind(f, '.older')) if o.exists())
     @property
     def ranks(self) -> Ranks:

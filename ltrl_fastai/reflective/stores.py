@@ -268,14 +268,40 @@ def _all(write, fd, data, at):
     if write(fd, data, at)!=len(data): raise OSError("The disk with the last predictions is full.")
 
 # %% ../../nbs/reflective/03_stores.ipynb #64c0924e
+_root = Path('/') # of the files that say so
+
 def free_memory(device:str|torch.device='cpu' # Whose
                ) -> int: # Bytes
-    "What is available on `device`, without what can only be had by swapping."
+    "What this process may take on `device`, without what can only be had by swapping; of a host's memory its share among the ranks there."
     if torch.device(device).type=='cuda': return torch.cuda.mem_get_info(device)[0]
-    try: info = Path('/proc/meminfo').read_text()
+    return min(_free_of_host(), *_left_of_limits())//max(1, int(os.environ.get('LOCAL_WORLD_SIZE') or 1))
+
+def _free_of_host():
+    try: info = (_root/'proc/meminfo').read_text()
     except OSError: return os.sysconf('SC_AVPHYS_PAGES')*os.sysconf('SC_PAGE_SIZE') if hasattr(os, 'sysconf') and 'SC_AVPHYS_PAGES' in os.sysconf_names else 2**32
     return next(int(o.split()[1])*1024 for o in info.splitlines() if o.startswith('MemAvailable'))
 
+_cgroups = {2: ('sys/fs/cgroup', 'memory.max', 'memory.current', 'inactive_file'),
+            1: ('sys/fs/cgroup/memory', 'memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_inactive_file')}
+def _left_of_limits():
+    "What is left of every limit that a container sets to this process, or to one that it is in"
+    res = [2**63]
+    try: lines = (_root/'proc/self/cgroup').read_text().splitlines()
+    except OSError: return res
+    for _,kinds,path in (o.split(':', 2) for o in lines):
+        if kinds and 'memory' not in kinds.split(','): continue
+        top,limit,used,cached = _cgroups[1 if kinds else 2]
+        d = _root/top/path.strip('/')
+        while True: # from this process's group up to all of what can be seen from inside the container
+            try: res.append(int((d/limit).read_text()) - int((d/used).read_text()) + _cached(d/'memory.stat', cached))
+            except (OSError, ValueError): pass # no limit
+            if d in (_root/top, *(_root/top).parents): break
+            d = d.parent
+    return [max(0, o) for o in res]
+
+def _cached(stat, key): return next((int(o.split()[1]) for o in stat.read_text().splitlines() if o.split()[0]==key), 0)
+
+# %% ../../nbs/reflective/03_stores.ipynb #91f325e3
 store_kinds = ('auto','dense','half','topk','disk')
 def make_store(kind:str, # One of `store_kinds`
                n:int, # Samples

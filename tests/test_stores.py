@@ -1,0 +1,51 @@
+"Where last predictions go if nobody says: what is free, what is a disk, and what is told."
+import pytest
+from ltrl_fastai.reflective import stores
+
+GB = 2**30
+docker = '/docker/4f2a'
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    "A machine with 64 GB free, of which the files that it is asked for are made up"
+    monkeypatch.setattr(stores, '_root', tmp_path)
+    monkeypatch.delenv('LOCAL_WORLD_SIZE', raising=False)
+    def write(files):
+        for k, v in {'proc/meminfo': f'MemTotal: {128*GB//1024} kB\nMemAvailable: {64*GB//1024} kB\n', **files}.items():
+            (tmp_path/k).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path/k).write_text(str(v))
+    return write
+
+
+def v2(limit, used=3*GB, cached=GB, at=''):
+    d = f'sys/fs/cgroup{at}'
+    return {f'{d}/memory.max': limit, f'{d}/memory.current': used, f'{d}/memory.stat': f'anon 5\ninactive_file {cached}\nactive_file 7\n'}
+
+
+def v1(limit, used=3*GB, cached=GB, at=''):
+    d = f'sys/fs/cgroup/memory{at}'
+    return {f'{d}/memory.limit_in_bytes': limit, f'{d}/memory.usage_in_bytes': used, f'{d}/memory.stat': f'inactive_file 1\ntotal_inactive_file {cached}\n'}
+
+
+own2, own1 = {'proc/self/cgroup': '0::/\n'}, {'proc/self/cgroup': f'5:cpu,cpuacct:/\n4:memory:{docker}\n0::/\n'}
+
+
+@pytest.mark.parametrize('files,free', [
+    ({}, 64), ({**own2, **v2('max\n')}, 64), ({**own2, **v2(8*GB)}, 6), ({**own2, **v2(200*GB)}, 64), ({**own2, **v2(2*GB, cached=0)}, 0),
+    ({'proc/self/cgroup': '0::/job/step\n', **v2(8*GB, at='/job'), **v2('max', at='/job/step')}, 6),
+    ({'proc/self/cgroup': '0::/../job\n', **v2(8*GB)}, 6),
+    ({**own1, **v1(8*GB)}, 6), ({**own1, **v1(8*GB, at=docker), **v1(2**63-4096)}, 6), ({**own1, **v1(2**63-4096)}, 64),
+], ids=['no container', 'no limit', 'limit', 'more than there is', 'used up', 'of an outer group', 'outside of what is seen', 'v1', 'v1, as the host sees it', 'v1, no limit'])
+def test_free_memory_is_what_is_left_of_a_limit(files, free, machine, monkeypatch):
+    machine(files)
+    assert stores.free_memory() == free*GB
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
+    assert stores.free_memory() == free*GB//4
+
+
+def test_a_container_decides_which_store(machine):
+    "ImageNet-LT in half precision is 0.22 GB"
+    for limit, kind in ((4*GB, 'DenseStore'), (GB//2, 'DiskStore')):
+        machine({**own2, **v2(limit, used=0, cached=0)})
+        assert type(stores.make_store('auto', 115_846, 1000)).__name__ == kind

@@ -1,4 +1,7 @@
 "Where last predictions go if nobody says: what is free, what is a disk, and what is told."
+import os
+import warnings
+
 import pytest
 from ltrl_fastai.reflective import stores
 
@@ -49,3 +52,40 @@ def test_a_container_decides_which_store(machine):
     for limit, kind in ((4*GB, 'DenseStore'), (GB//2, 'DiskStore')):
         machine({**own2, **v2(limit, used=0, cached=0)})
         assert type(stores.make_store('auto', 115_846, 1000)).__name__ == kind
+
+
+disk, tmp, var = '/dev/sda1 / ext4 rw 0 0', 'tmpfs /tmp tmpfs rw,nosuid 0 0', 'tmpfs /var/tmp tmpfs rw 0 0'
+
+
+@pytest.mark.parametrize('mounts,usual,chosen', [
+    ([disk], '/tmp', '/tmp'), (None, '/tmp', '/tmp'), ([disk, tmp], '/tmp', '/var/tmp'), ([disk, tmp, var], '/tmp', '/'),
+    ([disk, tmp, '/dev/sdb1 /tmp xfs rw 0 0'], '/tmp', '/tmp'),
+    (['overlay / overlay rw 0 0', tmp], '/tmp', '/var/tmp'), ([disk, tmp], '/var', '/var'),
+], ids=['on a disk', 'nobody can tell', 'in memory', 'both in memory', 'a disk over it', 'a container', 'a folder that was named'])
+def test_a_temporary_folder_is_on_a_disk(mounts, usual, chosen, machine, monkeypatch, tmp_path):
+    monkeypatch.setattr(stores.tempfile, 'gettempdir', lambda: usual)
+    monkeypatch.setattr(stores.os, 'getcwd', lambda: '/')
+    monkeypatch.setattr(stores.os, 'access', lambda *args: True)
+    machine({} if mounts is None else {'proc/mounts': '\n'.join(mounts)})
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert stores._disk_folder() == chosen
+
+
+def test_no_disk_at_all_is_said(machine):
+    machine({'proc/mounts': 'none / ramfs rw 0 0'})
+    with pytest.warns(UserWarning, match='is kept in memory.*Name a folder'): stores._disk_folder()
+
+
+def test_names_with_a_space(machine, tmp_path):
+    (tmp_path/'a b/c').mkdir(parents=True)
+    machine({'proc/mounts': f'{disk}\ntmpfs {os.path.realpath(tmp_path)}/a\\040b tmpfs rw 0 0'})
+    assert stores._in_memory(tmp_path/'a b/c') and not stores._in_memory(tmp_path)
+
+
+def test_a_store_is_where_the_disk_is(monkeypatch, tmp_path):
+    monkeypatch.setattr(stores, '_disk_folder', lambda: str(tmp_path))
+    s = stores.DiskStore(5, 3)
+    assert s.folder.parent == tmp_path
+    s.close()
+    assert not list(tmp_path.iterdir())

@@ -7,7 +7,7 @@ __all__ = ['store_kinds', 'InMemory', 'DenseStore', 'TopKStore', 'DiskStore', 'c
            'store_from_state']
 
 # %% ../../nbs/reflective/03_stores.ipynb #5f96e531
-import os, tempfile, uuid, weakref
+import os, tempfile, uuid, warnings, weakref
 from collections.abc import Callable
 from pathlib import Path
 import numpy as np, torch
@@ -139,6 +139,25 @@ class TopKStore(InMemory):
         return self
 
 # %% ../../nbs/reflective/03_stores.ipynb #661ecf1f
+_root = Path('/') # of what the system says of itself
+
+def _disk_folder():
+    "Where temporary files are on a disk: the usual folder, `/var/tmp` or the present one; the usual one, with a warning, if all of them are kept in memory"
+    usual = tempfile.gettempdir()
+    for o in (usual, '/var/tmp', os.getcwd()):
+        if os.access(o, os.W_OK) and not _in_memory(o): return o
+    warnings.warn(f"{usual} is kept in memory, and so would be the last predictions that were to be on a disk. "
+        "Name a folder that is on one: `KnowledgeReview(store=dict(kind='disk', folder=...))`.", stacklevel=2)
+    return usual
+
+def _in_memory(folder):
+    "Is `folder` on a file system without a disk? No, where nobody can tell"
+    try: mounts = [o.split() for o in (_root/'proc/mounts').read_text().splitlines()]
+    except OSError: return False
+    kinds = {m[1].replace('\\040', ' '): m[2] for m in mounts} # of those mounted at one place, the last
+    folder = Path(os.path.realpath(folder))
+    return next((kinds[str(o)] for o in (folder, *folder.parents) if str(o) in kinds), None) in ('tmpfs','ramfs')
+
 class DiskStore:
     "All logits of all samples in half precision, in a file; a batch at a time is read and written."
     def __init__(self, n:int, # Samples
@@ -148,7 +167,7 @@ class DiskStore:
                  rank:int=0 # Of this process, if several keep theirs in one folder
                 ):
         self.n,self.n_classes,self.device,self.rank = n,n_classes,torch.device(device),rank
-        self._temporary = tempfile.TemporaryDirectory(prefix='ltrl-teachers-') if folder is None else None
+        self._temporary = tempfile.TemporaryDirectory(prefix='ltrl-teachers-', dir=_disk_folder()) if folder is None else None
         self.folder = Path(folder or self._temporary.name)
         self._start([])
 
@@ -268,8 +287,6 @@ def _all(write, fd, data, at):
     if write(fd, data, at)!=len(data): raise OSError("The disk with the last predictions is full.")
 
 # %% ../../nbs/reflective/03_stores.ipynb #64c0924e
-_root = Path('/') # of the files that say so
-
 def free_memory(device:str|torch.device='cpu' # Whose
                ) -> int: # Bytes
     "What this process may take on `device`, without what can only be had by swapping; of a host's memory its share among the ranks there."

@@ -1,8 +1,11 @@
 "Where last predictions go if nobody says: what is free, what is a disk, and what is told."
 import os
 import warnings
+from types import SimpleNamespace
 
 import pytest
+import torch
+from ltrl_fastai.all import KnowledgeReview
 from ltrl_fastai.reflective import stores
 
 GB = 2**30
@@ -89,3 +92,18 @@ def test_a_store_is_where_the_disk_is(monkeypatch, tmp_path):
     assert s.folder.parent == tmp_path
     s.close()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('n,free,said', [(10_847, 64*GB, ''), (40_000, 64*GB, ' 40,000 samples, 1,000 classes: 152.6 MiB of torch.float32.'),
+                                         (70_000, 64*GB, ' 70,000 samples, 1,000 classes: 133.5 MiB of torch.float16.'),
+                                         (70_000, GB//2, ' 70,000 samples, 1,000 classes: 133.5 MiB of torch.float16 on disk.')], ids=['small', 'dense', 'half', 'disk'])
+def test_what_was_chosen_is_said_in_a_line(n, free, said, monkeypatch, capsys):
+    "On the first rank, and only if nobody has chosen"
+    monkeypatch.setattr(stores, 'free_memory', lambda device: free)
+    logits = torch.zeros(1, 1000 if said else 100)
+    for rank, store in ((0, 'auto'), (1, 'auto'), (0, 'half')):
+        learn = SimpleNamespace(cbs=[], sample_ids=SimpleNamespace(n_items=n), loss_terms=SimpleNamespace(ranks=SimpleNamespace(rank=rank)))
+        memory = KnowledgeReview._new_memory(SimpleNamespace(learn=learn, store_args=KnowledgeReview(store=store).store_args), logits)
+        if memory.on_host: memory.store.close()
+        out = capsys.readouterr().out
+        assert out == (f'Knowledge Review keeps the last predictions of{said}\n' if said and (rank, store) == (0, 'auto') else '')

@@ -4,7 +4,7 @@ from functools import partial
 import pytest
 import torch
 from fastai.callback.all import GradientAccumulation, MixedPrecision
-from fastai.vision.all import SGD, Adam, Callback, Learner, nn, set_seed
+from fastai.vision.all import SGD, Adam, Callback, Learner, nn, params, set_seed
 from ltrl_fastai.all import BalancedSoftmaxLoss, Checkpoint, ReflectiveLearning, digits_lt
 from ltrl_fastai.experiments.checkpoint import ForeignCheckpoint
 
@@ -87,6 +87,69 @@ def test_another_fit_is_known_without_an_identity(kw, said, tmp_path):
     kept = {f: f.read_bytes() for f in tmp_path.iterdir()}
     with pytest.raises(ForeignCheckpoint, match=said): fit(learner(**kw), tmp_path/'fit.pt')
     assert {f: f.read_bytes() for f in tmp_path.iterdir()} == kept
+
+
+@pytest.mark.parametrize('call,args,said', [('fit', (5, .05), 'lr, in its course: 0.002, 0.05, .* there, 0.05 here'), ('fit_flat_cos', (5, .05), 'another schedule'),
+                                            ('fit_one_cycle', (5, .1), '0.05, .* there, .* 0.1, .* here')])
+def test_another_schedule_is_another_fit(call, args, said, tmp_path):
+    f = tmp_path/'fit.pt'
+    begun(f)
+    with pytest.raises(ForeignCheckpoint, match=said): getattr(learner(), call)(*args, cbs=Checkpoint(f))
+    begun(f, crash=4)  # the same goes on
+    learner().fit(4, .05, cbs=Checkpoint(f.with_name('plain.pt')))
+    with pytest.raises(ForeignCheckpoint, match='lr, in its course: 0.05 there, 0.1 here'): learner().fit(4, .1, cbs=Checkpoint(f.with_name('plain.pt')))
+
+
+class Lights(Callback):
+    "Go out in the middle of the last epoch of a fit of so many; tells which epochs there were"
+    order = -100
+    def __init__(self, out=None): self.out, self.seen = out, []
+    def before_batch(self):
+        if not self.training or self.iter != 1: return
+        self.seen.append((self.n_epoch, self.epoch))
+        if self.n_epoch == self.out and self.epoch == self.n_epoch-1: raise InterruptedError('crash')
+
+
+def fine_tune(file, out=None, store='auto', cp=None, epochs=3):
+    learn, lights = learner(kr=dict(store=store)), Lights(out)
+    learn.splitter = lambda m: [params(m[:3]), params(m[3:])]
+    with learn.no_bar(), learn.no_logging(): learn.fine_tune(epochs, .1, freeze_epochs=2, cbs=[cp or Checkpoint(file), lights])
+    return weights(learn), lights.seen, learn.recorder.losses
+
+
+@pytest.mark.parametrize('store', ['dense', 'disk'])
+def test_a_call_of_two_fits_goes_on_in_either(store, tmp_path):
+    "What is done is passed over, frozen or not; each fit has a file of its own"
+    want, seen, losses = fine_tune(tmp_path/'whole.pt', store=store)
+    assert seen == [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2)]
+    f = tmp_path/'fit.pt'
+    for out in (2, 3):
+        with pytest.raises(InterruptedError): fine_tune(f, out, store)
+        assert f.with_name('fit.pt.next').exists() == (out == 3)
+    for again in ([(3, 2)], []):
+        got, seen, more = fine_tune(f, store=store)
+        assert seen == again and torch.equal(got, want) and more == losses
+    with pytest.raises(ForeignCheckpoint, match='fit.pt.next is the checkpoint of another fit .3 epochs'): fine_tune(f, store=store, epochs=4)
+    Checkpoint(f).remove()
+    assert not list(tmp_path.glob('*fit.pt*'))
+
+
+def test_between_two_fits_nothing_is_lost(tmp_path):
+    "A kill before the second has a checkpoint"
+    want, f = fine_tune(tmp_path/'whole.pt')[0], tmp_path/'fit.pt'
+    fine_tune(f)
+    for o in tmp_path.glob('fit.pt.next*'): o.unlink()
+    got, seen, _ = fine_tune(f)
+    assert seen == [(3, 0), (3, 1), (3, 2)] and torch.equal(got, want)
+
+
+def test_what_a_second_fit_can_not_go_on_with(tmp_path):
+    f, cp = tmp_path/'fit.pt', Checkpoint(tmp_path/'fit.pt')
+    with pytest.raises(InterruptedError): fine_tune(f, 3, cp=cp)
+    with pytest.raises(ForeignCheckpoint, match='fit 2 of one callback; another `Checkpoint` begins with the first'): fine_tune(f, cp=cp)
+    assert fine_tune(f)[1] == [(3, 2)]
+    for o in (f, f.with_name('fit.pt.older')): o.unlink()
+    with pytest.raises(ForeignCheckpoint, match='fit.pt.next is there, of the fit after this one'): fine_tune(f)
 
 
 class CpuAMP(MixedPrecision):

@@ -55,9 +55,9 @@ class Checkpoint(Callback):
     order,run_valid = 200,False
     _stateattrs = ('_others','_kept')
     _others = _kept = _refused = None
-    seconds,_run = 0.,True # of earlier sittings; see `run`
+    seconds,_run,_ended,_lr = 0.,True,0,() # of earlier sittings; see `run`; how many fits it was in to their end; what this one was given
     def __init__(self,
-        file:str|Path, # Where; replaced as a whole. The one before is beside it, with `.older` behind its name
+        file:str|Path, # Where; replaced as a whole. The one before is beside it, with `.older` behind its name; a second fit that this callback is in has `.next` there
         identity:Any=None, # Plain types that tell this fit from others: a file of another one is refused
         every:int=1 # Epochs between two checkpoints
     ):
@@ -84,7 +84,12 @@ class Checkpoint(Callback):
         learn = self.learn
         data = getattr(learn.dls.train, 'dataset', None)
         return plain(dict(model={k: list(v.shape) for k,v in get_model(learn.model).state_dict().items() if isinstance(v, Tensor)},
-            samples=len(data) if hasattr(data, '__len__') else None, optimizer=sorted(learn.opt.hypers[0])))
+            samples=len(data) if hasattr(data, '__len__') else None, optimizer=sorted(learn.opt.hypers[0]), schedule=self._schedule()))
+
+    def _schedule(self):
+        "The learning rate that the fit was given, and all that is scheduled at five places of its course"
+        scheds = {'lr': [self._lr], **{k: [f(o) for o in (0.,.25,.5,.75,.99)] for cb in self._of(ParamScheduler) for k,f in cb.scheds.items()}}
+        return {k: [[float(f'{o:.6g}') for o in np.atleast_1d(v)] for v in vs] for k,vs in scheds.items()}
 
     # An accumulated step may reach over the end of an epoch, and fastai's own callbacks remember things that they keep in no file
     def _of_rank(self): return dict(random=random_state(self.learn.dls.loaders), split={k: g for cb in self._of(LossTerms) for k,g in cb.grads_by_name().items()})
@@ -100,22 +105,31 @@ class Checkpoint(Callback):
         "Replace the file by the present state."
         state = self.state() # all ranks have a share in it
         if self.ranks.rank: return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        tmp = self.file.with_name(f'.{self.file.name}.{os.getpid()}')
+        self.current.parent.mkdir(parents=True, exist_ok=True)
+        tmp = self.current.with_name(f'.{self.current.name}.{os.getpid()}')
         with open(tmp, 'wb') as f: torch.save(state, f); f.flush(); os.fsync(f.fileno())
-        aside = self.file.with_name(self.file.name+'.refused') if self._refused else self.older # never over the one that is of use
-        if self.file.exists(): os.replace(self.file, aside)
+        aside = _behind(self.current, '.refused') if self._refused else self.older # never over the one that is of use
+        if self.current.exists(): os.replace(self.current, aside)
         self._refused = False
-        os.replace(tmp, self.file)
+        os.replace(tmp, self.current)
 
     @property
     def beside(self) -> Path:
         "The folder for what is too large for the file: teachers on disk."
-        return self.file.with_name(self.file.name+'.d')
+        return _behind(self.file, '.d')
+    @property
+    def current(self) -> Path:
+        "The file of this fit, or of the coming one: `file` for the first that this callback is in; each other has one more `.next` behind its name."
+        return _behind(self.file, '.next'*self._ended)
     @property
     def older(self) -> Path:
         "The file of the checkpoint before."
-        return self.file.with_name(self.file.name+'.older')
+        return _behind(self.current, '.older')
+    @property
+    def _next(self):
+        "What there is of the fit after this one"
+        f = _behind(self.current, '.next')
+        return first(o for o in (f, _behind(f, '.older')) if o.exists())
     @property
     def ranks(self) -> Ranks:
         "The processes that train this model."
@@ -129,15 +143,17 @@ class Checkpoint(Callback):
     def load(self) -> dict:
         "What the file holds, or the one before if that is refused; if both are, raises `ForeignCheckpoint` for one that is of another fit, else `UnreadableCheckpoint`."
         errors,self._refused = [],False
-        for f in (self.file, self.older):
+        for f in (self.current, self.older):
             if not f.exists(): continue
             try: kept = self._read(f)
             except (UnreadableCheckpoint, ForeignCheckpoint) as e: errors.append(e)
             else:
-                self._refused = f==self.older and self.file.exists()
+                self._refused = f==self.older and self.current.exists()
                 if errors and not self.ranks.rank: print(f"{errors[0]} Going on from the one before it, {f}.")
                 return kept
-        if (foreign := first(o for o in errors if isinstance(o, ForeignCheckpoint))): raise ForeignCheckpoint(f"{foreign} Choose another file, or remove it to start anew.")
+        if (foreign := first(o for o in errors if isinstance(o, ForeignCheckpoint))): raise ForeignCheckpoint(
+            f"{foreign} Choose another file, or remove it to start anew."
+            + (f" (This is fit {self._ended+1} of one callback; another `Checkpoint` begins with the first.)" if self._ended else ''))
         raise UnreadableCheckpoint(' '.join(map(str, errors))+" Remove it to start anew.")
 
     def _read(self, f):
@@ -147,18 +163,23 @@ class Checkpoint(Callback):
         if not isinstance(kept, dict) or 'identity' not in kept: raise ForeignCheckpoint(f"{f} is no checkpoint of this package.")
         if (kept['identity'],kept['n_epoch'])!=(self.identity,self.learn.n_epoch): raise ForeignCheckpoint(
             f"{f} is the checkpoint of another fit ({kept['n_epoch']} epochs, {kept['identity']}) than this ({self.learn.n_epoch} epochs, {self.identity}).")
-        if (other := [k for k,v in self._about().items() if kept.get('about', {}).get(k, v)!=v]): raise ForeignCheckpoint(
-            f"{f} is the checkpoint of another fit: of another {' and another '.join(dict(samples='number of training samples').get(k, k) for k in other)}.")
+        about,was = self._about(),kept.get('about', {})
+        if (other := [k for k,v in about.items() if was.get(k, v)!=v]): raise ForeignCheckpoint(
+            f"{f} is the checkpoint of another fit: of another {' and another '.join(dict(samples='number of training samples').get(k, k) for k in other)}"
+            f"{_other_schedule(was['schedule'], about['schedule']) if 'schedule' in other else ''}.")
         if (n := len(kept['ranks']))!=self.ranks.size: raise ForeignCheckpoint(f"{f} is of {n} processes, and here are {self.ranks.size}: start as many.")
         for cb in self._with_state():
-            if not hasattr(cb, 'check_state') or cb.name not in kept['callbacks']: continue
+            if not hasattr(cb, 'check_state') or self._next or cb.name not in kept['callbacks']: continue
             try: cb.check_state(kept['callbacks'][cb.name])
             except ValueError as e: raise UnreadableCheckpoint(str(e)) from e
         return kept
 
     def before_fit(self):
         self.seconds,self._began = 0.,time.time()
-        if not (self.file.exists() or self.older.exists()): return
+        self._lr = [o['lr'] for o in self.learn.opt.hypers]
+        if not (self.current.exists() or self.older.exists()):
+            if self._next: raise ForeignCheckpoint(f"{self._next} is there, of the fit after this one, and {self.current} is not. Put that back, or remove this to start anew.")
+            return
         self._kept = self.load()
         self._others,self.learn.cbs = self.learn.cbs,L(self) # nobody else hears of epochs that are done
 
@@ -167,7 +188,9 @@ class Checkpoint(Callback):
 
     def after_epoch(self):
         if self._kept is not None:
-            if self.epoch+1>=self._kept['done']: self._resume()
+            if self.epoch+1<self._kept['done']: return
+            self._resume()
+            if self._next and self.epoch+1<self.n_epoch: raise CancelFitException # it had been stopped there
         elif (self.epoch+1)%self.every==0 or self.epoch+1==self.n_epoch: self.save()
 
     def _resume(self):
@@ -182,7 +205,7 @@ class Checkpoint(Callback):
         learn.train_iter,self.seconds = kept['train_iter'],kept['seconds']
         for cb,hps in zip(self._of(ParamScheduler), kept['schedules']): cb.hps = hps
         for cb in self._with_state():
-            if cb.name in kept['callbacks']: cb.load_state_dict(kept['callbacks'][cb.name], learn)
+            if cb.name in kept['callbacks'] and not (self._next and hasattr(cb, 'check_state')): cb.load_state_dict(kept['callbacks'][cb.name], learn)
         for name,p in get_model(learn.model).named_parameters():
             if name in kept['grads']: p.grad = kept['grads'][name].to(p)
         for cls in _remembered:
@@ -195,6 +218,16 @@ class Checkpoint(Callback):
     def after_cancel_fit(self):
         if self._others is not None: self.learn.cbs = self._others
         self._others = self._kept = None
+
+    def after_fit(self): self._ended += 1
+
+def _other_schedule(was, now):
+    "In words, what differs"
+    k = first(k for k in {**was, **now} if was.get(k)!=now.get(k))
+    there,here = [', '.join(f'{o[-1]:g}' for o in v[k]) if k in v else 'none' for v in (was,now)]
+    return f" ({k}, in its course: {there} there, {here} here)"
+
+def _behind(file, s): return file.with_name(file.name+s)
 
 _remembered = {TrackerCallback: ('best','new_best','wait'), GradientAccumulation: ('count',)}
 

@@ -114,13 +114,13 @@ class KnowledgeReview(Companion):
         self.teachers.remember(ids.all_ids, now, y, right, ids.host_ids, ranks, seen if known else None, self.tau)
 
     def _new_memory(self, logits):
-        "A memory for the predictions of all samples; says so if it is not a plain one"
+        "A memory for the predictions of all samples; says what was chosen if that is worth a line"
         n,c = self.learn.sample_ids.n_items,logits.shape[1]
         rank = self.learn.loss_terms.ranks.rank
         beside = first(cb.beside for cb in self.learn.cbs if hasattr(type(cb), 'beside')) # of a `Checkpoint`, which has to find them again
         args = {**dict(folder=beside), **self.store_args}
         res = TeacherMemory(n, c, logits.dtype, logits.device, make_store(n=n, n_classes=c, dtype=logits.dtype, device=logits.device, rank=rank, **args))
-        if self.store_args['kind']=='auto' and res.store.lossy and not rank:
+        if self.store_args['kind']=='auto' and (res.store.lossy or res.store.nbytes>2**26) and not rank:
             print(f"Knowledge Review keeps the last predictions of {n:,} samples, {c:,} classes: {res.store}.")
         return res
 

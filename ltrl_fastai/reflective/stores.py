@@ -7,7 +7,7 @@ __all__ = ['store_kinds', 'InMemory', 'DenseStore', 'TopKStore', 'DiskStore', 'c
            'store_from_state']
 
 # %% ../../nbs/reflective/03_stores.ipynb #5f96e531
-import os, tempfile, uuid, weakref
+import os, tempfile, uuid, warnings, weakref
 from collections.abc import Callable
 from pathlib import Path
 import numpy as np, torch
@@ -139,6 +139,25 @@ class TopKStore(InMemory):
         return self
 
 # %% ../../nbs/reflective/03_stores.ipynb #661ecf1f
+_root = Path('/') # of what the system says of itself
+
+def _disk_folder():
+    "Where temporary files are on a disk: the usual folder, `/var/tmp` or the present one; the usual one, with a warning, if all of them are kept in memory"
+    usual = tempfile.gettempdir()
+    for o in (usual, '/var/tmp', os.getcwd()):
+        if os.access(o, os.W_OK) and not _in_memory(o): return o
+    warnings.warn(f"{usual} is kept in memory, and so would be the last predictions that were to be on a disk. "
+        "Name a folder that is on one: `KnowledgeReview(store=dict(kind='disk', folder=...))`.", stacklevel=2)
+    return usual
+
+def _in_memory(folder):
+    "Is `folder` on a file system without a disk? No, where nobody can tell"
+    try: mounts = [o.split() for o in (_root/'proc/mounts').read_text().splitlines()]
+    except OSError: return False
+    kinds = {m[1].replace('\\040', ' '): m[2] for m in mounts} # of those mounted at one place, the last
+    folder = Path(os.path.realpath(folder))
+    return next((kinds[str(o)] for o in (folder, *folder.parents) if str(o) in kinds), None) in ('tmpfs','ramfs')
+
 class DiskStore:
     "All logits of all samples in half precision, in a file; a batch at a time is read and written."
     def __init__(self, n:int, # Samples
@@ -148,7 +167,7 @@ class DiskStore:
                  rank:int=0 # Of this process, if several keep theirs in one folder
                 ):
         self.n,self.n_classes,self.device,self.rank = n,n_classes,torch.device(device),rank
-        self._temporary = tempfile.TemporaryDirectory(prefix='ltrl-teachers-') if folder is None else None
+        self._temporary = tempfile.TemporaryDirectory(prefix='ltrl-teachers-', dir=_disk_folder()) if folder is None else None
         self.folder = Path(folder or self._temporary.name)
         self._start([])
 
@@ -270,12 +289,36 @@ def _all(write, fd, data, at):
 # %% ../../nbs/reflective/03_stores.ipynb #64c0924e
 def free_memory(device:str|torch.device='cpu' # Whose
                ) -> int: # Bytes
-    "What is available on `device`, without what can only be had by swapping."
+    "What this process may take on `device`, without what can only be had by swapping; of a host's memory its share among the ranks there."
     if torch.device(device).type=='cuda': return torch.cuda.mem_get_info(device)[0]
-    try: info = Path('/proc/meminfo').read_text()
+    return min(_free_of_host(), *_left_of_limits())//max(1, int(os.environ.get('LOCAL_WORLD_SIZE') or 1))
+
+def _free_of_host():
+    try: info = (_root/'proc/meminfo').read_text()
     except OSError: return os.sysconf('SC_AVPHYS_PAGES')*os.sysconf('SC_PAGE_SIZE') if hasattr(os, 'sysconf') and 'SC_AVPHYS_PAGES' in os.sysconf_names else 2**32
     return next(int(o.split()[1])*1024 for o in info.splitlines() if o.startswith('MemAvailable'))
 
+_cgroups = {2: ('sys/fs/cgroup', 'memory.max', 'memory.current', 'inactive_file'),
+            1: ('sys/fs/cgroup/memory', 'memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_inactive_file')}
+def _left_of_limits():
+    "What is left of every limit that a container sets to this process, or to one that it is in"
+    res = [2**63]
+    try: lines = (_root/'proc/self/cgroup').read_text().splitlines()
+    except OSError: return res
+    for _,kinds,path in (o.split(':', 2) for o in lines):
+        if kinds and 'memory' not in kinds.split(','): continue
+        top,limit,used,cached = _cgroups[1 if kinds else 2]
+        d = _root/top/path.strip('/')
+        while True: # from this process's group up to all of what can be seen from inside the container
+            try: res.append(int((d/limit).read_text()) - int((d/used).read_text()) + _cached(d/'memory.stat', cached))
+            except (OSError, ValueError): pass # no limit
+            if d in (_root/top, *(_root/top).parents): break
+            d = d.parent
+    return [max(0, o) for o in res]
+
+def _cached(stat, key): return next((int(o.split()[1]) for o in stat.read_text().splitlines() if o.split()[0]==key), 0)
+
+# %% ../../nbs/reflective/03_stores.ipynb #91f325e3
 store_kinds = ('auto','dense','half','topk','disk')
 def make_store(kind:str, # One of `store_kinds`
                n:int, # Samples

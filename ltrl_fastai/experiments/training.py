@@ -19,6 +19,7 @@ from ..methods.heads import pretrained_net
 from ..methods.catalogue import methods
 from ..evaluation.metrics import shot_accuracies
 from ..evaluation.report import ShotReport
+from ..evaluation.shift import adapted_table, shifted_table, world_loaders
 from ..evaluation.diagnosis import Diagnosis, diagnosis_of
 from ..reflective.functional import did_you_mean
 from ..reflective.learning import ReflectiveLearning
@@ -144,13 +145,15 @@ class RunSettings:
         cbs = ([] if self.reflective is None else [ReflectiveLearning(**self.reflective)]) + ([Diagnosis()] if self.diagnose else [])
         return methods[self.method].learner(dls, net, counts, cbs, opt_func=partial(SGD, mom=.9), wd=self.wd, moms=(.9,.9,.9), metrics=shot_accuracies(counts))
 
-    def check(self) -> list: # Texts that a user of the data should know
+    def check(self, worlds:bool=False # Is the run to be measured in other worlds too?
+             ) -> list: # Texts that a user of the data should know
         "Put everything together and two images through the net, so that what does not fit is known before training; raises `ValueError`."
         learn = self.learner()
         x = learn.dls.valid.new(bs=2, num_workers=0).one_batch()[0].as_subclass(Tensor)
         try:
             with torch.no_grad(): learn.model.eval()(x.cpu())
         except Exception as e: raise ValueError(f"net: {self.net} can't take images of shape {tuple(x.shape[1:])}: {e}") from e
+        if worlds and methods[self.method].adapt: world_loaders(learn.dls.test or learn.dls.valid, learn.dls.class_counts) # refuses what it can't draw images of
         return list(learn.dls.notes)
 
 # %% ../../nbs/experiments/01_training.ipynb #776730e0
@@ -220,11 +223,13 @@ def train_run(settings:RunSettings, # What to train
               bar:bool=True, # fastai's progress bar and table?
               test:bool=True, # Read the test set, at the end? If not, or if there is none, the result is of the validation images alone
               checkpoint:Path=None, # File to keep after each epoch, from which an interrupted run goes on
-              cbs=None # More callbacks
+              cbs=None, # More callbacks
+              worlds:bool=False # Measure in all worlds of SADE's evaluation? A method that looks at unlabelled images does so anew in each
              ) -> tuple[dict, ShotReport]: # The result, and the report it was made from
     "Train once, read the test set once."
     start,method,hists,kept = time.time(),methods[settings.method],[],[]
     learn = settings.learner()
+    if not test: learn.dls.loaders = learn.dls.loaders[:2] # so that no stage looks at it
     with contextlib.ExitStack() as stack:
         if not bar: stack.enter_context(learn.no_bar()); stack.enter_context(learn.no_logging())
         elif not sys.stdout.isatty(): stack.enter_context(learn.no_bar()); learn.logger = _Rows(learn)
@@ -235,16 +240,18 @@ def train_run(settings:RunSettings, # What to train
             return L(cbs) + [_Diverged(settings.lr)] + keep
         method.fit(learn, settings.epochs, settings.lr, schedules[settings.schedule], of_stage, lambda i: hists.append(history(learn)))
     valid = ShotReport.from_learner(learn, label=label_of(settings))
-    test = test and learn.dls.test is not None
+    test = learn.dls.test is not None
     report = ShotReport.from_learner(learn, dl=learn.dls.test, label=label_of(settings)) if test else None
     train = ShotReport.from_learner(learn, dl=learn.dls.valid.new(eval_view(learn.dls.train_ds)))
     look = dict(diagnosis=diagnosis_of(learn, valid.groups, learn.dls.valid.new(eval_view(learn.dls.train_ds)))) if settings.diagnose else {}
+    if worlds: table = shifted_table(report or valid) if method.adapt is None else adapted_table(learn, learn.dls.test or learn.dls.valid, method.adapt)
     rl = first(learn._grab_cbs(ReflectiveLearning))
     res = dict(dataset=settings.dataset, imbalance_factor=learn.dls.imbalance_factor, method=settings.method,
         reflective=None if rl is None else dict(preset=rl.preset, **rl.config), seed=settings.seed, epochs=settings.epochs,
         **(dict(accuracy=_percent(report.accuracy)) if test else {}), valid_accuracy=_percent(valid.accuracy),
         train_accuracy=_plain(100*train.hits.sum().item()/train.totals.sum().item()),
         per_class=[_plain(v) for v in (report or valid).per_class], class_counts=valid.counts.tolist(), history=hists[0], **look,
+        **(dict(worlds=[dict(order=o, factor=f, accuracy=_plain(v)) for (o,f),v in table.iloc[0].items()]) if worlds else {}),
         **(dict(stages=[dict(about=s.about, history=h) for s,h in zip(method.then, hists[1:])]) if method.then else {}),
         seconds=round(time.time()-start+sum(cb.seconds for cb in kept), 1), versions=versions(), command=command(),
         settings={k: v for k,v in dataclasses.asdict(settings).items() if k not in ('reflective','data')})

@@ -1,4 +1,5 @@
 "Methods through settings and the command line: stages and their resumption, what is refused, the list."
+import dataclasses
 import json
 import re
 
@@ -6,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from fastai.basics import Callback, DataLoaders, Datasets, accuracy, set_seed
+from fastai.basics import Callback, DataLoaders, Datasets, Learner, accuracy, set_seed
 from ltrl_fastai.all import Method, ReflectiveLearning, Stage, adapted_table, aggregate_experts, digits_lt, methods, own_images
 from ltrl_fastai.experiments.training import RunSettings, train_run
 from ltrl_fastai.methods.nets import create_net
@@ -155,6 +156,43 @@ def test_a_method_of_the_user_is_known_to_settings():
     try: res, _ = train_run(RunSettings(method='mine', epochs=1, reflective={}), bar=False)
     finally: del methods['mine']
     assert seen == [('CifarResNet', res['class_counts'])] and res['stages'][0]['about'] == 'a look'
+
+
+def test_counts_are_those_that_the_learner_was_made_with():
+    "In all stages; where no method made the learner, they are counted"
+    seen, counts, dls = [], torch.arange(10, 0, -1), digits_lt(device='cpu')
+    m = dataclasses.replace(methods['crt'], then=(Stage('a look', lambda learn, n: seen.append(n), lambda n: seen.append(n) or [], epochs=1),))
+    learn = m.learner(dls, create_net('resnet8', 10, n_in=1), counts.tolist())
+    with learn.no_bar(), learn.no_logging(): m.fit(learn, 1, .01)
+    assert len(seen) == 2 and all(o.equal(counts) for o in seen)
+    other = Learner(dls, create_net('resnet8', 10, n_in=1), loss_func=learn.loss_func)
+    with other.no_bar(), other.no_logging(): m.fit(other, 1, .01)  # made without the method: counted
+    assert seen[-1].equal(dls.class_counts)
+
+
+@pytest.mark.parametrize('name', ['mislas', 'ride-assigned', 'tau-norm', 'sade-aggregated'])
+def test_a_method_of_stages_is_fitted_once(name):
+    "A second time would train another method: refused in words, and fastai's own fit goes on with what there is; an interrupted first stage can begin again"
+    m = methods[name]
+    learn = m.learner(small_digits(), create_net('resnet8', 10, n_in=1))
+    with learn.no_bar(), learn.no_logging():
+        m.fit(learn, 2, .01)
+        with pytest.raises(ValueError, match='stage 2 of a method has begun on this learner.*Make a new learner'): m.fit(learn, 2, .01)
+        learn.fit(1, .01)
+        fresh = m.learner(learn.dls, create_net('resnet8', 10, n_in=1))
+        with fresh.no_bar(), fresh.no_logging():
+            with pytest.raises(KeyboardInterrupt): m.fit(fresh, 2, .01, cbs=lambda i: [Crash(0, 1)])
+            m.fit(fresh, 2, .01)  # of an interrupted first stage nothing has changed
+
+
+@pytest.mark.parametrize('name', ['mixup', 'ldam-drw', 'mdcs'])
+def test_a_method_of_one_stage_goes_on(name):
+    "With its callbacks, as usual with fastai"
+    m = methods[name]
+    learn = m.learner(small_digits(), create_net('resnet8', 10, n_in=1))
+    mine = {type(o) for o in m.cbs(torch.ones(10))}
+    with learn.no_bar(), learn.no_logging(): m.fit(m.fit(learn, 2, .01), 2, .01)
+    assert mine and mine <= {type(o) for o in learn.cbs}
 
 
 @pytest.mark.parametrize('name', methods)

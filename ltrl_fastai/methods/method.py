@@ -93,7 +93,9 @@ class Method:
         if any(s.views>1 for s in self.then): two_views(dls) # refuses data that have but one view
         if self.views>1: dls = two_views(dls, self.weak)
         cbs = L(SplitViews(self.views) if self.views>1 else None).filter() + L(self.cbs(counts)) + L(cbs)
-        return Learner(dls, self.net(net, counts), loss_func=self.loss(counts), cbs=cbs, **kwargs)
+        learn = Learner(dls, self.net(net, counts), loss_func=self.loss(counts), cbs=cbs, **kwargs)
+        learn.class_counts = counts # for the stages
+        return learn
 
     def fit(self, learn:Learner, # As `learner` makes it
             epochs:int, # Of the first stage
@@ -102,17 +104,20 @@ class Method:
             cbs=None, # Function from the number of a stage to callbacks for its fit
             done=noop # Called with the number of a stage when it is done, before the next changes the learner
            ) -> Learner:
-        "Train all stages. Reflective Learning and the method's callbacks belong to the first: later stages have their own alone. It is back on the learner afterwards."
+        "Train all stages; once, if there are several: raises `ValueError` then. The method's callbacks and Reflective Learning are of the first; the latter is back afterwards."
+        if vars(learn).get('stage_begun'): raise ValueError(
+            f"fit: stage {learn.stage_begun+1} of a method has begun on this learner, and its net, loss and callbacks are no longer those of the first. Make a new learner: `method.learner(dls, net)`; or go on with this one as it is: `learn.fit(...)`.")
         cbs = cbs or (lambda i: [])
         (first or _one_cycle)(learn, epochs, lr, L(cbs(0)))
         done(0)
         if not self.then: return learn
-        counts = class_counts(learn.dls)
+        counts = class_counts(learn.dls) if (known := vars(learn).get('class_counts')) is None else known
         mine = {type(o) for o in self.cbs(counts)}
         learn.remove_cbs([o for o in learn.cbs if type(o) in mine])
         kept = learn._grab_cbs(LossTerms) # goes with the last that needs it, and comes back as another
         with learn.removed_cbs([o for o in learn.cbs if isinstance(o, Companion)]):
             for i,s in enumerate(self.then, 1):
+                learn.stage_begun = i
                 s.prepare(learn, counts)
                 if s.adapt: s.adapt(learn, to_classify(learn.dls))
                 n = epochs if s.epochs is None else min(s.epochs, epochs)

@@ -45,6 +45,7 @@ def train(
     policy:Annotated[str|None, _opt(_how, "More augmentation: randaugment or autoaugment.")]=None,
     size:Annotated[int|None, _opt(_how, "Pixels of a side. Default: digits and CIFAR as they are, photographs 224, small images of your own as they are.")]=None,
     n_valid:Annotated[int|None, _opt(_how, "Validation images of each class, at most. Default: 10 for digits, 20 for CIFAR, 1 for iNaturalist, a fifth of your own.")]=None,
+    worlds:Annotated[bool, _opt(_how, "Measure in other worlds too: classes as frequent as in training (forward), all alike, the other way round (backward).", '--worlds')]=False,
     seed:Annotated[int, _opt(_how, "Of weights, batches and augmentation. The same seed gives the same numbers on the same machine.")]=0,
     data_seed:Annotated[int, _opt(_how, "Of the choice of training images.")]=0,
     data:Annotated[Path|None, _opt(_where, "Where the data set is: `ltrl datasets` says what is looked for. Default: where fastai keeps it.")]=None,
@@ -84,14 +85,14 @@ def train(
         out = out or Path('ltrl-runs')/_name(todo[0], both=rl is None)
         settings = _identity(todo)
         kept = [Checkpoint(out/f'.fit-{i}.pt') for i in range(2)]
-        if _ready(out, kept, settings, resume, force): return typer.echo(f"Nothing to go on with: {out/'result.json'} is complete.")
-        for o in todo[0].check(): typer.echo(f"Note: {o}")
+        if _ready(out, kept, settings, resume, force, ['worlds']*worlds): return typer.echo(f"Nothing to go on with: {out/'result.json'} is complete.")
+        for o in todo[0].check(worlds): typer.echo(f"Note: {o}")
     except (ValueError, TypeError, OSError) as e: fail(e)
     results = []
     for s,cp in zip(todo, kept):
         factor = 'as it is' if s.imbalance_factor is None else f'imbalance factor {s.imbalance_factor:g}'
         typer.echo(f"\n{s.dataset}, {factor}, {s.net}, {label_of(s)}, {s.epochs} epochs, seed {s.seed}{', going on' if _begun([cp]) else ''}")
-        try: results.append(train_run(s, bar=True, checkpoint=cp.file))
+        try: results.append(train_run(s, bar=True, checkpoint=cp.file, worlds=worlds))
         except (ForeignCheckpoint, UnreadableCheckpoint, FloatingPointError) as e: fail(e)
         results[0][0]['identity'] = settings
         write_json(results[0][0], out/'result.json') # a run that is done is kept, whatever becomes of the next
@@ -99,7 +100,7 @@ def train(
     on = 'accuracy' if 'accuracy' in res else 'valid_accuracy' # where there is no test set
     if rest:
         base,_ = rest[0]
-        res['baseline'] = dict(reflective=None, **{k: base[k] for k in (on, *'train_accuracy per_class history seconds'.split())})
+        res['baseline'] = dict(reflective=None, **{k: base[k] for k in (on, *'train_accuracy per_class history seconds'.split(), *['worlds']*worlds)})
         res['gain'] = {k: None if a is None else round(a-base[on][k], 6) for k,a in res[on].items()}
         write_json(res, out/'result.json')
     for o in kept: o.remove()
@@ -107,8 +108,15 @@ def train(
     fig = draw_report(first, *others); fig.savefig(out/'.per_class.png', dpi=120); (out/'.per_class.png').replace(out/'per_class.png')
     where = 'validation images, since there is no test set' if on!='accuracy' else 'the test set' if s.imbalance_factor is None else 'the balanced test set'
     typer.echo(f"\nAccuracy on {where}, in percent (number of classes), one seed:\n{first.table(*others).to_string()}")
+    if worlds: typer.echo(f"\nAccuracy over images in other worlds, by imbalance factor, in percent:\n{_worlds_table([(r.label, o) for o,r in reversed(results)])}")
     if rest: typer.echo("One seed decides little: repeat with --seed 1, --seed 2 ... before you believe a gain.")
     typer.echo(f"\nWritten: {out/'result.json'}, {out/'per_class.png'}\n{_next(s, rl)}")
+
+def _worlds_table(results):
+    "Worlds in columns, runs in rows, as text"
+    import pandas as pd
+    rows = {label: {(o['order'], f"{o['factor']}"): o['accuracy'] for o in res['worlds']} for label,res in results}
+    return pd.DataFrame(rows).T.to_string(float_format=lambda v: f'{v:.1f}')
 
 def _begun(kept): return any(o.file.exists() or o.older.exists() for o in kept)
 
@@ -125,10 +133,11 @@ def _identity(todo) -> list:
     import dataclasses
     return json.loads(json.dumps([{k: v for k,v in dataclasses.asdict(s).items() if k!='data'} for s in todo]))
 
-def _ready(out, kept, settings, resume, force) -> bool:
-    "Make the output folder ready for a run. Is what is there complete already, with nothing to go on with?"
+def _ready(out, kept, settings, resume, force, wanted=()) -> bool:
+    "Make the output folder ready for a run. Is what is there complete already, with all that is wanted of it and nothing to go on with?"
     complete = resume and not _begun(kept) and (out/'result.json').exists()
     _check_out(out, settings, force and not complete)
+    complete = complete and set(wanted)<=set(json.loads((out/'result.json').read_text()))
     if force and not resume: [o.remove() for o in kept]
     if _begun(kept) and not resume: raise ValueError(f"--out: {out} holds an interrupted run. Add --resume to go on with it, or --force to start anew.")
     return complete

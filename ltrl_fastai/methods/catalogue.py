@@ -17,7 +17,7 @@ from .heads import cosine_head
 from .method import Method
 from .experts import expert_net
 from .ride import RIDELoss, assignment, distil_net, distillation
-from .sade import SADELoss
+from .sade import SADELoss, aggregation
 from .mdcs import MDCSLoss, RampUp, mdcs_net
 from .ncl import NCLLoss, ncl_net
 from .paco import PaCoLoss, KeyQueue, queued_net
@@ -48,6 +48,8 @@ methods = {
                             then=(assignment,), reported=48.6),
     'ride-distilled': Method('six experts by RIDE, and then three that follow them', 'Wang et al., ICLR 2021', RIDELoss, distil_net, _drw, then=(distillation,)),
     'sade': Method('three experts for three priors', 'Zhang et al., NeurIPS 2022; slides, table 1', SADELoss, _experts, reported=49.4),
+    'sade-aggregated': Method('SADE, and then weights of its experts, found on unlabelled test images', 'Zhang et al., NeurIPS 2022; its README', SADELoss, _experts,
+                              then=(aggregation,), reported=49.8),
     'mdcs': Method('experts for three powers of the class counts, consistent over two views', 'Zhao et al., ICCV 2023; slides, table 1 (RandAugment)', MDCSLoss,
                    mdcs_net, lambda counts: [RampUp()], views=2, weak=True, reported=56.1),
     'ncl': Method('three whole nets that learn from each other, on all and on hard classes', 'Li et al., CVPR 2022; slides, table 4', NCLLoss, ncl_net),

@@ -46,6 +46,13 @@ def methods(name, cls):
             yield shown.removeprefix('---\n').replace('#LNone', f'#L{inspect.getsourcelines(f)[1]}')
 
 
+def command(app, name):
+    "The help of a command"
+    from typer.testing import CliRunner
+    text = CliRunner().invoke(app, [name, '--help'], prog_name='ltrl', terminal_width=80, max_content_width=80).output
+    return f'### {name}\n\n```\n{text.strip()}\n```'
+
+
 def data(module):
     "The code that assigns the public names of a module that are no functions or classes, without what is long in it"
     source = inspect.getsource(module)
@@ -58,12 +65,14 @@ def data(module):
 
 
 def completed(page, module):
-    "A page of nbdev's, as JSON, with the methods of each class, and with data at its end"
+    "A page of nbdev's, as JSON, with the methods of each class, the help of commands, and with data at its end"
     nb = json.loads(page)
+    commands = [o.callback.__name__ for o in module.app.registered_commands] if hasattr(module, 'app') else []
     for cell in nb['cells']:
         if m := re.search(r'^show_doc\((\w+)\)', ''.join(cell['source']), re.M):
             o = getattr(module, m[1], None)
-            extra = list(methods(m[1], o)) if inspect.isclass(o) else []
+            extra = list(methods(m[1], o)) if inspect.isclass(o) else [command(module.app, m[1])] if m[1] in commands else []
+            if m[1] in commands: cell['outputs'] = []
             if extra: cell['outputs'].append(dict(output_type='display_data', metadata={}, data={'text/markdown': '\n\n'.join(extra)}))
     if more := '\n\n'.join(data(module)): nb['cells'].append(dict(cell_type='markdown', metadata={}, source=f'## Data\n\n{more}'))
     return json.dumps(nb)

@@ -1,4 +1,5 @@
 "What several processes learn is what one learns that sees all their batches."
+import json
 import os
 import socket
 import subprocess
@@ -51,6 +52,16 @@ def test_ranks_learn_what_one_process_learns(trained, name):
         assert got.keys() == want.keys()
         for k, v in want.items(): torch.testing.assert_close(got[k], v, rtol=1e-5, atol=1e-6, equal_nan=True, check_dtype=False, msg=lambda m, k=k: f'{k}: {m}')
     assert want['history.review_loss'][1:].gt(0).all()
+
+
+def test_ranks_that_find_other_checkpoints_stop_together(trained):
+    world, folder = trained
+    for rank in range(world):
+        none, older, short, same = json.loads((folder/f'told-{rank}.json').read_text())
+        for o, said in ((none, 'finds none'), (older, 'goes on after 1 epochs')):
+            assert 'rank 0 goes on after 2 epochs' in o and f'rank 1 {said}' in o and 'a disk that all machines share' in o
+        assert 'no checkpoint that can be read' in short if rank else 'rank 1 refuses what there is' in short
+        assert same == 'went on'
 
 
 @pytest.fixture(scope='module')

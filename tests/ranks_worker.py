@@ -1,4 +1,4 @@
-"Training by several processes, and the same by one. test_ranks.py starts it: `torch.distributed.run --nproc_per_node=2 ranks_worker.py FOLDER`."
+"Training by several processes, and the same by one. test_ranks.py starts it: `torch.distributed.run --nproc_per_node=2 ranks_worker.py FOLDER [NAMES]`."
 import json
 import os
 import shutil
@@ -106,7 +106,7 @@ def apart(folder):
 
 if __name__ == '__main__':
     allow_cpu_ranks()
-    for name in variants:
+    for name in sys.argv[2:] or variants:
         cbs = [Checkpoint(f'{sys.argv[1]}/{name}.ckpt')] if variants[name].get('resumed') else []
         if cbs:
             learn = learner(name, 0)
@@ -115,5 +115,5 @@ if __name__ == '__main__':
         learn = learner(name, 0)
         with learn.distrib_ctx(sync_bn=False, cpu=True): res = fit(learn, cbs)
         torch.save(res, f"{sys.argv[1]}/{name}-{os.environ['RANK']}.pt")
-    apart(Path(sys.argv[1]))
+    if not sys.argv[2:]: apart(Path(sys.argv[1]))
     torch.distributed.destroy_process_group()

@@ -388,6 +388,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                 'ltrl_fastai/experiments/checkpoint.py'),
                                                     'ltrl_fastai.experiments.checkpoint.Checkpoint._about': ( 'experiments/checkpoint.html#checkpoint._about',
                                                                                                               'ltrl_fastai/experiments/checkpoint.py'),
+                                                    'ltrl_fastai.experiments.checkpoint.Checkpoint._found': ( 'experiments/checkpoint.html#checkpoint._found',
+                                                                                                              'ltrl_fastai/experiments/checkpoint.py'),
                                                     'ltrl_fastai.experiments.checkpoint.Checkpoint._grads': ( 'experiments/checkpoint.html#checkpoint._grads',
                                                                                                               'ltrl_fastai/experiments/checkpoint.py'),
                                                     'ltrl_fastai.experiments.checkpoint.Checkpoint._next': ( 'experiments/checkpoint.html#checkpoint._next',

@@ -1,13 +1,17 @@
-"Training by several processes, and the same by one. test_ranks.py starts it: `torch.distributed.run --nproc_per_node=2 ranks_worker.py FOLDER`."
+"Training by several processes, and the same by one. test_ranks.py starts it: `torch.distributed.run --nproc_per_node=2 ranks_worker.py FOLDER [NAMES]`."
+import json
 import os
+import shutil
 import sys
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import torch
 from fastai.basics import SGD, Callback, DataLoader, DataLoaders, Learner, nn, set_seed
 from fastai.callback.training import GradientAccumulation
 from ltrl_fastai.all import BalancedSoftmaxLoss, Checkpoint, ReflectiveLearning, WithIds, allow_cpu_ranks
+from ltrl_fastai.experiments.checkpoint import UnreadableCheckpoint
 from torch.utils.data import TensorDataset
 
 n, n_classes, bs = 50, 6, 8
@@ -82,9 +86,27 @@ def fit(learn, cbs=None):
     return outcome(learn)
 
 
+def apart(folder):
+    "What a rank is told that has a disk of its own: a file is on that of the first alone, or is another one"
+    rank, first = int(os.environ['RANK']), folder/'disk-0'
+    mine, told = folder/f'disk-{rank}', []
+    def copied(name): mine.mkdir(exist_ok=True); shutil.copy(first/name, mine/'fit.ckpt')
+    def shortened(): (mine/'fit.ckpt').write_bytes((mine/'fit.ckpt').read_bytes()[:1000])
+    def train(*cbs):
+        learn = learner('everything', 0)
+        with learn.distrib_ctx(sync_bn=False, cpu=True): fit(learn, [Checkpoint(mine/'fit.ckpt'), *cbs])
+    with suppress(InterruptedError): train(Crash())
+    for change in (lambda: None, lambda: copied('fit.ckpt.older'), shortened, lambda: copied('fit.ckpt')):
+        if rank: change()
+        try: train()
+        except UnreadableCheckpoint as e: told.append(str(e))
+        else: told.append('went on')
+    (folder/f'told-{rank}.json').write_text(json.dumps(told))
+
+
 if __name__ == '__main__':
     allow_cpu_ranks()
-    for name in variants:
+    for name in sys.argv[2:] or variants:
         cbs = [Checkpoint(f'{sys.argv[1]}/{name}.ckpt')] if variants[name].get('resumed') else []
         if cbs:
             learn = learner(name, 0)
@@ -93,4 +115,5 @@ if __name__ == '__main__':
         learn = learner(name, 0)
         with learn.distrib_ctx(sync_bn=False, cpu=True): res = fit(learn, cbs)
         torch.save(res, f"{sys.argv[1]}/{name}-{os.environ['RANK']}.pt")
+    if not sys.argv[2:]: apart(Path(sys.argv[1]))
     torch.distributed.destroy_process_group()

@@ -1,4 +1,5 @@
 "What several processes learn is what one learns that sees all their batches."
+import json
 import os
 import socket
 import subprocess
@@ -42,15 +43,39 @@ def test_the_launcher_ends_all_if_one_fails(tmp_path):
     assert r.returncode == 2 and 'nowhere: expected a file' in r.stderr
 
 
-@pytest.mark.parametrize('name', worker.variants)
-def test_ranks_learn_what_one_process_learns(trained, name):
-    world, folder = trained
+def as_one(folder, name, world):
+    "All ranks have learned what one process learns"
     want = worker.fit(worker.learner(name, world))
     for rank in range(world):
         got = torch.load(folder/f'{name}-{rank}.pt', weights_only=True)
         assert got.keys() == want.keys()
         for k, v in want.items(): torch.testing.assert_close(got[k], v, rtol=1e-5, atol=1e-6, equal_nan=True, check_dtype=False, msg=lambda m, k=k: f'{k}: {m}')
     assert want['history.review_loss'][1:].gt(0).all()
+
+
+@pytest.mark.parametrize('name', worker.variants)
+def test_ranks_learn_what_one_process_learns(trained, name):
+    world, folder = trained
+    as_one(folder, name, world)
+
+
+def test_started_by_accelerate(tmp_path):
+    with socket.socket() as o: o.bind(('localhost', 0)); port = o.getsockname()[1]
+    command = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no']
+    r = subprocess.run([*command, '--main_process_port', str(port), str(here/'ranks_worker.py'), str(tmp_path), 'everything'], capture_output=True, text=True, timeout=300,
+                       env={**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HOME': str(tmp_path)})  # not the settings of whoever runs the tests
+    assert r.returncode == 0, r.stderr[-5000:]
+    as_one(tmp_path, 'everything', 2)
+
+
+def test_ranks_that_find_other_checkpoints_stop_together(trained):
+    world, folder = trained
+    for rank in range(world):
+        none, older, short, same = json.loads((folder/f'told-{rank}.json').read_text())
+        for o, said in ((none, 'finds none'), (older, 'goes on after 1 epochs')):
+            assert 'rank 0 goes on after 2 epochs' in o and f'rank 1 {said}' in o and 'a disk that all machines share' in o
+        assert 'no checkpoint that can be read' in short if rank else 'rank 1 refuses what there is' in short
+        assert same == 'went on'
 
 
 @pytest.fixture(scope='module')

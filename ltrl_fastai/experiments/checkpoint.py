@@ -47,7 +47,7 @@ def plain(o:Any # Of dicts, lists, tuples, tensors and numbers
     if isinstance(o, (list,L)): return [plain(v) for v in o]
     return o.item() if isinstance(o, np.generic) else o.as_subclass(Tensor) if isinstance(o, Tensor) else o
 
-class UnreadableCheckpoint(ValueError): "There is a checkpoint, but it can't be read, or not all that it needs is there; nor is the one before of any use."
+class UnreadableCheckpoint(ValueError): "There is a checkpoint, but it can't be read, or not all that it needs is there, or not on every rank; nor is the one before of any use."
 class ForeignCheckpoint(ValueError): "There is a checkpoint, but of another fit."
 
 class Checkpoint(Callback):
@@ -177,11 +177,23 @@ class Checkpoint(Callback):
     def before_fit(self):
         self.seconds,self._began = 0.,time.time()
         self._lr = [o['lr'] for o in self.learn.opt.hypers]
-        if not (self.current.exists() or self.older.exists()):
-            if self._next: raise ForeignCheckpoint(f"{self._next} is there, of the fit after this one, and {self.current} is not. Put that back, or remove this to start anew.")
-            return
-        self._kept = self.load()
-        self._others,self.learn.cbs = self.learn.cbs,L(self) # nobody else hears of epochs that are done
+        self._kept = self._found()
+        if self._kept is not None: self._others,self.learn.cbs = self.learn.cbs,L(self) # nobody else hears of epochs that are done
+
+    def _found(self):
+        "What there is to go on with, the same on all ranks; None for a fit that begins"
+        kept = error = None
+        try:
+            if self.current.exists() or self.older.exists(): kept = self.load()
+            elif self._next: raise ForeignCheckpoint(f"{self._next} is there, of the fit after this one, and {self.current} is not. Put that back, or remove this to start anew.")
+        except (ForeignCheckpoint, UnreadableCheckpoint) as e: error = e
+        mine = 'refuses what there is' if error else 'finds none' if kept is None else f"goes on after {kept['done']} epochs and {kept['seconds']:.2f} seconds"
+        said = self.ranks.objects((mine, self._next is None)) # before one of them raises, and the others wait
+        if error: raise error
+        if len({*said})>1: raise UnreadableCheckpoint(
+            f"The processes do not find the same checkpoint: {', '.join(f'rank {i} {o}' for i,(o,_) in enumerate(said))}. Rank 0 alone writes {self.current}: "
+            f"keep it on a disk that all machines share, or copy {self.file.name}* from the machine of rank 0 to the others.")
+        return kept
 
     def before_epoch(self):
         if self._kept is not None: raise CancelEpochException

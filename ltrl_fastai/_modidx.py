@@ -1025,6 +1025,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'ltrl_fastai/methods/method.py'),
                                             'ltrl_fastai.methods.method._same': ( 'methods/method.html#_same',
                                                                                   'ltrl_fastai/methods/method.py'),
+                                            'ltrl_fastai.methods.method.check_trained': ( 'methods/method.html#check_trained',
+                                                                                          'ltrl_fastai/methods/method.py'),
                                             'ltrl_fastai.methods.method.to_classify': ( 'methods/method.html#to_classify',
                                                                                         'ltrl_fastai/methods/method.py')},
             'ltrl_fastai.methods.mislas': { 'ltrl_fastai.methods.mislas.LabelAwareSmoothing': ( 'methods/mislas.html#labelawaresmoothing',

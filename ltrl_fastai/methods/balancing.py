@@ -9,7 +9,7 @@ __all__ = ['balancing_stage', 'MaxNorm', 'WeightDecay', 'class_balanced', 'balan
 from fastai.basics import *
 from .heads import HeadOnly, head_of
 from .weights import ClassBalancedLoss
-from .method import Stage
+from .method import Stage, check_trained
 
 # %% ../../nbs/methods/11_balancing.ipynb #cb17c599
 class MaxNorm(Callback):
@@ -50,6 +50,7 @@ class WeightDecay(Callback):
 
 def class_balanced(learn:Learner, counts):
     "Put the class-balanced loss in place of a learner's."
+    check_trained(learn, 'weight balancing')
     learn.loss_func = ClassBalancedLoss(counts)
 
 def balanced_head(counts): return [HeadOnly(), MaxNorm(), WeightDecay(.1)]

@@ -10,12 +10,13 @@ __all__ = ['crt', 'lws', 'tau_norm', 'ncm', 'new_head', 'alone_and_even', 'Scale
 from fastai.basics import *
 from ..data.imbalance import eval_view
 from .heads import head_of, replace_head, HeadOnly, EvenClasses
-from .method import Stage
+from .method import Stage, check_trained
 from ..reflective.features import HeadInput
 
 # %% ../../nbs/methods/09_decouple.ipynb #0c49b085
 def new_head(learn:Learner, counts=None):
     "Put a new linear head on a learner's net."
+    check_trained(learn, 'cRT')
     replace_head(learn.model, lambda old: nn.Linear(old.in_features, old.out_features))
 
 def alone_and_even(counts): return [HeadOnly(), EvenClasses()]
@@ -36,6 +37,7 @@ class ScaledHead(nn.Module):
 
 def scaled_head(learn:Learner, counts=None):
     "Put a scale for each class on a learner's head."
+    check_trained(learn, 'LWS')
     replace_head(learn.model, ScaledHead)
 
 def _scales(net): return [m.scale for m in net.modules() if isinstance(m, ScaledHead)]
@@ -60,6 +62,7 @@ def tau_normed(learn:Learner, counts=None,
                taus=None # To choose from; default: 0, 0.1, ... 2
               ) -> float: # The tau that was taken
     "Divide a learner's class vectors by a power of their lengths, that with the best accuracy on its validation images."
+    check_trained(learn, 'tau-norm')
     head = head_of(learn.model)[1]
     if not isinstance(getattr(head, 'weight', None), Tensor) or head.weight.ndim!=2: raise ValueError(
         f"tau-norm: expected a head with class vectors as its weight, got a {type(head).__name__}.")
@@ -120,6 +123,7 @@ def class_means(learn:Learner, n_classes:int) -> tuple[Tensor, Tensor]: # `(C, D
 
 def mean_head(learn:Learner, counts=None):
     "Let a learner's net classify by the nearest class mean."
+    check_trained(learn, 'NCM')
     means,n = class_means(learn, head_of(learn.model)[1].out_features)
     replace_head(learn.model, lambda old: MeanHead(means, n>0))
 

@@ -10,7 +10,7 @@ from fastai.basics import *
 from .losses import check_class_counts
 from .heads import HeadOnly, EvenClasses, replace_head
 from .decouple import ScaledHead
-from .method import MethodLoss, Stage
+from .method import MethodLoss, Stage, check_trained
 
 # %% ../../nbs/methods/10_mislas.ipynb #7ae913e6
 def smoothing_by_class(class_counts, # Training images of each class; each at least 1
@@ -44,6 +44,7 @@ class LabelAwareSmoothing(MethodLoss):
 # %% ../../nbs/methods/10_mislas.ipynb #da2e6614
 def smooth(learn:Learner, counts):
     "Put scales on a learner's head, and label-aware smoothing in place of its loss."
+    check_trained(learn, 'MiSLAS')
     replace_head(learn.model, ScaledHead)
     learn.loss_func = LabelAwareSmoothing(counts)
 

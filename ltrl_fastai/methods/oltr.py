@@ -9,7 +9,7 @@ __all__ = ['oltr_stage', 'MemoryHead', 'OLTRLoss', 'with_memory']
 from fastai.basics import *
 from .heads import EvenClasses, head_of, replace_head
 from .decouple import class_means
-from .method import MethodLoss, Stage
+from .method import MethodLoss, Stage, check_trained
 
 # %% ../../nbs/methods/12_oltr.ipynb #03557dc1
 class _Affine(nn.Module):
@@ -65,6 +65,7 @@ class OLTRLoss(MethodLoss):
 
 def with_memory(learn:Learner, counts):
     "Put a memory head on a learner, its centroids at the class means of the training images; classes without images begin at the mean of all."
+    check_trained(learn, 'OLTR')
     means,n = class_means(learn, head_of(learn.model)[1].out_features)
     means[n==0] = means[n>0].mean(0)
     replace_head(learn.model, lambda old: MemoryHead(means, old))

@@ -1261,6 +1261,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                          'ltrl_fastai/methods/weights.py'),
                                              'ltrl_fastai.methods.weights.DeferredWeights.before_train': ( 'methods/weights.html#deferredweights.before_train',
                                                                                                            'ltrl_fastai/methods/weights.py'),
+                                             'ltrl_fastai.methods.weights.DeferredWeights.first_epoch': ( 'methods/weights.html#deferredweights.first_epoch',
+                                                                                                          'ltrl_fastai/methods/weights.py'),
                                              'ltrl_fastai.methods.weights.effective_weights': ( 'methods/weights.html#effective_weights',
                                                                                                 'ltrl_fastai/methods/weights.py'),
                                              'ltrl_fastai.methods.weights.weighted_module': ( 'methods/weights.html#weighted_module',

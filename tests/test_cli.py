@@ -62,6 +62,14 @@ def test_toggles_and_a_group_that_is_absent(tmp_path):
     assert res['accuracy']['few'] is None and 'Few (0)' in r.stdout and 'NaN' not in r.stdout
 
 
+def test_cutout(tmp_path):
+    "By the name of its setting; another training than without, in a folder of its own, and pixels that are no number are refused"
+    for args in ([], ['--cut', '4']): run('train', '--epochs', '1', '--no-rl', *args, cwd=tmp_path)
+    plain, cut = sorted((json.loads(o.read_text()) for o in (tmp_path/'ltrl-runs').glob('*/result.json')), key=lambda o: o['settings']['cut'] or 0)
+    assert (plain['settings']['cut'], cut['settings']['cut']) == (None, 4) and plain['history']['train_loss'] != cut['history']['train_loss']
+    assert run('train', '--cut', 'much', cwd=tmp_path, check=False).returncode == 2
+
+
 def test_results_are_not_replaced_by_others(tmp_path):
     args = ('train', '--epochs', '1', '--no-rl', '--out', 'a')
     run(*args, cwd=tmp_path)

@@ -72,8 +72,8 @@ def test_weights_of_experts_read_no_label(kind, tmp_path):
     "Shuffled, wrong or not there: the same to the bit; and other images give others"
     set_seed(0)
     dls = digits_lt(device='cpu') if kind == 'tensors' else files(tmp_path)
-    net = create_net('resnet8', dls.c, n_in=dls.n_in)
-    learn = methods['sade'].learner(dls, net)
+    learn = methods['sade'].learner(dls, create_net('resnet8', dls.c, n_in=dls.n_in))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, .05)
     want, ds = seeded_weights(learn, dls.test), dls.test.dataset
     if kind == 'tensors': others = [type(ds)(ds.x, y, ds.vocab, 1) for y in (ds.targets.flip(0), ds.targets[torch.randperm(len(ds))], None)]
     else:
@@ -111,6 +111,7 @@ def test_other_worlds(tmp_path):
 def test_weights_are_found_in_each_world_anew():
     m = methods['sade-aggregated']
     learn = m.learner(digits_lt(device='cpu'), create_net('resnet8', 10, n_in=1))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, .05)
     before, parts = learn.model.weights.clone(), []
 
     def look(learn, dl):

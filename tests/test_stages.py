@@ -4,11 +4,12 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.vision.all import (SGD, Callback, CrossEntropyLossFlat, DataLoaders, GradientAccumulation, ImageDataLoaders, L, Learner, RandomResizedCrop, aug_transforms,
-                               deepcopy, nn, partial, resnet18, set_seed, vision_learner)
+from fastai.vision.all import (SGD, Callback, CrossEntropyLossFlat, DataLoaders, GradientAccumulation, ImageDataLoaders, L, Learner, RandomResizedCrop, ShortEpochCallback,
+                               aug_transforms, deepcopy, nn, partial, resnet18, set_seed, vision_learner)
 from test_methods import Crash, same
 
-from ltrl_fastai.all import Method, ReflectiveLearning, class_counts, digits_lt, methods
+from ltrl_fastai.all import (Method, ReflectiveLearning, RIDELoss, aggregation, assignment, class_counts, digits_lt, distil_net, distillation, expert_net,
+                             methods)
 from ltrl_fastai.experiments.training import RunSettings, train_run
 from ltrl_fastai.methods.balancing import MaxNorm, WeightDecay, balancing_stage
 from ltrl_fastai.methods.decouple import (MeanHead, ScaledHead, TauNormHead, class_means, crt, features_of, lws, mean_head, ncm, scaled_head, tau_norm, tau_normed,
@@ -22,8 +23,14 @@ stages = dict(crt=crt, lws=lws, tau_norm=tau_norm, ncm=ncm, mislas=mislas_stage,
 every_stage = pytest.mark.parametrize('stage', stages.values(), ids=stages)
 
 
-def first_done(learn, stage):
-    "The second stage alone"
+def begun(learn):
+    "After a first stage of one batch"
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, .01, cbs=ShortEpochCallback(0))
+    return learn
+
+
+def then(learn, stage):
+    "The second stage, of a learner whose first is done"
     with learn.no_bar(), learn.no_logging(): Method('', '', then=(stage,)).fit(learn, 2, .01, first=lambda *args: None)
     return learn
 
@@ -51,12 +58,38 @@ def images(tmp_path_factory):
     return vision_learner(dls, resnet18, pretrained=False, opt_func=SGD)
 
 
+@pytest.mark.parametrize('stage', [*stages.values(), assignment, distillation, aggregation], ids=[*stages, 'assignment', 'distillation', 'aggregation'])
+def test_a_second_stage_without_its_first_is_refused(dls, stage):
+    "Before anything is changed; a learner that was fitted, that has loaded weights, or a net that was trained elsewhere will do"
+    def fresh():
+        net = create_net('resnet8', 10, n_in=1)
+        return Learner(dls, expert_net(net) if stage in (assignment, aggregation) else distil_net(net, None) if stage is distillation else net,
+                       loss_func=RIDELoss(class_counts(dls)) if stage is distillation else CrossEntropyLossFlat())
+
+    def prepare(learn):
+        stage.prepare(learn, class_counts(dls))
+        if stage.adapt: stage.adapt(learn, dls.valid)
+    learn = fresh()
+    net, loss, layers = learn.model, learn.loss_func, [type(o) for o in learn.model.modules()]
+    with pytest.raises(ValueError, match="this learner's net has not been trained. Fit the learner first"): prepare(learn)
+    assert learn.model is net and learn.loss_func is loss and [type(o) for o in net.modules()] == layers
+    with pytest.raises(ValueError, match='second stage'): then(learn, stage)
+    trained = fresh()
+    trained.model.train()(dls.one_batch()[0])
+    elsewhere = Learner(dls, deepcopy(trained.model), loss_func=trained.loss_func)
+    loaded = fresh()
+    file = loaded.save('trained', with_opt=False)
+    try: loaded.load('trained')
+    finally: file.unlink()
+    for o in (trained, elsewhere, loaded): prepare(o)
+
+
 @every_stage
 def test_a_learner_of_files(images, stage):
     "All of them work on fastai's vision_learner, and the training images are augmented as before"
     learn = vision_learner(images.dls, resnet18, pretrained=False, opt_func=SGD)
     learn.model.load_state_dict(images.model.state_dict())
-    first_done(learn, stage)
+    then(begun(learn), stage)
     with learn.no_bar(): preds, _ = learn.get_preds()
     assert preds.shape == (len(learn.dls.valid_ds), 3) and preds.isfinite().all()
     assert head_of(learn.model)[1].out_features == 3 and learn.dls.train_ds.split_idx == 0
@@ -84,14 +117,14 @@ def test_a_class_without_images_is_never_the_nearest():
     x, y = torch.randn(40, 6), [0, 1, 3]*13+[0]
     dl = list(zip(x, y))
     learn = Learner(DataLoaders.from_dsets(L(dl), L(dl), bs=8, device='cpu'), nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), loss_func=F.cross_entropy)
-    mean_head(learn)
+    mean_head(begun(learn))
     with learn.no_bar(): preds, _ = learn.get_preds()
     assert preds.isfinite().all() and (preds.argmax(1) != 2).all()
 
 
 def test_tau_is_chosen_on_the_classes_that_there_are(dls):
     "Some classes have no validation image: the others decide, each by the same weight"
-    learn = learner(with_valid(dls, (dls.valid_ds.targets < 4).nonzero().flatten()))
+    learn = begun(learner(with_valid(dls, (dls.valid_ds.targets < 4).nonzero().flatten())))
     old, scores = deepcopy(learn.model.fc), []
     f, y = features_of(learn, learn.dls.valid)
     assert set(y.tolist()) == set(range(4))
@@ -102,7 +135,7 @@ def test_tau_is_chosen_on_the_classes_that_there_are(dls):
 
 
 def test_tau_without_validation_images_leaves_the_net_as_it_was(dls):
-    learn = learner(with_valid(dls, [0, 0]))
+    learn = begun(learner(with_valid(dls, [0, 0])))
     before = {k: v.clone() for k, v in learn.model.state_dict().items()}
     with pytest.raises(ValueError, match='chosen on validation images'): tau_normed(learn)
     assert isinstance(learn.model.fc, nn.Linear) and all(v.equal(before[k]) for k, v in learn.model.state_dict().items())
@@ -111,7 +144,7 @@ def test_tau_without_validation_images_leaves_the_net_as_it_was(dls):
 @every_stage
 def test_weights_tell_all(dls, stage):
     "What a stage has found is in the state of the net, the power of tau-norm too: another net of this layout predicts the same with it"
-    learn = first_done(learner(dls), stage)
+    learn = then(begun(learner(dls)), stage)
     with torch.no_grad():
         if isinstance(learn.model.fc, TauNormHead): learn.model.fc.tau.fill_(.7)
         x = dls.valid.one_batch()[0]
@@ -125,7 +158,7 @@ def test_weights_tell_all(dls, stage):
 
 
 def test_scales_begin_where_the_head_was(dls):
-    learn = learner(dls)
+    learn = begun(learner(dls))
     x = dls.valid.one_batch()[0]
     with torch.no_grad():
         before = learn.model.eval()(x)
@@ -136,9 +169,9 @@ def test_scales_begin_where_the_head_was(dls):
 @every_stage
 def test_a_body_that_stands_still(dls, stage):
     "No stage moves a weight of the body but OLTR, which trains it; MiSLAS moves its statistics, and no other does; all may learn again afterwards"
-    learn = learner(dls)
+    learn = begun(learner(dls))
     body = {k: v.clone() for k, v in learn.model.state_dict().items() if not k.startswith('fc')}
-    first_done(learn, stage)
+    then(learn, stage)
     moved = {k.rpartition('.')[2] for k, v in learn.model.state_dict().items() if k in body and not v.equal(body[k])}
     stats = {'running_mean', 'running_var', 'num_batches_tracked'}
     assert moved == (stats if stage is mislas_stage else stats | {'weight', 'bias'} if stage is oltr_stage else set())
@@ -250,7 +283,7 @@ def test_reflective_learning_is_of_the_first_stage(dls, stage):
 
 def test_memory_under_mixed_precision_and_review(dls, quick_fit):
     "Logits outside of training and in the weights' precision; Reflective Learning by hand in the second stage reviews the logits and summarises what goes into the head"
-    learn = first_done(learner(dls), oltr_stage)
+    learn = then(begun(learner(dls)), oltr_stage)
     x = dls.valid.one_batch()[0]
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
         assert learn.model.eval()(x).shape == (len(x), 10) and learn.model(x).dtype == torch.float32

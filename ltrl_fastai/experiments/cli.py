@@ -43,6 +43,7 @@ def train(
     lr:Annotated[float|None, _opt(_how, "Largest learning rate of the one-cycle schedule. Default: 0.05 for digits, 0.2 for CIFAR.")]=None,
     bs:Annotated[int|None, _opt(_how, "Batch size. Default: 32 for digits, 128 for CIFAR.")]=None,
     policy:Annotated[str|None, _opt(_how, "More augmentation: randaugment or autoaugment.")]=None,
+    cut:Annotated[int|None, _opt(_how, "Pixels of a side of Cutout's square, for small images: 16 is usual for CIFAR. Default: none.")]=None,
     size:Annotated[int|None, _opt(_how, "Pixels of a side. Default: digits and CIFAR as they are, photographs 224, small images of your own as they are.")]=None,
     n_valid:Annotated[int|None, _opt(_how, "Validation images of each class, at most. Default: 10 for digits, 20 for CIFAR, 1 for iNaturalist, a fifth of your own.")]=None,
     worlds:Annotated[bool, _opt(_how, "Measure in other worlds too: classes as frequent as in training (forward), all alike, the other way round (backward).", '--worlds')]=False,
@@ -74,7 +75,7 @@ def train(
     keep_freed_memory()
     if rl is False and ({kr,ks,kc}!={None} or preset!='default'): fail(ValueError(
         "--no-rl trains without Reflective Learning, so its parts and preset can't be chosen. Leave out --no-rl."))
-    common = dict(dataset=dataset, imbalance_factor=imbalance_factor, method=method, net=net, epochs=epochs, lr=lr, bs=bs, policy=policy,
+    common = dict(dataset=dataset, imbalance_factor=imbalance_factor, method=method, net=net, epochs=epochs, lr=lr, bs=bs, policy=policy, cut=cut,
                   n_max=n_max, n_valid=n_valid, size=size, seed=seed, data_seed=data_seed, data=str(data) if data else None)
     refl = dict(**{k: v for k,v in dict(kr=kr, ks=ks, kc=kc).items() if v is not None}, preset=preset)
     runs = ([None] if rl is False else []) + ([refl] if rl is not False else []) + ([None] if rl is None else [])

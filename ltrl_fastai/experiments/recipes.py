@@ -10,6 +10,7 @@ from fastai.basics import *
 import dataclasses, fnmatch
 from ..reflective.functional import did_you_mean
 from ..reflective.learning import ReflectiveLearning
+from ..methods.catalogue import methods
 from .training import RunSettings
 from .plan import parse_setting, _merge
 
@@ -58,17 +59,17 @@ _benchmarks = {
     'Places-LT': dict(dataset='places-lt', net='resnet152', pretrained=True, schedule='cosine', epochs=30, lr=.01, bs=128, wd=5e-4),
     'iNaturalist2018': dict(dataset='inaturalist18', net='resnet50', schedule='cosine', epochs=200, lr=.2, bs=512, wd=2e-4),
 }
-def _open(table, dagger, o):
+def _open(table, dagger, o, usual):
     "What the slides don't say of a run, and what is taken"
     open_ = ['net']*(table not in ('table3','table5')) + ['schedule' if not dagger else 'shape of the schedule'] + ['batch size','weight decay']
     shape = {'steps': 'a warm-up and two steps', 'cosine': 'half a cosine'}[o['schedule']]
-    taken = f"{o['net']}, {o['epochs']} epochs with {shape} from {o['lr']:g}, batches of {o['bs']}, weight decay {o['wd']:g}"
+    taken = (f"{o['net']}, {o['epochs']} epochs with {shape} from {o['lr']:g}, batches of {o['bs']}, "
+             f"{'weight decay' if o['wd']==usual else 'the weight decay of the method,'} {o['wd']:g}")
     return f"Not on the slides: {', '.join(open_)}. Here, as is usual for the benchmark: {taken}."
 
 # %% ../../nbs/experiments/08_recipes.ipynb #fb2c34a0
 _dagger = dict(policy='randaugment', epochs=400)
 _dagger_note = "† is RandAugment and 400 epochs. Not on the slides: how many operations, and how strong. Here: two of magnitude 9."
-_needs = {('weight-balancing','CIFAR100-LT'): dict(wd=5e-3)}
 _names = {'Softmax': 'softmax', 'BSCE': 'bsce', 'BLS': 'bsce', 'BBN': 'bbn', 'LDAM': 'ldam-drw', 'LADE': 'lade',
           'RIDE': 'ride', 'SADE': 'sade', 'MDCS': 'mdcs', 'NCL': 'ncl', 'PaCo': 'paco',
           'Decouple': 'crt', 'cRT': 'crt', 'Decouple-LWS': 'lws', 'LWS': 'lws', 'τ-norm': 'tau-norm',
@@ -84,6 +85,7 @@ _published = {
     'ncl': "Its authors: batches of 64, weight decay 2e-4.",
     'weight-balancing': "Its authors: a ResNet-34, 320 epochs of half a cosine from 0.01, batches of 64. Here: net and schedule of the other rows, and its weight decay.",
 }
+_decay = "Weight decay is what this method tunes. Here: {:g}, which its authors found on CIFAR-100-LT; the slides give none for this data. Other rows: `--set wd={:g}`."
 _of_method = {
     'ldam-drw': "The slides say LDAM; what they report is LDAM with deferred re-weighting.",
     'ride': "Without expert assignment and distillation.",
@@ -241,9 +243,11 @@ def _recipe(table, row, column, bench, reported, remarks=(), review=None, **chan
     if review: rl = {**rl, 'kr': review}
     method,words = _names[base],'' if rl is None else '+RL' if 'ks' not in rl else ''.join(f'+{k.upper()}' for k in ('kr','ks','kc') if rl[k])
     name = '/'.join([table, base.replace('τ','tau')+words+'+RandAugment'*dagger] + [column.replace(' ','-')]*bool(column))
-    made = {**dict(imbalance_factor=None, pretrained=False, policy=None), **_benchmarks[bench], **_needs.get((method,bench), {}), **(_dagger if dagger else {}), **change}
+    made = {**dict(imbalance_factor=None, pretrained=False, policy=None), **_benchmarks[bench], **methods[method].defaults, **(_dagger if dagger else {}), **change}
     reported = reported and {k: v for k,v in reported.items() if v is not None}
-    notes = [_open(table, dagger, made), _dagger_note if dagger else None, _published.get(method) if bench=='CIFAR100-LT' else None, _of_method.get(method),
+    usual = _benchmarks[bench]['wd']
+    notes = [_open(table, dagger, made, usual), _dagger_note if dagger else None, _published.get(method) if bench=='CIFAR100-LT' else None, _of_method.get(method),
+             _decay.format(made['wd'], usual) if made['wd']!=usual and bench!='CIFAR100-LT' else None,
              _experts if rl and method in ('ride','sade','mdcs','ncl') else None, _first_stage if rl and method in _staged else None, *remarks, _misfit(made, reported)]
     return Recipe(name, table, row, column, method=method, reflective=rl, reported=reported, notes=tuple(o for o in notes if o), **made)
 

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from fastai.basics import *
 from .heads import HeadOnly, head_of
 from .weights import ClassBalancedLoss
-from .method import Stage
+from .method import Stage, check_trained
 
 # %% ../../nbs/methods/11_balancing.ipynb #cb17c599
 class MaxNorm(Callback):
@@ -59,6 +59,7 @@ def class_balanced(learn:Learner, # Its loss is changed
                    counts:Collection # Training images of each class
                   ):
     "Put the class-balanced loss in place of a learner's."
+    check_trained(learn, 'weight balancing')
     learn.loss_func = ClassBalancedLoss(counts)
 
 def balanced_head(counts:Collection # Training images of each class; not looked at

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from fastai.basics import *
 from ..data.imbalance import eval_view
 from .heads import head_of, replace_head, HeadOnly, EvenClasses
-from .method import Stage
+from .method import Stage, check_trained
 from ..reflective.features import HeadInput
 
 # %% ../../nbs/methods/09_decouple.ipynb #0c49b085
@@ -19,6 +19,7 @@ def new_head(learn:Learner, # Its net is changed in place
              counts:Collection|None=None # Training images of each class; not looked at
             ):
     "Put a new linear head on a learner's net."
+    check_trained(learn, 'cRT')
     replace_head(learn.model, lambda old: nn.Linear(old.in_features, old.out_features))
 
 def alone_and_even(counts:Collection # Training images of each class; not looked at
@@ -44,6 +45,7 @@ def scaled_head(learn:Learner, # Its net is changed in place
                 counts:Collection|None=None # Training images of each class; not looked at
                ):
     "Put a scale for each class on a learner's head."
+    check_trained(learn, 'LWS')
     replace_head(learn.model, ScaledHead)
 
 def _scales(net): return [m.scale for m in net.modules() if isinstance(m, ScaledHead)]
@@ -74,6 +76,7 @@ def tau_normed(learn:Learner, # With validation images of two classes or more; i
                taus:Iterable|None=None # To choose from; default: 0, 0.1, ... 2
               ) -> float: # The tau that was taken
     "Divide a learner's class vectors by a power of their lengths, that with the best accuracy on its validation images."
+    check_trained(learn, 'tau-norm')
     head = head_of(learn.model)[1]
     if not isinstance(getattr(head, 'weight', None), Tensor) or head.weight.ndim!=2: raise ValueError(
         f"tau-norm: expected a head with class vectors as its weight, got a {type(head).__name__}.")
@@ -141,6 +144,7 @@ def mean_head(learn:Learner, # Trained; its net is changed in place
               counts:Collection|None=None # Training images of each class; not looked at
              ):
     "Let a learner's net classify by the nearest class mean."
+    check_trained(learn, 'NCM')
     means,n = class_means(learn, head_of(learn.model)[1].out_features)
     replace_head(learn.model, lambda old: MeanHead(means, n>0))
 

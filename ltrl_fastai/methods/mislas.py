@@ -11,7 +11,7 @@ from fastai.basics import *
 from .losses import check_class_counts
 from .heads import HeadOnly, EvenClasses, replace_head
 from .decouple import ScaledHead
-from .method import MethodLoss, Stage
+from .method import MethodLoss, Stage, check_trained
 
 # %% ../../nbs/methods/10_mislas.ipynb #7ae913e6
 def smoothing_by_class(class_counts:Collection, # Training images of each class; each at least 1
@@ -47,6 +47,7 @@ def smooth(learn:Learner, # Its net and loss are changed
            counts:Collection # Training images of each class
           ):
     "Put scales on a learner's head, and label-aware smoothing in place of its loss."
+    check_trained(learn, 'MiSLAS')
     replace_head(learn.model, ScaledHead)
     learn.loss_func = LabelAwareSmoothing(counts)
 

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from fastai.basics import *
 from .heads import EvenClasses, head_of, replace_head
 from .decouple import class_means
-from .method import MethodLoss, Stage
+from .method import MethodLoss, Stage, check_trained
 
 # %% ../../nbs/methods/12_oltr.ipynb #03557dc1
 class _Affine(nn.Module):
@@ -69,6 +69,7 @@ def with_memory(learn:Learner, # Trained; its net and loss are changed
                 counts:Collection # Training images of each class; not looked at
                ):
     "Put a memory head on a learner, its centroids at the class means of the training images; classes without images begin at the mean of all."
+    check_trained(learn, 'OLTR')
     means,n = class_means(learn, head_of(learn.model)[1].out_features)
     means[n==0] = means[n>0].mean(0)
     replace_head(learn.model, lambda old: MemoryHead(means, old))

@@ -12,7 +12,7 @@ from fastai.basics import *
 from .losses import check_class_counts
 from .margins import LDAM
 from .heads import HeadOnly
-from .method import MethodLoss, Stage
+from .method import MethodLoss, Stage, check_trained
 from .experts import ExpertNet, ExpertsLoss, expert_net
 from .weights import DeferredWeights
 
@@ -111,6 +111,7 @@ def assign_experts(learn:Learner, # Its model is an `ExpertNet`, trained; model 
                    counts:Collection|None=None # Training images of each class; not looked at
                   ):
     "Put gates on a learner's trained experts."
+    check_trained(learn, 'expert assignment')
     learn.model = GatedExperts(learn.model).to(next(learn.model.parameters()).device)
     learn.loss_func = GateLoss()
 
@@ -166,6 +167,7 @@ def follow(learn:Learner, # Its model is by `distil_net`, trained; model and los
     "Let three new experts follow the six trained ones; raises `ValueError` for another model."
     if not isinstance(learn.model, SixThenThree): raise ValueError(f"distillation: expected a trained teacher with three experts waiting, got {type(learn.model).__name__}. "
         "Make the net by `distil_net`.")
+    check_trained(learn, 'distillation')
     teacher = learn.model
     learn.model = WithTeacher(teacher._three[0].to(next(teacher.parameters()).device), teacher)
     learn.loss_func = Distilled(learn.loss_func)

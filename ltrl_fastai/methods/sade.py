@@ -10,7 +10,7 @@ from collections.abc import Collection
 from fastai.basics import *
 from .losses import check_class_counts
 from .views import two_views
-from .method import Stage
+from .method import Stage, check_trained
 from .experts import ExpertNet, ExpertsLoss
 
 # %% ../../nbs/methods/15_sade.ipynb #d1834729
@@ -55,6 +55,7 @@ def aggregate_experts(learn:Learner, # Its model is an `ExpertNet`
     "Weigh experts by how well two augmented views of each image agree (Zhang et al. 2022, section 4.3)."
     net = learn.model
     if not isinstance(net, ExpertNet): raise ValueError(f"aggregate_experts: expected a learner with an ExpertNet, got {type(net).__name__}.")
+    check_trained(learn, 'aggregate_experts')
     ids = list(dl.get_idxs()) # of all its images, or some
     views = two_views(DataLoaders(learn.dls.train.new(dl.dataset, bs=dl.bs, drop_last=False, get_idxs=lambda: random.sample(ids, len(ids))))).train
     if epochs<1: raise ValueError(f"epochs: expected at least 1, got {epochs}")

@@ -46,7 +46,7 @@ class DeferredWeights(Callback):
     _before = None
     def __init__(self,
         class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
-        start:float=.8, # Share of the epochs after which weights are put in: 0.8 is epoch 160 of 200
+        start:float=.8, # Share of the epochs after which weights are put in, the last at the latest if there are two or more: 0.8 is epoch 160 of 200; 1 for never
         beta:float=.9999 # See `effective_weights`
     ):
         if not 0<=start<=1: raise ValueError(f"start: expected a share of the epochs from 0 to 1, got {start}")
@@ -58,7 +58,12 @@ class DeferredWeights(Callback):
         self._before = (m := weighted_module(self.learn.loss_func)),m.weight
     def before_train(self):
         m,old = self._before
-        m.weight = self.weights.to(self.dls.device) if self.epoch>=round(self.start*self.n_epoch) else old
+        m.weight = self.weights.to(self.dls.device) if self.epoch>=self.first_epoch(self.n_epoch) else old
+    def first_epoch(self, n:int # Epochs of the fit
+                   ) -> int: # From 0; `n` for none
+        "The first epoch with weights."
+        at = round(self.start*n)
+        return min(at, n-1) if n>1 and self.start<1 else at
     def after_fit(self): self._restore()
     after_crash = after_fit
     def _restore(self):

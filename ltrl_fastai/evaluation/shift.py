@@ -52,8 +52,8 @@ def shifted_indices(targets:Collection, # `(N,)` classes of a balanced test set
     return long_tail_indices(y, [max(1, int(least*o)) for o in shares.tolist()], seed)
 
 # %% ../../nbs/evaluation/03_shift.ipynb #4fdefa5d
-def world_loaders(dl, # Of a test set, whose targets can be had: see `dataset_targets`
-                  class_counts, # Training images of each class
+def world_loaders(dl:DataLoader, # Of a test set, whose targets can be had: see `dataset_targets`
+                  class_counts:Collection, # Training images of each class
                   seed:int=0 # Of the draw
                  ) -> dict: # From (order, factor) to a loader
     "Test images of each world, drawn by `shifted_indices`."
@@ -61,8 +61,8 @@ def world_loaders(dl, # Of a test set, whose targets can be had: see `dataset_ta
     def of(ids): return dl.new(get_idxs=lambda: ids)
     return {(order,factor): of(shifted_indices(y, class_counts, factor, order, seed)) for factor,order in worlds}
 
-def adapted_table(learn:Learner, dl, # Of a test set
-                  adapt, # Fits the learner's net to images; called with the learner and a loader, whose labels it doesn't read: `Method.adapt`
+def adapted_table(learn:Learner, dl:DataLoader, # Of a test set
+                  adapt:Callable, # Fits the learner's net to images; called with the learner and a loader, whose labels it doesn't read: `Method.adapt`
                   label:str='', # Of the row
                   seed:int=0 # Of the draw
                  ) -> pd.DataFrame: # As `shifted_table` gives, of one row

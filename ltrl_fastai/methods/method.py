@@ -88,7 +88,7 @@ class Method:
         "How many, the first fit among them."
         return 1+len(self.then)
     @property
-    def adapt(self):
+    def adapt(self) -> Callable|None:
         "How it is fitted to unlabelled images: what its last stage that does so does, or None."
         return next((s.adapt for s in reversed(self.then) if s.adapt), None)
 
@@ -146,7 +146,8 @@ class Method:
         for was,now in zip(kept, learn._grab_cbs(LossTerms)): now.history,now.record = was.history,was.record
         return learn
 
-def to_classify(dls:DataLoaders):
+def to_classify(dls:DataLoaders # Of training, validation and, perhaps, test images
+               ) -> DataLoader:
     "The loader of images that are to be classified: the third, which is for testing, or if there is none that for validation."
     return dls[2] if len(dls.loaders)>2 else dls.valid
 

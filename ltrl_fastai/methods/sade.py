@@ -49,7 +49,7 @@ class SADELoss(ExpertsLoss):
 def aggregate_experts(learn:Learner, # Its model is an `ExpertNet`
                       dl:DataLoader, # fastai loader of images to classify; labels are not read
                       epochs:int=5, # At most
-                      lr:float=None, # Of SGD with momentum 0.9; default: 0.025, and more by as much as there are fewer than 400 steps
+                      lr:float|None=None, # Of SGD with momentum 0.9; default: 0.025, and more by as much as there are fewer than 400 steps
                       least:float=.05 # Stop when a weight falls below
                      ) -> Tensor: # `(K,)` weights, which are the model's from now on
     "Weigh experts by how well two augmented views of each image agree (Zhang et al. 2022, section 4.3)."

@@ -65,7 +65,7 @@ def without_its_teachers(f):
     truncated(f.with_name(f.name+'.d')/store['frozen'][-1])
 
 
-@pytest.mark.parametrize('spoil,said', [(truncated, 'no checkpoint that can be read'), (no_checkpoint, 'no checkpoint of this package'), (another_fit, '9 epochs'),
+@pytest.mark.parametrize('spoil,said', [(truncated, 'no checkpoint that can be read'), (no_checkpoint, 'no checkpoint of this package'), (another_fit, 'epochs 9 in the file'),
                                         (without_its_teachers, 'not there or not whole')])
 def test_what_is_refused_is_told_and_the_one_before_is_used(spoil, said, tmp_path, capsys):
     "And kept, until what was refused is no longer in its way: a kill at any time finds one of use"
@@ -129,7 +129,7 @@ def test_a_call_of_two_fits_goes_on_in_either(store, tmp_path):
     for again in ([(3, 2)], []):
         got, seen, more = fine_tune(f, store=store)
         assert seen == again and torch.equal(got, want) and more == losses
-    with pytest.raises(ForeignCheckpoint, match='fit.pt.next is the checkpoint of another fit .3 epochs'): fine_tune(f, store=store, epochs=4)
+    with pytest.raises(ForeignCheckpoint, match='fit.pt.next is the checkpoint of another fit than this: epochs 3 in the file, 4 here'): fine_tune(f, store=store, epochs=4)
     Checkpoint(f).remove()
     assert not list(tmp_path.glob('*fit.pt*'))
 

@@ -152,3 +152,16 @@ def test_an_interrupted_run_is_resumed(both, tmp_path):
     for o in (got, got['baseline'], want, want['baseline']): o.pop('seconds'); o.pop('command', None)
     assert got == want and not list(log.glob('.fit*'))
     assert 'is complete' in run(*args, '--resume', cwd=tmp_path).stdout
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path):
+    import signal
+    import time
+    p = subprocess.Popen([ltrl, 'train', '--rl', '--epochs', '200', '--out', 'a'], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.time()+300
+        while not (tmp_path/'a/.fit-0.pt').exists(): assert time.time() < end and p.poll() is None; time.sleep(.02)
+    finally: p.send_signal(signal.SIGINT)
+    said = p.communicate(timeout=100)[1]
+    assert p.returncode == 130 and 'Interrupted. The same command with --resume goes on' in said and 'Traceback' not in said
+    assert (tmp_path/'a/.fit-0.pt').exists()

@@ -75,3 +75,9 @@ def test_frozen_features_of_the_pretrained_net(monkeypatch):
         assert not torch.allclose(net(flat), net(flat-120), atol=1e-2)
     monkeypatch.setitem(sys.modules, 'efficientnet_lite_pytorch', None)
     with pytest.raises(ImportError, match=r"pip install 'ltrl_fastai\[frozen\]'"): Lite0()
+
+
+def test_wrong_counts_are_said_in_words():
+    from ltrl_fastai.all import BalancedSoftmaxLoss, class_counts
+    with pytest.raises(TypeError, match=r'the function class_counts: did you mean `class_counts\(dls\)`'): BalancedSoftmaxLoss(class_counts)
+    with pytest.raises(TypeError, match='a list of numbers, got .*many'): BalancedSoftmaxLoss(['many', 'few'])

@@ -582,3 +582,10 @@ def test_a_broken_image_of_ones_own_is_named(tmp_path):
     for i in range(8): (tmp_path/f'{i%2}').mkdir(exist_ok=True); Image.new('RGB', (8, 8)).save(tmp_path/f'{i%2}/{i}.png')
     (tmp_path/'1/half.png').write_bytes(b'half a download')
     with pytest.raises(ValueError, match='half.png: expected an image.*verify_images'): own_images(tmp_path)
+
+
+def test_a_folder_without_images_is_said(tmp_path):
+    from ltrl_fastai.all import own_images
+    for i in range(12): (tmp_path/f'{i%2}').mkdir(exist_ok=True); Image.new('RGB', (8, 8)).save(tmp_path/f'{i%2}/{i}.png')
+    (tmp_path/'pentagon').mkdir()
+    with pytest.warns(DataNote, match='No image in 1 folder, left out: pentagon'): assert own_images(tmp_path).c == 2

@@ -117,7 +117,11 @@ def check_counts(class_counts:Collection # Training images of each class: a list
     "Check that there is a number for each class; raises `TypeError` or `ValueError` that says what is wrong."
     if isinstance(class_counts, (DataLoaders,Learner)): raise TypeError(f"class_counts: expected one count per class, got a {type(class_counts).__name__}: "
         f"`class_counts({'learn.dls' if isinstance(class_counts, Learner) else 'dls'})` counts them.")
-    n = torch.as_tensor(class_counts)
+    if callable(class_counts): raise TypeError(
+        f"class_counts: expected one count per class, got the function {getattr(class_counts, '__name__', class_counts)}: did you mean `class_counts(dls)`?")
+    try: n = torch.as_tensor(class_counts)
+    except (ValueError, TypeError, RuntimeError) as e: raise TypeError(
+        f"class_counts: expected one count per class, a list of numbers, got {class_counts!r:.80}. `class_counts(dls)` counts them.") from e
     if n.ndim!=1 or not len(n): raise ValueError(f"class_counts: expected one count per class, got shape {tuple(n.shape)}. `class_counts(dls)` counts them.")
     return n
 

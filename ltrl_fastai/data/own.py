@@ -95,6 +95,11 @@ def common_size(files:list # Paths of images
         res = w
     return res
 
+def _empty_folders(train, vocab):
+    "A note of folders in which a class was expected"
+    bare = sorted(o.name for o in Path(train.file).iterdir() if o.is_dir() and o.name not in vocab and not o.name.startswith('.'))
+    return [f"No image in {len(bare)} folder{'s' if len(bare)>1 else ''}, left out: {few_of(bare, 10)}."] if bare else []
+
 def own_images(path:str|Path, # A folder or a CSV file
                bs:int=64, # Batch size
                size:int|None=None, # Pixels of a side; default: 224, and for small images of one size their own
@@ -112,7 +117,7 @@ def own_images(path:str|Path, # A folder or a CSV file
     if len(vocab)<2: raise ValueError(f"{path}: expected two classes or more, got {vocab[0]!r} alone.")
     check_lists(lists)
     if path.is_file(): check_images(lists)
-    notes = []
+    notes = _empty_folders(lists['train'], vocab) if path.is_dir() else []
     if 'valid' not in lists:
         train,valid = hold_out(lists['train'].labels, n_valid=n_valid, seed=data_seed)
         lists['train'],lists['valid'] = lists['train'].take(train),lists['train'].take(valid)

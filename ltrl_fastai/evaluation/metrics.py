@@ -47,9 +47,9 @@ def interval(x:Collection, # Numbers; those that are none don't count
     "Mean and Student's confidence interval of it."
     x = np.asarray(x, float); x = x[~np.isnan(x)]
     if not len(x): return (math.nan,)*3
-    m,n = x.mean(),len(x)
+    m,n = float(x.mean()),len(x)
     if n==1: return m,math.nan,math.nan
-    h = scipy.stats.t.ppf((1+level)/2, n-1)*x.std(ddof=1)/math.sqrt(n)
+    h = float(scipy.stats.t.ppf((1+level)/2, n-1)*x.std(ddof=1)/math.sqrt(n))
     return m,m-h,m+h
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #69ad4967

@@ -162,7 +162,8 @@ class Checkpoint(Callback):
         except Exception as e: raise UnreadableCheckpoint(f"{f} is no checkpoint that can be read ({type(e).__name__}).") from e
         if not isinstance(kept, dict) or 'identity' not in kept: raise ForeignCheckpoint(f"{f} is no checkpoint of this package.")
         if (kept['identity'],kept['n_epoch'])!=(self.identity,self.learn.n_epoch): raise ForeignCheckpoint(
-            f"{f} is the checkpoint of another fit ({kept['n_epoch']} epochs, {kept['identity']}) than this ({self.learn.n_epoch} epochs, {self.identity}).")
+            f"{f} is the checkpoint of another fit than this: "
+            f"{_differences(dict(epochs=kept['n_epoch'], identity=kept['identity']), dict(epochs=self.learn.n_epoch, identity=self.identity))}.")
         about,was = self._about(),kept.get('about', {})
         if (other := [k for k,v in about.items() if was.get(k, v)!=v]): raise ForeignCheckpoint(
             f"{f} is the checkpoint of another fit: of another {' and another '.join(dict(samples='number of training samples').get(k, k) for k in other)}"
@@ -232,6 +233,14 @@ class Checkpoint(Callback):
         self._others = self._kept = None
 
     def after_fit(self): self._ended += 1
+
+def _differences(was, now):
+    "What differs between two records, in words; further in where both have a record"
+    res = []
+    for k in {**was, **now}:
+        a,b = was.get(k),now.get(k)
+        if a!=b: res.append(_differences(a, b) if isinstance(a, dict) and isinstance(b, dict) else f"{k} {a} in the file, {b} here")
+    return '; '.join(res)
 
 def _other_schedule(was, now):
     "In words, what differs"

@@ -95,6 +95,7 @@ def train(
         typer.echo(f"\n{s.dataset}, {factor}, {s.net}, {label_of(s)}, {s.epochs} epochs, seed {s.seed}{', going on' if _begun([cp]) else ''}")
         try: results.append(train_run(s, bar=True, checkpoint=cp.file, worlds=worlds))
         except (ForeignCheckpoint, UnreadableCheckpoint, FloatingPointError) as e: fail(e)
+        except KeyboardInterrupt: _interrupted(cp)
         results[0][0]['identity'] = settings
         write_json(results[0][0], out/'result.json') # a run that is done is kept, whatever becomes of the next
     (res,_),*rest = results
@@ -118,6 +119,11 @@ def _worlds_table(results):
     import pandas as pd
     rows = {label: {(o['order'], f"{o['factor']}"): o['accuracy'] for o in res['worlds']} for label,res in results}
     return pd.DataFrame(rows).T.to_string(float_format=lambda v: f'{v:.1f}')
+
+def _interrupted(cp):
+    "Say how to go on, and exit as an interrupted program does"
+    typer.echo("\nInterrupted. " + ("The same command with --resume goes on after the last whole epoch." if _begun([cp]) else "No epoch was done."), err=True)
+    raise typer.Exit(130)
 
 def _begun(kept): return any(o.file.exists() or o.older.exists() for o in kept)
 
@@ -153,7 +159,8 @@ def _check_out(out, settings, force):
     if kept!=settings: raise ValueError(f"--out: {old} holds the result of other settings. Choose another folder, or add --force to replace it.")
 
 def _next(s, rl):
-    if s.dataset=='digits-lt': return ("Next: `ltrl train --dataset cifar100-lt --epochs 30` for real photographs, or `ltrl train --help`; "
+    if s.dataset=='digits-lt': return ("Digits show that it runs; where there is more to gain they can't tell. "
+        "Next: `ltrl train --dataset cifar100-lt --epochs 30` for real photographs (over an hour on two cores), or `ltrl train --help`; "
         "in Python, `learn.add_cbs(ReflectiveLearning())`.")
     other = 'the other side of the comparison, `--no-rl`' if rl else 'the same with `--rl`' if rl is False else 'another seed'
     return f"Next: {other}; or other parts: `--ks`, `--kc`, `--no-kr`."
@@ -223,6 +230,7 @@ def run(
     for o in notes: typer.echo(f"Note: {o}")
     try: res,rep = train_run(s, bar=True, checkpoint=kept.file)
     except (ForeignCheckpoint, UnreadableCheckpoint, FloatingPointError) as e: fail(e)
+    except KeyboardInterrupt: _interrupted(kept)
     res.update(recipe=mark, identity=settings)
     write_json(res, out/'result.json')
     kept.remove()

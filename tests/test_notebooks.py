@@ -55,6 +55,16 @@ def test_no_traces_of_a_machine_in_outputs():
         assert str(root) not in text and str(Path.home()) not in text and 'site-packages' not in text, nb.name
 
 
+def test_descriptions_of_pictures_are_yaml():
+    "One with a colon in it has to be quoted, or it is lost on the way to the page"
+    import json
+    import yaml
+    for nb in notebooks:
+        for cell in json.loads(nb.read_text())['cells']:
+            for line in cell['source']:
+                if line.startswith('#| fig-alt:'): assert isinstance(yaml.safe_load(line[2:])['fig-alt'], str), f'{nb.name}: {line}'
+
+
 def test_lint():
     r = subprocess.run([tool('ruff'), 'check', '.'], cwd=root, capture_output=True, text=True)
     assert r.returncode == 0, r.stdout + r.stderr

@@ -1,4 +1,5 @@
 "`ltrl train` as a user has it: a process, its files, its numbers, its errors."
+import functools
 import json
 import os
 import re
@@ -157,7 +158,9 @@ def test_an_interrupted_run_is_resumed(both, tmp_path):
 def test_an_interrupt_says_how_to_go_on(tmp_path):
     import signal
     import time
-    p = subprocess.Popen([ltrl, 'train', '--rl', '--epochs', '200', '--out', 'a'], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    listens = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL) # where tests run in the background interrupts are ignored, by children too
+    p = subprocess.Popen([ltrl, 'train', '--rl', '--epochs', '200', '--out', 'a'], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                         preexec_fn=listens)
     try:
         end = time.time()+300
         while not (tmp_path/'a/.fit-0.pt').exists(): assert time.time() < end and p.poll() is None; time.sleep(.02)

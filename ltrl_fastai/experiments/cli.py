@@ -159,7 +159,7 @@ def _check_out(out, settings, force):
     if kept!=settings: raise ValueError(f"--out: {old} holds the result of other settings. Choose another folder, or add --force to replace it.")
 
 def _next(s, rl):
-    if s.dataset=='digits-lt': return ("Digits show that it runs; where there is more to gain they can't tell. "
+    if s.dataset=='digits-lt': return ("Digits show that it runs; what it gains they are too few to tell. "
         "Next: `ltrl train --dataset cifar100-lt --epochs 30` for real photographs (over an hour on two cores), or `ltrl train --help`; "
         "in Python, `learn.add_cbs(ReflectiveLearning())`.")
     other = 'the other side of the comparison, `--no-rl`' if rl else 'the same with `--rl`' if rl is False else 'another seed'

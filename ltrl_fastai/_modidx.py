@@ -1272,6 +1272,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'ltrl_fastai/methods/views.py')},
             'ltrl_fastai.methods.weights': { 'ltrl_fastai.methods.weights.ClassBalancedLoss': ( 'methods/weights.html#classbalancedloss',
                                                                                                 'ltrl_fastai/methods/weights.py'),
+                                             'ltrl_fastai.methods.weights.ClassBalancedLoss.__call__': ( 'methods/weights.html#classbalancedloss.__call__',
+                                                                                                         'ltrl_fastai/methods/weights.py'),
                                              'ltrl_fastai.methods.weights.ClassBalancedLoss.__init__': ( 'methods/weights.html#classbalancedloss.__init__',
                                                                                                          'ltrl_fastai/methods/weights.py'),
                                              'ltrl_fastai.methods.weights.DeferredWeights': ( 'methods/weights.html#deferredweights',

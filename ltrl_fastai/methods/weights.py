@@ -30,6 +30,11 @@ class ClassBalancedLoss(CrossEntropyLossFlat):
         **kwargs # Of `CrossEntropyLossFlat`: `reduction`, `label_smoothing`, ...
     ):
         super().__init__(weight=effective_weights(class_counts, beta), **kwargs)
+        self.n_classes = len(self.func.weight)
+    def __call__(self, inp, targ, **kwargs):
+        if inp.shape[self.axis]!=self.n_classes: raise ValueError(f"logits: expected {self.n_classes} classes, as there are class counts, got {inp.shape[self.axis]}. "
+            "Do the counts and the model's head speak of the same classes?")
+        return super().__call__(inp, targ, **kwargs)
 
 # %% ../../nbs/methods/02_weights.ipynb #ca431416
 def weighted_module(loss:BaseLoss|nn.Module # A loss that may have class weights

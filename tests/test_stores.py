@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ltrl_fastai.all import KnowledgeReview
+from fastai.callback.data import WeightedDL
+from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, nn, set_seed
+from ltrl_fastai.all import KnowledgeReview, ReflectiveLearning, digits_lt
 from ltrl_fastai.reflective import stores
 
 GB = 2**30
@@ -104,6 +106,81 @@ def test_what_was_chosen_is_said_in_a_line(n, free, said, monkeypatch, capsys):
     for rank, store in ((0, 'auto'), (1, 'auto'), (0, 'half')):
         learn = SimpleNamespace(cbs=[], sample_ids=SimpleNamespace(n_items=n), loss_terms=SimpleNamespace(ranks=SimpleNamespace(rank=rank)))
         memory = KnowledgeReview._new_memory(SimpleNamespace(learn=learn, store_args=KnowledgeReview(store=store).store_args), logits)
-        if memory.on_host: memory.store.close()
+        if isinstance(memory.store, stores.DiskStore): memory.store.close()
         out = capsys.readouterr().out
         assert out == (f'Knowledge Review keeps the last predictions of{said}\n' if said and (rank, store) == (0, 'auto') else '')
+
+
+class Late(stores._Coming):
+    "As from a GPU that is late: the host sees rubbish until it has asked `after` times, or waited"
+    after, waited = 3, 0
+    def __init__(self, ids, rows):
+        self.ids, self.rows, self.asked = ids, rows, 0
+        self.host = ids*0, rows*torch.nan
+    def here(self, wait=False):
+        self.asked += 1
+        Late.waited += wait
+        if wait or self.asked > self.after: self.host = self.ids, self.rows
+        return wait or self.asked > self.after
+
+
+@pytest.fixture
+def late(monkeypatch):
+    monkeypatch.setattr(stores, '_Coming', Late)
+    monkeypatch.setattr(Late, 'waited', 0)
+    return Late
+
+
+@pytest.mark.parametrize('after', [0, 1, 4, 99])
+def test_what_a_gpu_sends_late_is_read_as_if_it_had_come(after, late, monkeypatch, tmp_path):
+    "A hundred batches with repeated items, a frozen file now and then: always what a store in memory has"
+    monkeypatch.setattr(Late, 'after', after)
+    torch.manual_seed(after)
+    s, want = stores.DiskStore(12, 5, tmp_path), stores.DenseStore(12, 5, torch.float16)
+    for step in range(100):
+        ids = torch.randint(0, 12, (4,))
+        for o in (s, want): assert torch.equal(o.get(ids)[0], want.get(ids)[0])
+        last = {i: k for k, i in enumerate(ids.tolist())}  # the last visit wins, whatever the device makes of two at once
+        z = torch.randn(4, 5)
+        s.put(ids, s.pack(z))
+        want.put(torch.tensor([*last]), want.pack(z[[*last.values()]]))
+        if step % 9 == 8:
+            state = s.state_dict()
+            assert not s._coming
+            if step % 2: s.close(); s = stores.DiskStore.from_state(state)
+    assert torch.equal(s.get(torch.arange(12))[0], want.logits) and late.waited >= (after > 2)
+    s.close()
+
+
+def fitted(store, repeated):
+    set_seed(0, reproducible=True)
+    dls = digits_lt(device='cpu', n_max=60)
+    if repeated:
+        items = [(x.float()/256, y) for x, y in dls.train_ds]
+        dls = DataLoaders(WeightedDL(items, wgts=[1+100*(i < 30) for i in range(len(items))], bs=16, shuffle=True), dls.valid)
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), loss_func=CrossEntropyLossFlat(), cbs=ReflectiveLearning(kr=dict(store=store)))
+    with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2)
+    return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+
+
+@pytest.mark.parametrize('repeated', [False, True])
+def test_a_fit_is_the_same_however_late_rows_come(repeated, late, monkeypatch):
+    got = []
+    for after in (0, 5):
+        monkeypatch.setattr(Late, 'after', after)
+        got.append(fitted('disk', repeated))
+    assert torch.equal(*got) and torch.isfinite(got[0]).all() and not late.waited
+    assert not torch.equal(got[0], fitted(dict(kind='topk', k=1), repeated))  # teachers matter here
+
+
+def test_a_full_disk_is_said_when_rows_have_come(late, monkeypatch, tmp_path):
+    s = stores.DiskStore(12, 5, tmp_path)
+    monkeypatch.setattr(Late, 'after', 1)
+    ids = torch.arange(4)
+    s.put(ids, s.pack(torch.ones(4, 5)))
+    write = os.pwrite
+    monkeypatch.setattr(os, 'pwrite', lambda *a: 0)
+    with pytest.raises(OSError, match='disk with the last predictions is full'): s.get(ids)
+    monkeypatch.setattr(os, 'pwrite', write)
+    assert s.get(ids)[0].eq(1).all()  # once there is room: nothing was lost
+    s.close()

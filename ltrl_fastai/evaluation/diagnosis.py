@@ -33,7 +33,7 @@ class Diagnosis(Companion):
         now,c = logits.detach().float(),logits.shape[1]
         if self.last is None: self.last = TeacherMemory(ids.n_items, c, device=now.device)
         if self._sums is None: self._sums = now.new_zeros(4, c) # KL and its number, right and its number
-        (before,),seen = self.last.recall(ids.ids)
+        (before,),seen = self.last.recall(ids.ids, ids.own_host_ids)
         right = self.learn.loss_terms.trained_logits(now).argmax(1)==y
         kl = F.kl_div(F.log_softmax(now, 1), F.log_softmax(before, 1), reduction='none', log_target=True).sum(1)
         self._sums.index_add_(1, y, torch.stack([torch.where(seen, kl, 0.), seen.float(), right.float(), torch.ones_like(kl)]))

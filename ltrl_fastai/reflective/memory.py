@@ -35,10 +35,6 @@ class TeacherMemory:
         "Number of classes."
         return self.store.n_classes
     @property
-    def on_host(self) -> bool:
-        "Does the store want ids of the host?"
-        return isinstance(self.store, DiskStore)
-    @property
     def nbytes(self) -> int:
         "Of memory taken by all of it."
         return self.store.nbytes + sum(o.nbytes for o in self._flags.values())
@@ -74,7 +70,7 @@ class TeacherMemory:
         rows = self.store.pack(torch.where(fine[:,None], logits, 0.), view, tau)
         targets = targets.to(self.targets.dtype)
         if ranks is not None and ranks.size>1: *rows,fine,right,targets = [ranks.gather(o) for o in (*rows, fine, right, targets)]
-        self.store.put(ids, tuple(rows), host_ids)
+        self.store.put(ids, tuple(rows))
         self.seen[ids],self.right[ids] = fine,right & fine
         known = self.targets[ids]
         self.strays += ((known>=0) & (known!=targets)).sum()

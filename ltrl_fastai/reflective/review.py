@@ -89,7 +89,7 @@ class KnowledgeReview(Companion):
         known = self.full_weight>0 and self.strength is not None and self.teachers.any_visited(ids.host_ids)
         self._recalled = None
         if not known: return
-        rows,seen = self.teachers.recall(ids.ids, ids.ids.tolist() if self.teachers.on_host else None)
+        rows,seen = self.teachers.recall(ids.ids, ids.own_host_ids)
         self._recalled = rows,self.teachers.right[ids.ids] if self.cci else seen
 
     def after_loss(self):

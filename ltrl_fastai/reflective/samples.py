@@ -10,6 +10,13 @@ from fastai.basics import *
 from .ranks import Ranks
 
 # %% ../../nbs/reflective/02_samples.ipynb #57acbece
+class _Id(Tensor):
+    "The id of an item, or those of a batch: on a device they still tell what they were on the host, so that nobody waits to read them"
+    def to(self, *args, **kwargs):
+        res = super().to(*args, **kwargs)
+        if res.device!=self.device: res.on_host = self.as_subclass(Tensor)
+        return res
+
 class WithIds:
     "A dataset whose items bring their index along, as the last of the tuple, for loaders that keep no order: `torch.utils.data.DataLoader(WithIds(ds))`."
     def __init__(self, dataset:Any # Anything with `__len__` and `__getitem__` that gives tuples, input first
@@ -19,7 +26,7 @@ class WithIds:
                 f"dataset: expected one with __len__ and __getitem__, got {type(dataset).__name__}: without an index an item has no id.")
         self.dataset = dataset
     def __len__(self): return len(self.dataset)
-    def __getitem__(self, i:int): return *self.dataset[i],int(i)
+    def __getitem__(self, i:int): return *self.dataset[i],torch.tensor(int(i)).as_subclass(_Id)
     def __getattr__(self, k):
         if k=='dataset': raise AttributeError(k) # while it is being unpickled
         return getattr(self.dataset, k)
@@ -72,9 +79,9 @@ def _watch(dl, on=True):
 
 # %% ../../nbs/reflective/02_samples.ipynb #6d4d5c5d
 class SampleIds(Callback):
-    "Tells the dataset ids of the training batch as `learn.sample_ids.ids`; those of all ranks together as `.all_ids` (int64, on the device) and `.host_ids` (a list, or None)."
-    order,_stateattrs = -3,('ids','all_ids','host_ids','_epoch','_order')
-    ids = all_ids = host_ids = _epoch = _order = None
+    "Tells the dataset ids of the training batch as `learn.sample_ids.ids`; those of all ranks together as `.all_ids` (int64, on the device); both again as `.own_host_ids` and `.host_ids` (lists, or None where only the device knows)."
+    order,_stateattrs = -3,('ids','all_ids','own_host_ids','host_ids','_epoch','_order')
+    ids = all_ids = own_host_ids = host_ids = _epoch = _order = None
     @property
     def carried(self) -> bool:
         "Do the items bring their ids along?"
@@ -94,7 +101,11 @@ class SampleIds(Callback):
         *b,ids = *self.learn.xb,*self.learn.yb
         n_inp = getattr(self.learn.dl.dataset.dataset, 'n_inp', None) or max(1, len(b)-1)
         self.learn.xb,self.learn.yb = tuple(b[:n_inp]),tuple(b[n_inp:])
-        if self.training: self.ids,self.all_ids,self.host_ids = ids,ranks.gather(ids),None
+        if not self.training: return
+        host = getattr(ids, 'on_host', ids).as_subclass(Tensor)
+        self.ids = ids.as_subclass(Tensor)
+        self.all_ids,self.own_host_ids = ranks.gather(self.ids),host.tolist() if host.device.type=='cpu' else None
+        self.host_ids = self.own_host_ids if ranks.size==1 else None
 
     def _look_up(self, ranks):
         "Read them from the order that the loader drew"
@@ -102,7 +113,7 @@ class SampleIds(Callback):
         bs = find_bs(self.yb if len(self.yb) else self.xb)
         want = slice(self.iter*self.learn.dl.bs, (self.iter+1)*self.learn.dl.bs)
         self.ids,self.all_ids = self._epoch[ranks.rank,want],self._epoch[:,want].flatten()
-        self.host_ids = [i for o in self._order for i in o[want]]
+        self.own_host_ids,self.host_ids = self._order[ranks.rank][want],[i for o in self._order for i in o[want]]
         if len(self.ids)!=bs: raise ValueError(f"Batch {self.iter} of epoch {self.epoch} has {bs} items where its loader drew {len(self.ids)}. {_skipped}")
 
     def _draw(self, ranks):
@@ -124,7 +135,7 @@ class SampleIds(Callback):
     def after_train(self):
         n,bs = len(self._order[0]) if self._order else 0,self.learn.dl.bs if self._order else 1
         batches = n//bs if self.learn.dl.drop_last else -(-n//bs)
-        self.ids = self.all_ids = self.host_ids = self._epoch = None
+        self.ids = self.all_ids = self.own_host_ids = self.host_ids = self._epoch = None
         if self._order and self.iter+1<batches: raise ValueError(f"Epoch {self.epoch} met {self.iter+1} batches where its loader drew {batches}. {_skipped}")
 
 _skipped = ("A transform that raises SkipItemException, or a collate function that changes the number of items, breaks the alignment "

@@ -22,8 +22,7 @@ class InMemory:
         "Of memory taken by all rows."
         return sum(o.nbytes for o in self._parts)
     def put(self, ids:Tensor, # `(B,)` int64 dataset ids
-            rows:tuple, # Of `pack`
-            host_ids:list|None=None # `ids` again, on the host
+            rows:tuple # Of `pack`
            ):
         "Replace the rows of `ids`."
         for o,v in zip(self._parts, rows): o[ids] = v
@@ -158,8 +157,27 @@ def _in_memory(folder):
     folder = Path(os.path.realpath(folder))
     return next((kinds[str(o)] for o in (folder, *folder.parents) if str(o) in kinds), None) in ('tmpfs','ramfs')
 
+class _Coming:
+    "Copies of the ids and rows of a batch, on their way to the host"
+    def __init__(self, ids, rows):
+        self.ids,self.rows,self._end = ids,rows,None
+        if not rows.is_cuda: self.host = ids.cpu(),rows.cpu(); return
+        self.host = tuple(torch.empty(o.shape, dtype=o.dtype, pin_memory=True).copy_(o, non_blocking=True) for o in (ids, rows))
+        self._end = torch.cuda.current_stream(rows.device).record_event()
+
+    def here(self, wait=False):
+        "Have they come? With `wait` they have"
+        if self._end is None: return True
+        if wait: self._end.synchronize()
+        return self._end.query()
+
+    def over(self, ids, rows):
+        "`rows`, but those of `ids` that are among these, the last of them if there are several"
+        place = ((ids[:,None]==self.ids)*torch.arange(1, len(self.ids)+1, device=ids.device)).amax(1) # from 1; 0 for none
+        return torch.where(place[:,None]>0, self.rows[place-1], rows)
+
 class DiskStore:
-    "All logits of all samples in half precision, in a file; a batch at a time is read and written."
+    "All logits of all samples in half precision, in a file; a batch at a time is read and written, and a GPU is not waited for."
     def __init__(self, n:int, # Samples
                  n_classes:int, # Classes
                  folder:str|Path|None=None, # Where, on a disk with room for three copies if checkpoints are taken; default: a temporary one, gone with this process
@@ -173,7 +191,7 @@ class DiskStore:
 
     def _start(self, frozen, old=None):
         "Begin a file over that of `old`"
-        self.frozen,self._old,self.written = frozen,old,np.zeros(self.n, dtype=bool)
+        self.frozen,self._old,self.written,self._coming = frozen,old,np.zeros(self.n, dtype=bool),[]
         self.file,self._new = self._create()
         self._open = dict(new=self._new, old=old, file=self.folder/self.file) # what there is to be closed
         if not hasattr(self, '_end'): self._end = weakref.finalize(self, _close, self._open, self._temporary)
@@ -203,29 +221,41 @@ class DiskStore:
         return logits.detach().clamp(*_range(torch.float16)).half(),
 
     def put(self, ids:Tensor, # `(B,)` int64 dataset ids
-            rows:tuple, # Of `pack`
-            host_ids:list|None=None # `ids` again, on the host
+            rows:tuple # Of `pack`
            ):
         "Replace the rows of `ids`."
-        host_ids = ids.tolist() if host_ids is None else host_ids
-        for i,row in zip(host_ids, rows[0].cpu().numpy()): _all(os.pwrite, self._new, row.tobytes(), i*self.row_bytes)
-        self.written[host_ids] = True
+        self._coming.append(_Coming(ids, rows[0]))
+        self._write()
+
+    def _write(self, wait=False):
+        "Write what has come to the host; with `wait` all that was put"
+        while self._coming and self._coming[0].here(wait):
+            ids,rows = [o.numpy() for o in self._coming[0].host]
+            for i,row in zip(ids.tolist(), rows): _all(os.pwrite, self._new, row.tobytes(), i*self.row_bytes)
+            self.written[ids] = True
+            del self._coming[0]
 
     def get(self, ids:Tensor, # `(B,)` int64 dataset ids
-            host_ids:list|None=None # `ids` again, on the host
+            host_ids:list|None=None # `ids` again, on the host; without them it waits for the device
            ) -> tuple: # As `pack` gave it
         "The rows of `ids`."
+        self._write()
         host_ids = ids.tolist() if host_ids is None else host_ids
         res = np.empty((len(host_ids),self.n_classes), dtype=np.float16)
         for i,row in zip(host_ids, res):
             fd = self._new if self.written[i] or self._old is None else self._old
             if os.preadv(fd, [row], i*self.row_bytes)!=self.row_bytes: raise OSError(f"{self.folder} has lost a part of the last predictions.")
-        return torch.from_numpy(res).to(self.device, non_blocking=True),
+        res = torch.from_numpy(res)
+        if self.device.type=='cuda': res = res.pin_memory() # or sending it would wait
+        res = res.to(self.device, non_blocking=True)
+        for o in self._coming: res = o.over(ids, res)
+        return res,
 
     unpack = DenseStore.unpack
 
     def freeze(self):
         "Leave the present file as it is, for a checkpoint, and go on in another. Files that are older than the last two frozen ones are removed."
+        self._write(wait=True)
         if self._old is not None:
             for i in np.flatnonzero(~self.written): _all(os.pwrite, self._new, os.pread(self._old, self.row_bytes, i*self.row_bytes), i*self.row_bytes)
             os.close(self._old)

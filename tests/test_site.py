@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlparse
@@ -66,18 +67,20 @@ def test_the_prose_of_a_notebook_is_on_its_page(pages):
     assert 'Between two epochs the predictions of tail classes move most' in pages['reflective/review.html'].text
 
 
-def test_links_and_anchors_lead_somewhere(site, pages):
-    broken = []
+def broken(site, pages):
+    "Links to what is not on the site, and to anchors that are not on their page"
     for name, page in pages.items():
         for link in page.links:
             u = urlparse(link)
-            if u.scheme in ('data', 'mailto', 'javascript') or u.scheme in ('http', 'https'): continue
+            if u.scheme in ('data', 'mailto', 'javascript', 'http', 'https'): continue
             target = (site/name).parent/unquote(u.path) if u.path else site/name
             if target.is_dir(): target /= 'index.html'
             file = os.path.relpath(target, site)
-            if not target.exists(): broken.append(f'{name}: {link}')
-            elif u.fragment and file in pages and unquote(u.fragment) not in pages[file].ids: broken.append(f'{name}: {link} (no such anchor)')
-    assert not broken, '\n'.join(sorted(set(broken)))
+            if not target.exists(): yield name, link
+            elif u.fragment and file in pages and unquote(u.fragment) not in pages[file].ids: yield name, f'{link} (no such anchor)'
+
+
+def test_links_and_anchors_lead_somewhere(site, pages): assert not sorted(set(broken(site, pages)))
 
 
 def test_links_to_code_lead_to_what_they_name(site, pages):
@@ -108,6 +111,56 @@ def test_no_warning_and_no_trace_of_a_machine(pages):
 
 def test_formulas_are_for_a_browser(pages):
     for name, page in pages.items(): assert '\\frac' not in page.text and '\\mathrm' not in page.text or name.startswith('source/'), name
+
+
+# With nbdev's own command
+
+class Shape(HTMLParser):
+    "Headings of a page's main part, and how many of other things there are"
+    def __init__(self, text):
+        super().__init__()
+        self.n, self.headings, self.within = Counter(), [], False
+        self.feed(re.sub(r'<nav.*?</nav>', '', re.search(r'<main.*</main>', text, re.S)[0], flags=re.S))
+    def handle_starttag(self, tag, attrs):
+        self.n[tag] += 1
+        if re.fullmatch('h[1-6]', tag): self.within = True; self.headings.append(tag+' ')
+    def handle_endtag(self, tag):
+        if re.fullmatch('h[1-6]', tag): self.within = False
+    def handle_data(self, data):
+        if self.within: self.headings[-1] += ''.join(re.findall(r'\w', data))
+
+
+@pytest.fixture(scope='module')
+def by_nbdev(site, tmp_path_factory):
+    "The site that `nbdev-docs` makes: with Quarto, or with what reads pages as Quarto does"
+    there = tmp_path_factory.mktemp('quarto')
+    for o in (*copied, '_proc'): (shutil.copytree if (site.parent/o).is_dir() else shutil.copy2)(site.parent/o, there/o)
+    bin = there/'bin'
+    bin.mkdir()
+    if not shutil.which('quarto'):
+        (bin/'quarto').write_text(f'#!/bin/sh\nexec "{sys.executable}" "{root}/tests/quarto_by_pandoc.py" "$@"\n')
+        (bin/'quarto').chmod(0o755)
+    r = subprocess.run([sys.executable, '-c', 'from nbdev.quarto import nbdev_docs; nbdev_docs()'], cwd=there, capture_output=True, text=True,
+                       env={**os.environ, 'PYTHONPATH': str(there), 'PATH': f'{bin}:{os.environ["PATH"]}'})
+    assert r.returncode == 0, r.stdout+r.stderr
+    return there/'_docs'
+
+
+def test_nbdev_docs_makes_a_site_of_the_same_sources(by_nbdev):
+    "Every page, and no link that leads nowhere but to code, which has no address yet, and to methods, which nbdev does not document"
+    pages = {p.relative_to(by_nbdev).as_posix(): Page(p) for p in sorted(by_nbdev.rglob('*.html'))}
+    names = {re.sub(r'\d+_', '', str(p.relative_to(root/'nbs').with_suffix('.html'))) for k in ('ipynb', 'qmd') for p in root.glob(f'nbs/**/*.{k}')}
+    assert set(pages) == names and len(names) > 60
+    assert not [o for o in sorted(set(broken(by_nbdev, pages))) if '/blob/main/' not in o[1] and not re.search(r'#\w+\.\w+ \(no such anchor\)$', o[1])]
+
+
+def test_quarto_reads_the_pages_as_they_are_meant(site, by_nbdev):
+    "Both sites have the same headings, lists, tables, pictures and formulas; what ours adds to pages of the reference comes on top"
+    for p in sorted(by_nbdev.rglob('*.html')):
+        theirs, ours = [Shape((o/p.relative_to(by_nbdev)).read_text(encoding='utf-8')) for o in (by_nbdev, site)]
+        more = Counter(ours.headings)-Counter(theirs.headings)
+        assert not Counter(theirs.headings)-Counter(ours.headings) and not (more and p.parent.name in ('', 'tutorials', 'explanations', 'benchmarks')), p
+        for tag in ('table', 'li', 'img', 'math', 'blockquote'): assert theirs.n[tag] == ours.n[tag], f'{p}: {tag}'
 
 
 # In a browser

@@ -79,14 +79,13 @@ def completed(page, module):
 
 
 def staged(pages, to):
-    "The pages, completed, under the names that links have, and what they include"
+    "The pages, completed, under the names that links have"
     shutil.rmtree(to, ignore_errors=True)
     shutil.copytree(pages, to/'pages', ignore=shutil.ignore_patterns('_docs', '__pycache__'))
     for o in ('images', 'styles.css', 'sidebar.yml', 'nbdev.yml'):
         src, dst = root/'nbs'/o, to/'pages'/o
         if src.is_dir(): shutil.copytree(src, dst, dirs_exist_ok=True)
         else: shutil.copy(src, dst)
-    shutil.copy(root/'CHANGELOG.md', to)
     for p in sorted((to/'pages').rglob('*')):
         if p.suffix not in ('.ipynb', '.qmd', '.md', '.yml'): continue
         text, named = numbered.sub('', p.read_text(encoding='utf-8')), p.with_name(numbered.sub('', p.name))

@@ -1,4 +1,4 @@
-"Make README.md from nbs/index.ipynb: its prose, its code, and what the code printed. Needs no Quarto."
+"Make README.md from nbs/index.ipynb: its prose, its code, and what the code printed; and the page of the docs from CHANGELOG.md. Needs no Quarto."
 import json
 import re
 import sys
@@ -41,7 +41,15 @@ def readme(notebook):
     return '\n\n'.join(parts)+'\n'
 
 
+def changelog(file):
+    "The page of the docs that shows the changelog at path `file`; Quarto's `include` reaches no file outside of nbs/"
+    text = Path(file).read_text(encoding='utf-8').removeprefix('# Changelog\n').strip()
+    return f'---\ntitle: Changelog\ndescription: What is new, by version.\n---\n\n<!-- Made from CHANGELOG.md by tools/make_readme.py: edit that. -->\n\n{text}\n'
+
+
 if __name__ == '__main__':
-    text, path = readme(root/'nbs/index.ipynb'), root/'README.md'
-    if '--check' in sys.argv[1:]: sys.exit(0 if path.exists() and path.read_text(encoding='utf-8') == text else 'README.md is stale: run python tools/make_readme.py')
-    path.write_text(text, encoding='utf-8')
+    made = {'README.md': readme(root/'nbs/index.ipynb'), 'nbs/changelog.qmd': changelog(root/'CHANGELOG.md')}
+    for name, text in made.items():
+        path = root/name
+        if '--check' not in sys.argv[1:]: path.write_text(text, encoding='utf-8')
+        elif not path.exists() or path.read_text(encoding='utf-8') != text: sys.exit(f'{name} is stale: run python tools/make_readme.py')

@@ -103,6 +103,24 @@ def markdown(file):
     return yaml.safe_load(head), text
 
 
+pandoc = ('-f', 'markdown', '-t', 'html5', '--mathml', '--wrap=none', '--fail-if-warnings')
+
+
+def render_page(folder, page, names, to):
+    "Write a page, whose links to pages are by the `names` that these have on the site"
+    def link(m):
+        path, _, anchor = m[2].partition('#')
+        if not path or re.match(r'[a-z]+:', path): return m[0]
+        target = Path(os.path.normpath(path[1:] if path[0] == '/' else page.parent/unquote(path)))
+        return f'{m[1]}="{os.path.relpath(names.get(target, target), page.parent)}{"#"*bool(anchor)}{anchor}"'
+    head, text = markdown(folder/page)
+    r = subprocess.run([pypandoc.get_pandoc_path(), *pandoc], input=text, capture_output=True, text=True)
+    if r.returncode: sys.exit(f'{page}: {r.stderr}')
+    body = re.sub(r'\b(href|src)="([^"]*)"', link, r.stdout)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_text(f'<!DOCTYPE html>\n<title>{head["title"]}</title>\n<main>\n<h1>{head["title"]}</h1>\n{body}</main>\n', encoding='utf-8')
+
+
 def render(folder, pages, to):
     config = settings(folder)
     nav = [folder/o['href'] for o in config['website']['navbar']['left']]+[folder/config['website']['favicon']]
@@ -110,21 +128,7 @@ def render(folder, pages, to):
         if not p.exists(): sys.exit(f'the settings name {p}, which is not there')
     heads = {p: markdown(folder/p)[0] for p in inputs(folder)}
     names = {p: p.parent/head.get('output-file', p.with_suffix('.html').name) for p, head in heads.items()}
-    for p in pages:
-        def link(m):
-            "A link to a page, by the name that the page has on the site"
-            path, _, anchor = m[2].partition('#')
-            if not path or re.match(r'[a-z]+:', path): return m[0]
-            target = Path(os.path.normpath(path[1:] if path[0] == '/' else p.parent/unquote(path)))
-            there = os.path.relpath(names.get(target, target), p.parent)
-            return f'{m[1]}="{there}{"#"*bool(anchor)}{anchor}"'
-        head, text = markdown(folder/p)
-        r = subprocess.run([pypandoc.get_pandoc_path(), '-f', 'markdown', '-t', 'html5', '--mathml', '--wrap=none', '--fail-if-warnings'], input=text, capture_output=True, text=True)
-        if r.returncode: sys.exit(f'{p}: {r.stderr}')
-        file = to/names[p]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        body = re.sub(r'\b(href|src)="([^"]*)"', link, r.stdout)
-        file.write_text(f'<!DOCTYPE html>\n<title>{head["title"]}</title>\n<main>\n<h1>{head["title"]}</h1>\n{body}</main>\n', encoding='utf-8')
+    for p in pages: render_page(folder, p, names, to/names[p])
     for o in folder.rglob('*'):
         if o.suffix in ('.svg', '.png', '.css'):
             (to/o.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,8 @@ from fastai.callback.all import (CutMix, EarlyStoppingCallback, GradientAccumula
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.training import BnFreeze
 from fastai.vision.all import (Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException,
-                               ClassificationInterpretation, CrossEntropyLossFlat, DataLoaders, FocalLossFlat, LabelSmoothingCrossEntropyFlat, Learner, SGD, accuracy, nn, params, set_seed)
+                               ClassificationInterpretation, CrossEntropyLossFlat, DataLoaders,
+                               FocalLossFlat, LabelSmoothingCrossEntropyFlat, Learner, SGD, accuracy, nn, params, set_seed)
 from ltrl_fastai.all import BalancedSoftmaxLoss, KnowledgeReview, KnowledgeSummary, ReflectiveLearning, WithIds, digits_lt
 from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode

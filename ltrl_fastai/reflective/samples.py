@@ -79,7 +79,7 @@ def _watch(dl, on=True):
 
 # %% ../../nbs/reflective/02_samples.ipynb #6d4d5c5d
 class SampleIds(Callback):
-    "Tells the dataset ids of the training batch as `learn.sample_ids.ids`; those of all ranks together as `.all_ids` (int64, on the device); both again as `.own_host_ids` and `.host_ids` (lists, or None where only the device knows)."
+    "Tells the dataset ids of the batch as `learn.sample_ids.ids`; those of all ranks as `.all_ids` (int64, on the device); as lists, `.own_host_ids` and `.host_ids`, or None."
     order,_stateattrs = -3,('ids','all_ids','own_host_ids','host_ids','_epoch','_order')
     ids = all_ids = own_host_ids = host_ids = _epoch = _order = None
     @property

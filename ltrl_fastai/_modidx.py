@@ -1624,6 +1624,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'ltrl_fastai/reflective/stores.py'),
                                                'ltrl_fastai.reflective.stores._left_of_limits': ( 'reflective/stores.html#_left_of_limits',
                                                                                                   'ltrl_fastai/reflective/stores.py'),
+                                               'ltrl_fastai.reflective.stores._pins': ( 'reflective/stores.html#_pins',
+                                                                                        'ltrl_fastai/reflective/stores.py'),
                                                'ltrl_fastai.reflective.stores._range': ( 'reflective/stores.html#_range',
                                                                                          'ltrl_fastai/reflective/stores.py'),
                                                'ltrl_fastai.reflective.stores._reserve': ( 'reflective/stores.html#_reserve',

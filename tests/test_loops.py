@@ -2,11 +2,8 @@
 import gc
 import random
 import shutil
-import warnings
-from collections import Counter
 from copy import deepcopy
-from functools import cache, partial
-from types import MethodType, SimpleNamespace
+from types import MethodType
 
 import matplotlib.pyplot as plt
 import pytest
@@ -15,11 +12,9 @@ from fastai.callback.all import (CutMix, EarlyStoppingCallback, GradientAccumula
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.training import BnFreeze
 from fastai.vision.all import (Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException,
-                               ClassificationInterpretation, CrossEntropyLossFlat, DataLoaders,
-                               FocalLossFlat, LabelSmoothingCrossEntropyFlat, Learner, SGD, accuracy, nn, params, set_seed)
-from ltrl_fastai.all import BalancedSoftmaxLoss, KnowledgeReview, KnowledgeSummary, ReflectiveLearning, WithIds, digits_lt
+                               ClassificationInterpretation, FocalLossFlat, LabelSmoothingCrossEntropyFlat, Learner, SGD, accuracy, nn, params, set_seed)
+from ltrl_fastai.all import BalancedSoftmaxLoss, KnowledgeReview, KnowledgeSummary, ReflectiveLearning, digits_lt
 from torch._dynamo.utils import counters
-from torch.overrides import TorchFunctionMode
 
 exact = dict(rtol=0, atol=0, equal_nan=True)
 
@@ -329,7 +324,7 @@ def test_a_compiled_model_stays_compiled(net, ours):
     assert (mine, more) == (graphs, breaks)
 
 
-# Memory and waiting
+# Memory
 class Live(Callback):
     "Bytes of all tensors that are alive at the end of each epoch"
     order = 90
@@ -347,76 +342,6 @@ def test_memory_is_flat():
     for a, b in ((live.bytes, plain.bytes), (live.number, plain.number)):
         excess = [x-y for x, y in zip(a, b)]
         assert len(set(excess[1:])) == 1, (a, b)
-
-
-waits = ['aten::item', 'aten::_local_scalar_dense', 'aten::is_nonzero', 'aten::nonzero', 'aten::masked_select', 'aten::equal', 'aten::_unique2', 'aten::bincount']
-
-
-class Calls(TorchFunctionMode):
-    "Counts calls of what takes values to the host"
-    names = {'tolist', 'item', 'numpy', '__array__', 'cpu', '__bool__', '__int__', '__float__', '__index__', '__contains__', 'nonzero'}
-    def __init__(self):
-        super().__init__()
-        self.n = 0
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.n += getattr(func, '__name__', '') in self.names
-        return func(*args, **(kwargs or {}))
-
-
-def count_waits(ours, bs, device, with_ids=False, **kwargs):
-    "Of a fit: operations that wait for a device, and calls that do; on a GPU its own warnings of them"
-    set_seed(0, reproducible=True)
-    dls = digits_lt(device=device, bs=bs)
-    if with_ids: dls = DataLoaders(torch.utils.data.DataLoader(WithIds(dls.train_ds), batch_size=bs), dls.valid, device=device)
-    learn = Learner(dls, convnet().to(device), loss_func=CrossEntropyLossFlat(), cbs=ReflectiveLearning(**kwargs) if ours else None)
-    with Calls() as calls, torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as prof, warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter('always')
-        if device == 'cuda': torch.cuda.set_sync_debug_mode('warn')
-        try: quietly(learn, 'fit', 2, 1e-2)
-        finally:
-            if device == 'cuda': torch.cuda.set_sync_debug_mode('default')
-    counts = Counter(o.name for o in prof.events())
-    syncs = sum('synchronizing CUDA operation' in str(o.message) for o in warned)
-    return torch.tensor([syncs] if device == 'cuda' else [*(counts[o] for o in waits), calls.n]), len(dls.train)
-
-
-@cache
-def plain_waits(device): return [count_waits(False, bs, device)[0] for bs in (64, 32)]
-
-
-@pytest.fixture
-def as_on_a_device(monkeypatch):
-    "On a CPU we look at the targets of every batch, as does `F.one_hot`, and what is to be on disk is there at once; on a device neither is so"
-    from ltrl_fastai.reflective import functional, memory, stores, terms
-    class Late(stores._Coming):
-        def __init__(self, ids, rows): self.ids, self.rows, self.asked = ids, rows, 0
-        def here(self, wait=False):
-            assert not wait
-            self.asked += 1
-            with torch._C.DisableTorchFunction(): self.host = [SimpleNamespace(numpy=partial(lambda o: o, o.numpy())) for o in (self.ids, self.rows)]
-            return self.asked > 2
-    monkeypatch.setattr(stores, '_Coming', Late)
-    check = functional.check_targets
-    for o in (functional, memory, terms): monkeypatch.setattr(o, 'check_targets', lambda targets, n, read=None: check(targets, n, read=bool(read)))
-    monkeypatch.setattr(torch.nn.functional, 'one_hot', lambda y, c: (y[:, None] == torch.arange(c, device=y.device)).long())
-
-
-devices = ['cpu', *['cuda']*torch.cuda.is_available()]
-
-
-@pytest.mark.parametrize('device', devices)
-@pytest.mark.parametrize('kwargs', [dict(), dict(ks=True, kc=True), dict(ks=True, kc=True, preset='paper'), dict(ks=True, kc=True, preset='published'),
-                                    dict(kr=dict(store=dict(kind='topk', k=4)), kc=dict(every=2)), dict(kr=dict(store='disk')),
-                                    *[dict(kr=dict(store='disk'), with_ids=True)]*torch.cuda.is_available()], ids=str)
-def test_nothing_waits_for_a_device_in_a_step(request, device, kwargs):
-    "What comes on top of plain fastai is as much for twice the batches"
-    if device == 'cpu': request.getfixturevalue('as_on_a_device')
-    (a, n), (b, m) = [count_waits(True, bs, device, **kwargs) for bs in (64, 32)]
-    assert m >= 2*n-1
-    plain = plain_waits(device)
-    assert plain[1].sum() > plain[0].sum()  # fastai itself takes the loss to the host, so waiting is seen
-    excess = dict(zip([*waits, 'calls'] if device == 'cpu' else ['syncs'], zip((a-plain[0]).tolist(), (b-plain[1]).tolist())))
-    assert all(x == y for x, y in excess.values()), excess
 
 
 def test_what_is_remembered_holds_no_graph():

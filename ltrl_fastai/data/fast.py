@@ -128,7 +128,7 @@ def cutout(x:Tensor, # `(B, C, H, W)`
           ) -> Tensor:
     "Each image with a square of zeros at a random place, which may reach over the border (DeVries and Taylor 2017)."
     b,_,h,w = x.shape
-    cy,cx = torch.rand(2,b,1,1, device=x.device).mul_(tensor([h,w], device=x.device)[:,None,None,None]).floor()
+    cy,cx = [(o*n).floor() for o,n in zip(torch.rand(2,b,1,1, device=x.device), (h,w))]
     def hit(c, n): d = torch.arange(n, device=x.device)-c+size//2; return (d>=0) & (d<size)
     return x.masked_fill((hit(cy,h).transpose(1,2) & hit(cx,w))[:,None], 0)
 

@@ -32,7 +32,7 @@ class ReversedBatch(Callback):
         if len(x)!=len(self.x): raise ValueError(f"BBN: expected a second batch of {len(self.x)} images, as the first has, got {len(x)}. "
             "The training loader may not be exchanged during the fit, as EvenClasses does.")
         lam = 1-(self.epoch/self.n_epoch)**2
-        self.learn.xb = *self.learn.xb,x,y,torch.tensor(lam, device=x.device)
+        self.learn.xb = *self.learn.xb,x,y,torch.full((), lam, device=x.device)
     def after_train(self): self._batches = None
     def after_fit(self): self._dl = self._batches = None
     after_cancel_fit = after_crash = after_fit

@@ -22,4 +22,5 @@ class LogitAdjustment(Callback):
     def after_pred(self):
         if self.training: return
         if self.pred.shape[-1]!=len(self.log_prior): raise ValueError(f"logits: expected {len(self.log_prior)} classes, as there are class counts, got {self.pred.shape[-1]}.")
-        self.learn.pred = self.pred - self.tau*self.log_prior.to(self.pred)
+        self.log_prior = self.log_prior.to(self.pred.device)
+        self.learn.pred = self.pred - self.tau*self.log_prior.to(self.pred.dtype)

@@ -105,7 +105,7 @@ class GateLoss(MethodLoss):
         right = so_far.argmax(2)==targets[:,None] # (B, K): by the mean of the first 1, 2, ...
         later = right.flip(1).cummax(1).values.flip(1)[:,1:] # is any of the means to come?
         yes = (~right[:,:-1] & later).to(gates)
-        return F.binary_cross_entropy_with_logits(gates, yes, reduction='none', pos_weight=gates.new_tensor(self.positive)).sum(1)
+        return F.binary_cross_entropy_with_logits(gates, yes, reduction='none', pos_weight=gates.new_full((), self.positive)).sum(1)
 
 def assign_experts(learn:Learner, # Its model is an `ExpertNet`, trained; model and loss are changed
                    counts:Collection|None=None # Training images of each class; not looked at

@@ -13,6 +13,7 @@ from .ranks import Ranks
 class _Id(Tensor):
     "The id of an item, or those of a batch: on a device they still tell what they were on the host, so that nobody waits to read them"
     def to(self, *args, **kwargs):
+        if self.device.type=='cpu': kwargs['non_blocking'] = True # there is no hurry, and it stays as it is
         res = super().to(*args, **kwargs)
         if res.device!=self.device: res.on_host = self.as_subclass(Tensor)
         return res

@@ -157,11 +157,13 @@ def _in_memory(folder):
     folder = Path(os.path.realpath(folder))
     return next((kinds[str(o)] for o in (folder, *folder.parents) if str(o) in kinds), None) in ('tmpfs','ramfs')
 
+def _pins(device): return torch.device(device).type=='cuda' # can it write to the host's memory, and read there, by itself?
+
 class _Coming:
     "Copies of the ids and rows of a batch, on their way to the host"
     def __init__(self, ids, rows):
         self.ids,self.rows,self._end = ids,rows,None
-        if not rows.is_cuda: self.host = ids.cpu(),rows.cpu(); return
+        if not _pins(rows.device): self.host = ids.cpu(),rows.cpu(); return
         self.host = tuple(torch.empty(o.shape, dtype=o.dtype, pin_memory=True).copy_(o, non_blocking=True) for o in (ids, rows))
         self._end = torch.cuda.current_stream(rows.device).record_event()
 
@@ -246,7 +248,7 @@ class DiskStore:
             fd = self._new if self.written[i] or self._old is None else self._old
             if os.preadv(fd, [row], i*self.row_bytes)!=self.row_bytes: raise OSError(f"{self.folder} has lost a part of the last predictions.")
         res = torch.from_numpy(res)
-        if self.device.type=='cuda': res = res.pin_memory() # or sending it would wait
+        if _pins(self.device): res = res.pin_memory() # or sending it would wait
         res = res.to(self.device, non_blocking=True)
         for o in self._coming: res = o.over(ids, res)
         return res,

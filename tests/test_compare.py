@@ -184,3 +184,8 @@ def test_the_committed_evidence_is_that_of_the_results(tmp_path):
     assert {None, 'default', 'paper', 'published', 'KS', 'KR + KS', 'KR + KS + KC'} == names
     with pytest.raises(ValueError, match='no comparison by a protocol'):
         (tmp_path/'a/runs').mkdir(parents=True); (tmp_path/'a/runs/x.json').write_text('{}'); evidence(tmp_path)
+
+
+@pytest.mark.parametrize('option', ['--epochs', '--n-max'])
+def test_an_option_of_train_is_found_elsewhere(option, tmp_path):
+    assert f"--set {option[2:].replace('-', '_')}=..." in run('compare', option, '3', '--out', 'a', cwd=tmp_path, code=2)

@@ -6,7 +6,7 @@
 __all__ = ['app', 'fail', 'train', 'recipes', 'run', 'compare', 'report', 'methods', 'datasets', 'bench', 'main']
 
 # %% ../../nbs/experiments/07_cli.ipynb #8e3d40f7
-import typer, json, os, warnings
+import typer, typer.core, json, os, warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -248,7 +248,17 @@ def _recipe_folder(r, mark, seed):
 # %% ../../nbs/experiments/07_cli.ipynb #d738781d
 def _listed(s): return [o.strip() for o in s.split(',') if o.strip()]
 
-@app.command()
+class _Compare(typer.core.TyperCommand):
+    "Says where options of `ltrl train` are to be found"
+    def parse_args(self, ctx, args):
+        try: return super().parse_args(ctx, args)
+        except Exception as e: # of Typer's own click or of another
+            name = getattr(e, 'option_name', '').lstrip('-').replace('-', '_')
+            if name in 'epochs lr bs net policy cut size n_max n_valid data_seed preset'.split():
+                e.message += f". For all runs it is --set {name}=..., and several values to compare are --sweep {name}=...,..."
+            raise
+
+@app.command(cls=_Compare)
 def compare(
     out:Annotated[Path, _opt(_where, "Folder for runs/*.json, summary.md, summary.csv, runs.csv and summary.png.")],
     protocol:Annotated[str|None, _opt(_what, "Ready settings: frozen (features of an ImageNet net), overfit or underfit (a small net on 16x16 pixels), all of CIFAR-100-LT.")]=None,

@@ -63,7 +63,7 @@ def one_of(name:str, # Of the argument, for the message
           ) -> Any: # `value`
     "`value`, if it is among `known`; else raises `ValueError` with the nearest of them."
     if value in known: return value
-    near = did_you_mean(value, known)
+    near = did_you_mean(value, known, also=getattr(known, 'also', None))
     raise ValueError(f"{name}: got {value!r}.{near} There are {', '.join(known)}." if near else f"{name}: expected one of {', '.join(known)}, got {value!r}.")
 
 _kinds = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a text'}

@@ -22,12 +22,13 @@ def _upcast(x:Tensor) -> Tensor:
 def did_you_mean(name:str, # That is not known
                  known:Iterable, # Names that are
                  n:int=1, # At most so many
-                 cutoff:float=.6 # How alike they have to be, from 0 to 1
+                 cutoff:float=.6, # How alike they have to be, from 0 to 1
+                 also:dict|None=None # Other names of some of `known`
                 ) -> str: # " Did you mean 'this'?", or nothing
     "The known names that are nearest, as the end of a message; capitals don't matter."
     import difflib
-    lower = {k.lower(): k for k in known}
-    near = [lower[o] for o in difflib.get_close_matches(str(name).lower(), list(lower), n=n, cutoff=cutoff)]
+    lower = {**(also or {}), **{k.lower(): k for k in known}}
+    near = dict.fromkeys(lower[o] for o in difflib.get_close_matches(str(name).lower(), list(lower), n=n, cutoff=cutoff))
     return f" Did you mean {', '.join(map(repr, near))}?" if near else ''
 
 def check_number(name:str, # Of the argument, for the message

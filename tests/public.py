@@ -52,15 +52,19 @@ class Public:
         return [o for o in [*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg] if o and o.arg not in ('self','cls')]
 
     @property
-    def gives(self):
-        "Does it return or yield something?"
-        def within(node):
+    def within(self):
+        "What stands in the function itself, and not in one within it"
+        def walk(node):
             for o in ast.iter_child_nodes(node):
                 if isinstance(o, (ast.FunctionDef,ast.Lambda,ast.ClassDef)): continue
                 yield o
-                yield from within(o)
-        if not isinstance(self.node, ast.FunctionDef): return False
-        return any(isinstance(o, (ast.Yield,ast.YieldFrom)) or isinstance(o, ast.Return) and o.value is not None for o in within(self.node))
+                yield from walk(o)
+        return walk(self.node) if isinstance(self.node, ast.FunctionDef) else ()
+
+    @property
+    def gives(self):
+        "Does it return or yield something?"
+        return any(isinstance(o, (ast.Yield,ast.YieldFrom)) or isinstance(o, ast.Return) and o.value is not None for o in self.within)
 
 
 def is_command(o): return o.name.startswith('ltrl_fastai.experiments.cli.') # options carry their help, and a command's text is that of `--help`

@@ -1,4 +1,5 @@
 "Everything public says what it is, in a line, and explains every argument."
+import ast
 import inspect
 
 import pytest
@@ -15,6 +16,14 @@ def undocumented(o):
 
 
 def unexplained(o): return [name_of(a) for a in o.args if a.lineno not in o.commented and not (shared(o, a) or is_command(o) and 'Annotated' in inspect.getsource(o.f))]
+
+
+def silent(o):
+    "Errors that it raises by itself, and says nothing of"
+    if is_command(o): return [] # commands print what is wrong
+    doc = o.of.__doc__ if isinstance(o.of, type) else inspect.getdoc(o.of)
+    raised = {getattr(r.exc.func, 'id', None) for r in o.within if isinstance(r, ast.Raise) and isinstance(r.exc, ast.Call)}
+    return sorted(e for e in raised if e and not e.startswith('_') and f'`{e}`' not in (doc or ''))
 
 
 def shared(o, arg):
@@ -35,6 +44,7 @@ def test_module(m):
     mine = [o for o in everything if o.name.startswith(m.__name__+'.')]
     assert not {o.name: why for o in mine if (why := undocumented(o))}
     assert not {o.name: names for o in mine if (names := unexplained(o))}
+    assert not {o.name: errors for o in mine if (errors := silent(o))}, 'their docstrings have to say: ...; raises `ValueError` if ...'
     assert not [o.name for o in mine if o.gives and o.node.returns is None and not is_command(o)], 'these say nothing of what they return'
 
 
@@ -52,7 +62,14 @@ def _good(a, # Explained
     return a
 
 
+def _raises():
+    "Something."
+    def inner(): raise KeyError('not its own')
+    raise ValueError('if anything')
+
+
 def test_what_is_missing_is_found():
+    assert silent(Public('_raises', _raises, _raises)) == ['ValueError']
     bad,half,good = (Public(f.__name__, f, f) for f in (_bad, _half, _good))
     assert undocumented(bad)=='no docstring' and unexplained(bad)==['a','b'] and bad.gives and bad.node.returns is None
     assert undocumented(half)=="'Something' is no sentence" and unexplained(half)==['b']

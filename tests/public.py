@@ -92,4 +92,14 @@ def public():
         if ours(o) and inspect.isfunction(o): yield Public(f'{o.__module__}.Learner.{k}', o, o)
 
 
+def data():
+    "Public names that are no functions or classes: module, names, and the comment that says what they are, or what they say of themselves"
+    for m in modules:
+        source = inspect.getsource(m)
+        comments = {t.start[0]: t.string[1:].strip() for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type==tokenize.COMMENT}
+        for node in ast.parse(source).body:
+            names = [o.id for t in getattr(node, 'targets', []) for o in ast.walk(t) if isinstance(o, ast.Name) and o.id in getattr(m, '__all__', ())]
+            if names: yield m,names,comments.get(node.lineno) or comments.get(node.end_lineno) or getattr(getattr(m, names[0]), 'about', None)
+
+
 everything = list(public())

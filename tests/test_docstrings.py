@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 
-from public import Public, everything, is_command, modules, name_of
+from public import Public, data, everything, is_command, modules, name_of
 
 
 def undocumented(o):
@@ -46,6 +46,11 @@ def test_module(m):
     assert not {o.name: names for o in mine if (names := unexplained(o))}
     assert not {o.name: errors for o in mine if (errors := silent(o))}, 'their docstrings have to say: ...; raises `ValueError` if ...'
     assert not [o.name for o in mine if o.gives and o.node.returns is None and not is_command(o)], 'these say nothing of what they return'
+
+
+def test_data_say_what_they_are():
+    found = list(data())
+    assert len(found)>20 and not [(m.__name__, names) for m,names,about in found if not about]
 
 
 def _bad(a, b=1): return a

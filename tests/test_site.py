@@ -97,6 +97,26 @@ def test_every_public_name_has_a_heading(pages):
     assert len(names) > 400 and not [o for o in sorted(names) if o.lower() not in ids]
 
 
+def test_every_public_name_leads_to_its_code(site):
+    from public import everything, modules
+    without, n = [], 0
+    for m in modules:
+        page = site/f"{m.__name__.removeprefix('ltrl_fastai.').replace('.', '/')}.html"
+        if not page.exists(): continue
+        text = page.read_text(encoding='utf-8')
+        for name in [*(o.name.removeprefix(m.__name__+'.') for o in everything if o.name.startswith(m.__name__+'.')), *getattr(m, '__all__', ())]:
+            at = text.find(f'id="{name.lower()}"')
+            n += 1
+            if at < 0 or '>source</a>' not in text[max(0, at-900):at]: without.append(f'{m.__name__}: {name}')
+    assert n > 800 and not without
+
+
+def test_signatures_explain_their_arguments(pages):
+    "The fields of a dataclass as well, and none of those that every callback has"
+    assert 'about:str, # In a line' in pages['methods/method.html'].text and 'def Diagnosis():' in pages['evaluation/diagnosis.html'].text
+    assert not [name for name, p in pages.items() if 'after_create:NoneType' in p.text]
+
+
 def test_pictures_have_descriptions(pages):
     without = [f'{name}: {page.images.count(None)+page.images.count("")}' for name, page in pages.items() if not all(page.images)]
     assert not without, 'give these pictures a `#| fig-alt:` ' + ', '.join(without)

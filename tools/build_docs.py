@@ -6,14 +6,17 @@ become MathML, fonts are those of the reader.
 """
 import argparse
 import ast
+import dataclasses
 import html
 import importlib
 import inspect
+import io
 import json
 import os
 import re
 import shutil
 import sys
+import tokenize
 import warnings
 from pathlib import Path
 
@@ -33,47 +36,74 @@ def processed(workers):
     return proc_nbs(get_config().nbs_path, n_workers=workers)
 
 
-def methods(name, cls):
+def source_link(module, line):
+    return f'[source](/blob/main/{Path(module.__file__).relative_to(root).as_posix()}#L{line}){{target="_blank" style="float:right; font-size:smaller"}}'
+
+
+def comments(source):
+    "What is said behind a line, by its number"
+    return {t.start[0]: t.string[1:].strip() for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
+
+
+def signature(cls):
+    "Of a class of which Python knows no telling one: the fields of a dataclass, each with its comment; nothing for a callback that takes nothing. None for others"
+    if dataclasses.is_dataclass(cls):
+        source = inspect.cleandoc('\n'+inspect.getsource(cls))
+        said, node = comments(source), ast.parse(source).body[0]
+        fields = [(ast.get_source_segment(source, o), said.get(o.end_lineno, '')) for o in node.body if isinstance(o, ast.AnnAssign)]
+        return '\n'.join([f'def {cls.__name__}(', *(f'    {field}, # {about}'.removesuffix(', # ') for field, about in fields), '):'])
+    if '__init__' not in set().union(*(vars(o) for o in cls.__mro__ if o.__module__.startswith('ltrl_fastai'))) and hasattr(cls, 'run_valid'): return f'def {cls.__name__}():'
+
+
+def methods(module, name, cls):
     "What nbdev would show of the public methods and properties that a class has of its own"
     from fastai.callback.core import _events
     from nbdev.showdoc import BasicMarkdownRenderer
+    fields = getattr(cls, '__dataclass_fields__', {})
     for k, o in vars(cls).items():
-        f = inspect.unwrap(getattr(o, '__func__', o)) if not isinstance(o, property) else o
-        if k.startswith('_') or k in map(str, _events) or not inspect.getdoc(f) or any(k in vars(base) for base in cls.__mro__[1:]): continue
-        if isinstance(f, property): yield f'#### {name}.{k}\n\n*{inspect.getdoc(f)}*'
-        elif inspect.isfunction(f):
-            shown = BasicMarkdownRenderer(f, name=f'{name}.{k}', title_level=4)._repr_markdown_()
-            yield shown.removeprefix('---\n').replace('#LNone', f'#L{inspect.getsourcelines(f)[1]}')
+        f = inspect.unwrap(o.fget if isinstance(o, property) else getattr(o, '__func__', o))
+        of_others = k.startswith('_') or k in fields or k in map(str, _events) or any(k in vars(base) for base in cls.__mro__[1:])
+        if of_others or not inspect.isfunction(f) or not inspect.getdoc(o): continue
+        line = inspect.getsourcelines(f)[1]
+        if isinstance(o, property): yield f'{source_link(module, line)}\n\n#### {name}.{k}\n\n*{inspect.getdoc(o)}*'
+        else: yield BasicMarkdownRenderer(f, name=f'{name}.{k}', title_level=4)._repr_markdown_().removeprefix('---\n').replace('#LNone', f'#L{line}')
 
 
-def command(app, name):
+def command(module, name):
     "The help of a command"
     from typer.testing import CliRunner
-    text = CliRunner().invoke(app, [name, '--help'], prog_name='ltrl', terminal_width=80, max_content_width=80).output
-    return f'### {name}\n\n```\n{text.strip()}\n```'
+    text = CliRunner().invoke(module.app, [name, '--help'], prog_name='ltrl', terminal_width=80, max_content_width=80).output
+    line = inspect.getsourcelines(inspect.unwrap(getattr(module, name)))[1]
+    return f'{source_link(module, line)}\n\n### {name}\n\n```\n{text.strip()}\n```'
 
 
 def data(module):
-    "The code that assigns the public names of a module that are no functions or classes, without what is long in it"
+    "What the public names of a module are that are no functions or classes, and the code that assigns them, without what is long in it"
     source = inspect.getsource(module)
+    said = comments(source)
     for node in ast.parse(source).body:
         names = [o.id for t in getattr(node, 'targets', []) for o in ast.walk(t) if isinstance(o, ast.Name) and o.id in module.__all__]
         if not names: continue
         lines = ast.get_source_segment(source, node).split('\n')
         code = '\n'.join(lines if len(lines) <= 12 else [*lines[:10], '    ...'])
-        yield '\n\n'.join([*(f'### {o}' for o in names), f'```python\n{code}\n```'])
+        about = said.get(node.lineno) or said.get(node.end_lineno) or getattr(getattr(module, names[0]), 'about', '')
+        yield '\n\n'.join([source_link(module, node.lineno), *(f'### {o}' for o in names), about[:1].upper()+about[1:]+'.', f'```python\n{code}\n```'])
 
 
 def completed(page, module):
-    "A page of nbdev's, as JSON, with the methods of each class, the help of commands, and with data at its end"
+    "A page of nbdev's, as JSON, with signatures that tell something, the methods of each class, the help of commands, and with data at its end"
     nb = json.loads(page)
     commands = [o.callback.__name__ for o in module.app.registered_commands] if hasattr(module, 'app') else []
     for cell in nb['cells']:
-        if m := re.search(r'^show_doc\((\w+)\)', ''.join(cell['source']), re.M):
-            o = getattr(module, m[1], None)
-            extra = list(methods(m[1], o)) if inspect.isclass(o) else [command(module.app, m[1])] if m[1] in commands else []
-            if m[1] in commands: cell['outputs'] = []
-            if extra: cell['outputs'].append(dict(output_type='display_data', metadata={}, data={'text/markdown': '\n\n'.join(extra)}))
+        if not (m := re.search(r'^show_doc\((\w+)\)', ''.join(cell['source']), re.M)): continue
+        o = getattr(module, m[1], None)
+        extra = list(methods(module, m[1], o)) if inspect.isclass(o) else [command(module, m[1])] if m[1] in commands else []
+        if inspect.isclass(o) and (better := signature(o)):
+            for out in cell['outputs']:
+                text = ''.join(out['data']['text/markdown'])
+                out['data'] = {'text/markdown': re.sub(r'```python\n.*?```', lambda _: f'```python\n{better}\n```', text, count=1, flags=re.S)}
+        if m[1] in commands: cell['outputs'] = []
+        if extra: cell['outputs'].append(dict(output_type='display_data', metadata={}, data={'text/markdown': '\n\n'.join(extra)}))
     if more := '\n\n'.join(data(module)): nb['cells'].append(dict(cell_type='markdown', metadata={}, source=f'## Data\n\n{more}'))
     return json.dumps(nb)
 

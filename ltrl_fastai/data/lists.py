@@ -271,7 +271,7 @@ def image_dataloaders(lists:dict, # Located `ImageList` by split: 'train', 'vali
     return res
 
 # %% ../../nbs/data/04_lists.ipynb #46215efc
-list_sets = {
+list_sets = { # By name: lists of image files, where images are looked for, what must be found there, and what to put there
     'imagenet-lt': dict(title='ImageNet-LT', folder='ImageNet_LT', lists=dict(train='ImageNet_LT_train.txt', valid='ImageNet_LT_val.txt', test='ImageNet_LT_test.txt'),
         images=('ImageNet_LT','ImageNet','imagenet','ILSVRC2012','ILSVRC/Data/CLS-LOC'), spellings=(as_listed, flat_val),
         classes=1000, train=115846, valid=20000, test=50000, n_max=1280, n_min=5,

@@ -24,11 +24,11 @@ from .report import ShotReport
 from .diagnosis import Diagnosis, feature_similarity, shot_means
 
 # %% ../../nbs/evaluation/04_pictures.ipynb #abd4e90e
-picture_ink = '#7e7e7e' # Text and axes
+picture_ink = '#7e7e7e' # Text and axes: a grey that stands out as much from white pages as from dark ones
 picture_palette = ('#0072B2','#D55E00','#009E73','#CC79A7') # Of Okabe and Ito (2008), those that stand out from white and from dark pages
 _markers,_lines,_hatches = ('o','s','^','D'),('-','--','-.',':'),('','///','...','xxx')
 _heat = 'cividis' # Ordered by brightness in every kind of colour vision
-picture_params = {
+picture_params = { # Of Matplotlib, for `picture_style`
     'figure.facecolor': 'none', 'axes.facecolor': 'none', 'savefig.facecolor': 'auto', 'legend.facecolor': 'none', 'legend.frameon': False, 'legend.fontsize': 8,
     **{k: picture_ink for k in ('text.color','axes.labelcolor','axes.edgecolor','axes.titlecolor','xtick.color','ytick.color','grid.color')},
     'axes.spines.top': False, 'axes.spines.right': False, 'axes.prop_cycle': plt.cycler(color=picture_palette, linestyle=_lines, marker=_markers),

@@ -12,7 +12,7 @@ from ..data.imbalance import check_counts, check_imbalance_factor, class_counts,
 from .report import ShotReport
 
 # %% ../../nbs/evaluation/03_shift.ipynb #509b3ce3
-worlds = [*((o, 'forward') for o in (50,25,10,5,2)), (1,'uniform'), *((o, 'backward') for o in (2,5,10,25,50))]
+worlds = [*((o, 'forward') for o in (50,25,10,5,2)), (1,'uniform'), *((o, 'backward') for o in (2,5,10,25,50))] # Of SADE's test sets: imbalance factor, order of classes
 
 def class_shares(class_counts:Collection, # Training images of each class
                  factor:float, # Imbalance factor of the world, 1 or more

@@ -52,7 +52,8 @@ class Stepper:
 def _wait(learn):
     if torch.device(learn.dls.device).type=='cuda': torch.cuda.synchronize()
 
-ways = {'plain': None, 'kr_ks': dict(kr=True, ks=True), 'full': dict(kr=True, ks=True, kc=True), 'fast': dict(kr=True, ks=True, kc=dict(every=5))}
+ways = { # Of training, whose steps take turns: arguments of `ReflectiveLearning`
+    'plain': None, 'kr_ks': dict(kr=True, ks=True), 'full': dict(kr=True, ks=True, kc=True), 'fast': dict(kr=True, ks=True, kc=dict(every=5))}
 
 def bench_step(net:str='resnet32', # See `create_net`
                bs:int=128, # Images of a step
@@ -100,7 +101,7 @@ def _passes(learn):
     return t1-t0,t2-t1
 
 # %% ../../nbs/experiments/06_bench.ipynb #81c77dff
-inat,imagenet_lt = dict(n=437_513, n_classes=8142),dict(n=115_846, n_classes=1000)
+inat,imagenet_lt = dict(n=437_513, n_classes=8142),dict(n=115_846, n_classes=1000) # Training images and classes of iNaturalist 2018 and of ImageNet-LT
 
 def in_process(f:Callable, # A function of a module
                *args # Its arguments
@@ -276,7 +277,7 @@ def bench_training(net:str='resnet32', # See `create_net`
     return dict(net=net, bs=bs, steps=rounds*batches, plain_s=round(_median(times[:,1])/batches, 4), ours_vs_plain=round(_median(times[:,0]/times[:,1]), 4))
 
 # %% ../../nbs/experiments/06_bench.ipynb #fa4358c4
-parts = ('overhead','training','memory','centers','loader')
+parts = ('overhead','training','memory','centers','loader') # Of the benchmark
 def bench(only:Collection=parts, # Which of `parts`
           quick:bool=False, # A tenth of the size: to see that it runs, not what it costs
           folder:str|Path|None=None, # With room for 8 GB on disk; default: the system's temporary one

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 # %% ../../nbs/experiments/07_cli.ipynb #2e58f64d
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, # All commands of `ltrl`
     help="Long-tailed recognition by Reflective Learning, on fastai.")
 
 @app.callback()

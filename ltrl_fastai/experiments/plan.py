@@ -15,7 +15,7 @@ from ..reflective.learning import ReflectiveLearning
 from .training import RunSettings, check_type, one_of
 
 # %% ../../nbs/experiments/02_plan.ipynb #7dbe1d85
-protocols = {
+protocols = { # Settings of `ltrl compare --protocol`, all of CIFAR-100-LT
     'frozen':   dict(dataset='cifar100-frozen-lt', epochs=20, lr=.1), # P1: an MLP on features of an ImageNet net
     'overfit':  dict(dataset='cifar100-lt', net='resnet8', size=16, crop=0, flip=False, epochs=30, lr=.4), # P2o: from scratch, more than 95% of the training images known
     'underfit': dict(dataset='cifar100-lt', net='resnet8', size=16, epochs=30, lr=.4), # P2u: the same net and schedule with crop and flip, about half of them known

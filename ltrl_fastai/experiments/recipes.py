@@ -292,7 +292,7 @@ def _of_figures():
     return [_recipe(fig, row, f'{bench} {c}', bench, None, [_figure_note], review) for fig,columns in _figures.items()
             for bench in (('CIFAR100-LT','ImageNet-LT') if fig=='figure5a' else ('CIFAR100-LT',)) for row in ('BSCE+RL','SADE+RL') for c,review in columns.items()]
 
-recipes = {o.name: o for o in [*(o for k,v in _tables.items() for o in _of_table(k, v)), *_of_figures()]}
+recipes = {o.name: o for o in [*(o for k,v in _tables.items() for o in _of_table(k, v)), *_of_figures()]} # A `Recipe` for each number of the slides, by name
 
 # %% ../../nbs/experiments/08_recipes.ipynb #1cfb1cf5
 def changed_by(r:Recipe, # Not changed itself

@@ -17,7 +17,7 @@ from .training import write_text
 from .recipes import recipes, caveat
 
 # %% ../../nbs/experiments/05_summary.ipynb #efe9df98
-shots = ('many','medium','few','all')
+shots = ('many','medium','few','all') # Of which accuracies are told, in this order
 
 def result_folders(folder:Path # Of `ltrl compare` or of `ltrl train`, or one that holds such folders
                   ) -> list: # Of folders

@@ -27,7 +27,7 @@ from ..reflective.learning import ReflectiveLearning
 from .checkpoint import Checkpoint, plain
 
 # %% ../../nbs/experiments/01_training.ipynb #a70625ff
-datasets = {
+datasets = { # By name: the function that makes loaders, defaults of `RunSettings`, and which other settings the function takes
     'digits-lt':   dict(make=digits_lt,   defaults=dict(imbalance_factor=20.,  net='resnet8',  epochs=30, bs=32,  lr=.05), tfms=dict(crop=1, flip=False)),
     'cifar10-lt':  dict(make=cifar10_lt,  defaults=dict(imbalance_factor=100., net='resnet32', epochs=30, bs=128, lr=.2)),
     'cifar100-lt': dict(make=cifar100_lt, defaults=dict(imbalance_factor=100., net='resnet32', epochs=30, bs=128, lr=.2)),
@@ -51,7 +51,7 @@ def spec_of(dataset:str # A name in `datasets`, or a folder or CSV file
 def _one_cycle(learn, epochs, lr, cbs): learn.fit_one_cycle(epochs, lr, pct_start=min(.25, 5/epochs), cbs=cbs)
 def _by(learn, epochs, sched, cbs): learn.fit(epochs, cbs=L(ParamScheduler({'lr': sched}))+L(cbs))
 def _steps(lr, warm): return lambda pos: lr*pos/warm if pos<warm else lr*.1**((pos>=.8)+(pos>=.9))
-schedules = {
+schedules = { # By name: a function of learner, epochs, largest learning rate and callbacks, which trains
     'one-cycle': _one_cycle,
     'steps':  lambda learn, epochs, lr, cbs: _by(learn, epochs, _steps(lr, min(.25, 5/epochs)), cbs), # 5 epochs of warm-up; a tenth from 80% on, a hundredth from 90%
     'cosine': lambda learn, epochs, lr, cbs: _by(learn, epochs, SchedCos(lr, 0.), cbs),

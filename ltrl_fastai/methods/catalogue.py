@@ -42,7 +42,7 @@ class Methods(dict[str, Method]):
         super().__init__(methods); self.also = also
     def __missing__(self, name:str) -> Method: raise KeyError(f"method: got {name!r}.{did_you_mean(name, self, also=self.also)} There are {', '.join(self)}.")
 
-methods = Methods({
+methods = Methods({ # All that `ltrl methods` lists
     'softmax': Method('cross-entropy', 'the baseline; slides, table 1', reported=41.4),
     'focal': Method('cross-entropy that hardly counts what is right already', 'Lin et al., ICCV 2017', lambda counts: FocalLossFlat(gamma=2.)),
     'class-balanced': Method('cross-entropy, classes weighted by their effective number of images', 'Cui et al., CVPR 2019', ClassBalancedLoss),

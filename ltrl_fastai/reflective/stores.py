@@ -351,7 +351,7 @@ def _left_of_limits():
 def _cached(stat, key): return next((int(o.split()[1]) for o in stat.read_text().splitlines() if o.split()[0]==key), 0)
 
 # %% ../../nbs/reflective/03_stores.ipynb #91f325e3
-store_kinds = ('auto','dense','half','topk','disk')
+store_kinds = ('auto','dense','half','topk','disk') # Of `make_store`: by size, as it is, in half precision, the largest few, in a file
 def make_store(kind:str, # One of `store_kinds`
                n:int, # Samples
                n_classes:int, # Classes

@@ -22,8 +22,10 @@ waits = Counter()
 on_their_way = []  # to pinned memory: tensors there, and their values
 sized_by_values = {aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default,
                    aten.bincount.default, aten.repeat_interleave.Tensor}
-reads_values = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}
+reads_values = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, aten.allclose.default, aten.multinomial.default,
+                aten.linalg_inv_ex.default, aten.linalg_cholesky_ex.default}
 indexing = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+takes_scalars = {*indexing, aten.where.self, aten.masked_fill.Tensor, aten.masked_fill_.Tensor, aten.fill.Tensor, aten.fill_.Tensor}  # of the host
 plain_as_subclass = torch.Tensor.as_subclass
 
 
@@ -62,13 +64,17 @@ def run(func, args, kwargs):
     if func in (aten._to_copy.default, aten.copy_.default):
         source, to_there = (args[0], to_there) if func is aten._to_copy.default else (args[1], isinstance(args[0], There))
         non_blocking = kwargs.get('non_blocking') or len(args) > 2 and args[2]
+        free = non_blocking and (hasattr(source, 'pinned') or source.nbytes <= 2**14)  # what is small is sent at once; more of it from pinned memory only
         if not to_there and isinstance(source, There) and non_blocking and hasattr(args[0], 'pinned'):
             on_their_way.append((args[0], source.here.clone()))
             return args[0].fill_(-77)
-        if to_there != isinstance(source, There) and not (to_there and non_blocking): waits['sent' if to_there else 'fetched'] += 1
+        if to_there != isinstance(source, There) and not (to_there and free): waits['sent' if to_there else 'fetched'] += 1
     elif theirs:
         others = [o for o in ours if o.dim()]
-        if others and func not in indexing: raise RuntimeError(f'{func}: Expected all tensors to be on the same device, but found at least two devices, {there} and cpu!')
+        scalars = len(others) < len(ours)
+        wrong = [others and func not in indexing, scalars and torch.Tag.pointwise not in func.tags and func not in takes_scalars,
+                 (func in indexing or func._schema.is_mutable) and not isinstance(args[0], There), func in indexing and len(args) > 2 and any(args[2] is o for o in others)]
+        if any(wrong): raise RuntimeError(f'{func}: Expected all tensors to be on the same device, but found at least two devices, {there} and cpu!')
         masks = func in indexing and any(o is not None and o.dtype in (torch.bool, torch.uint8) for o in args[1])
         if func in sized_by_values | reads_values or masks or others: waits[str(func)] += 1
     there_by_id = {id(o.here): o for o in theirs}  # of what is changed in place
@@ -98,15 +104,16 @@ class Functions(TorchFunctionMode):
 
 
 class Event:
-    "Of a stream: what was on its way then comes when it has been asked for three times, or waited for"
-    def __init__(self): self.copies, self.asked = on_their_way[:], 0
+    "Of a stream: what was on its way then has come when events have been asked four times since, or when it is waited for"
+    asked = 0
+    def __init__(self): self.copies, self.due = on_their_way[:], Event.asked+4
     def query(self):
-        self.asked += 1
-        if self.asked > 3: self._come()
-        return self.asked > 3
+        Event.asked += 1
+        if Event.asked >= self.due: self._come()
+        return Event.asked >= self.due
     def synchronize(self):
         waits['synchronize'] += 1
-        self.asked = 99
+        self.due = 0
         self._come()
     def _come(self):
         for to, values in self.copies: to.copy_(values)
@@ -136,6 +143,7 @@ class PretendDevice:
     "A context in which fastai's default device is the one that is not there; gives the counts of waiting"
     def __enter__(self):
         waits.clear()
+        on_their_way.clear()
         autocast, load = torch.autocast, torch.load
         self.old = [(o, k, getattr(o, k)) for o, k in ((torch.Tensor, 'as_subclass'), (torch, 'autocast'), (torch, 'load'), (torch.cuda, 'current_stream'), (stores, '_pins'))]
         self.old += [(o, 'default_device', default_device) for o in list(sys.modules.values()) if getattr(o, '__dict__', {}).get('default_device') is default_device]

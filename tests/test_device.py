@@ -42,9 +42,13 @@ def test_the_device_that_is_not_there_is_like_one():
     with PretendDevice() as waits:
         a = torch.ones(3, device=there)
         assert type(a*2) is There and (a*2).device == there and not waits
-        for f in (lambda: a+torch.ones(3), lambda: torch.where(a > 0, torch.zeros(3), a), lambda: torch.stack([a, torch.ones(3)])):
+        zero = torch.tensor(0)
+        for f in (lambda: a+torch.ones(3), lambda: torch.where(a > 0, torch.zeros(3), a), lambda: torch.stack([a, torch.ones(3)]), lambda: torch.stack([a[0], torch.tensor(1.)]),
+                  lambda: torch.ones(3)[zero[None].to(there)], lambda: a.index_put_((a > 0,), torch.ones(3)), lambda: torch.ones(3).index_put_((torch.arange(3),), a),
+                  lambda: torch.tensor(0.).add_(a[0]), lambda: a.index_select(0, zero)):
             with pytest.raises(RuntimeError, match='same device'): f()
         with pytest.raises(TypeError, match='cpu'): a.numpy()
+        waits.clear()
         assert (a+torch.tensor(1.)).tolist() == [2, 2, 2] and waits == dict(tolist=1)
         for f in (lambda: a.sum().item(), lambda: bool(a.sum() > 2), lambda: a[a > 1], a.nonzero, lambda: a[torch.tensor([0])], a.cpu, lambda: torch.ones(3).to(there),
                   lambda: torch.tensor(1., device=there), lambda: torch.ones(3).copy_(a), lambda: float(a[0])):
@@ -128,14 +132,15 @@ def test_other_calls(call):
     assert torch.equal(*[o[1] for o in res])
 
 
-def test_a_checkpoint_goes_from_one_device_to_another(tmp_path):
+@pytest.mark.parametrize('kwargs', [{}, dict(with_ids=True), dict(kr=dict(store='disk')), dict(kr=dict(store='disk'), with_ids=True)], ids=str)
+def test_a_checkpoint_goes_from_one_device_to_another(kwargs, tmp_path):
     "Broken off on either, it goes on on the other as if nothing had happened"
-    want = weights(fitted('cpu', ks=True, kc=True))
+    want = weights(fitted('cpu', ks=True, kc=True, **kwargs))
     for first, second in ((there, 'cpu'), ('cpu', there)):
         file = tmp_path/f'{second}.pt'
         for device, stop in ((first, 1), (second, None)):
             with PretendDevice() if device == there else nullcontext():
-                learn = learner(device, ks=True, kc=True, cbs=[Checkpoint(file), Stop(stop)])
+                learn = learner(device, ks=True, kc=True, cbs=[Checkpoint(file), Diagnosis(), Stop(stop)], **kwargs)
                 with learn.no_bar(), learn.no_logging(), pytest.raises(KeyboardInterrupt) if stop else nullcontext(): learn.fit(3, 1e-2)
         assert torch.equal(weights(learn), want)
 

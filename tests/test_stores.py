@@ -112,16 +112,17 @@ def test_what_was_chosen_is_said_in_a_line(n, free, said, monkeypatch, capsys):
 
 
 class Late(stores._Coming):
-    "As from a GPU that is late: the host sees rubbish until it has asked `after` times, or waited"
-    after, waited = 3, 0
+    "As from a GPU that is late: the host sees rubbish until it has asked `after` times for whatever, or waited"
+    after, waited, asked = 3, 0, 0
     def __init__(self, ids, rows):
-        self.ids, self.rows, self.asked = ids, rows, 0
+        self.ids, self.rows, self.due = ids, rows, Late.asked+self.after
         self.host = ids*0, rows*torch.nan
     def here(self, wait=False):
-        self.asked += 1
+        Late.asked += 1
         Late.waited += wait
-        if wait or self.asked > self.after: self.host = self.ids, self.rows
-        return wait or self.asked > self.after
+        there = wait or Late.asked > self.due
+        if there: self.host = self.ids, self.rows
+        return there
 
 
 @pytest.fixture

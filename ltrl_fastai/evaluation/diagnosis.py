@@ -53,7 +53,7 @@ class Diagnosis(Companion):
                        ):
         "Go on with this record."
         self.kl,self.right = state['kl'],state['right']
-        self.last = None if state['last'] is None else TeacherMemory.from_state(state['last'], learn.dls.device)
+        self.last = None if state['last'] is None else TeacherMemory.from_state(state['last'], next(learn.model.parameters()).device)
 
 # %% ../../nbs/evaluation/02_diagnosis.ipynb #44d57893
 def feature_similarity(learn:Learner, # Trained

@@ -28,7 +28,7 @@ class ReversedBatch(Callback):
             self._share = 1/torch.bincount(self._targets).clamp(min=1)
         self._batches = iter(self._dl)
     def before_batch(self):
-        x,y = to_device(next(self._batches), self.dls.device)
+        x,y = to_device(next(self._batches), find_device(self.xb))
         if len(x)!=len(self.x): raise ValueError(f"BBN: expected a second batch of {len(self.x)} images, as the first has, got {len(x)}. "
             "The training loader may not be exchanged during the fit, as EvenClasses does.")
         lam = 1-(self.epoch/self.n_epoch)**2

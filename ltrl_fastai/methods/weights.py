@@ -63,7 +63,7 @@ class DeferredWeights(Callback):
         self._before = (m := weighted_module(self.learn.loss_func)),m.weight
     def before_train(self):
         m,old = self._before
-        m.weight = self.weights.to(self.dls.device) if self.epoch>=self.first_epoch(self.n_epoch) else old
+        m.weight = self.weights.to(next(self.model.parameters()).device) if self.epoch>=self.first_epoch(self.n_epoch) else old
     def first_epoch(self, n:int # Epochs of the fit
                    ) -> int: # From 0; `n` for none
         "The first epoch with weights."

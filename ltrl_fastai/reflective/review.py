@@ -72,7 +72,8 @@ class KnowledgeReview(Companion):
         "Take teachers back; their samples are those of `learn`."
         self.reset()
         if state['teachers'] is None: return
-        self.teachers,self._dataset = TeacherMemory.from_state(state['teachers'], learn.dls.device, Ranks.of(learn.model).rank),learn.dls.train.dataset
+        device = next(learn.model.parameters()).device # not every loader has one
+        self.teachers,self._dataset = TeacherMemory.from_state(state['teachers'], device, Ranks.of(learn.model).rank),learn.dls.train.dataset
 
     def before_train(self):
         grown = self.teachers is not None and len(self.teachers)!=self.learn.sample_ids.n_items

@@ -7,16 +7,23 @@ __all__ = ['WithIds', 'carries_ids', 'check_loader', 'epoch_ids', 'SampleIds']
 
 # %% ../../nbs/reflective/02_samples.ipynb #00ffd07b
 from fastai.basics import *
+from torch.utils.data._utils.collate import default_collate_fn_map
 from .ranks import Ranks
 
 # %% ../../nbs/reflective/02_samples.ipynb #57acbece
-class _Id(Tensor):
-    "The id of an item, or those of a batch: on a device they still tell what they were on the host, so that nobody waits to read them"
+class _Id(int):
+    "The id of an item"
+
+class _Ids(Tensor):
+    "Those of a batch: on a device they still tell what they were on the host, so that nobody waits to read them"
     def to(self, *args, **kwargs):
-        if self.device.type=='cpu': kwargs['non_blocking'] = True # there is no hurry, and it stays as it is
+        if self.device.type=='cpu' and not any(isinstance(o, bool) for o in args): kwargs['non_blocking'] = True # there is no hurry, and they stay as they are
         res = super().to(*args, **kwargs)
-        if res.device!=self.device: res.on_host = self.as_subclass(Tensor)
+        if res.device!=self.device: res.on_host = getattr(self, 'on_host', self.as_subclass(Tensor))
         return res
+    def __deepcopy__(self, memo): return self.clone()
+
+default_collate_fn_map[_Id] = lambda batch, *, collate_fn_map=None: torch.tensor(batch).as_subclass(_Ids)
 
 class WithIds:
     "A dataset whose items bring their index along, as the last of the tuple, for loaders that keep no order: `torch.utils.data.DataLoader(WithIds(ds))`."
@@ -27,7 +34,8 @@ class WithIds:
                 f"dataset: expected one with __len__ and __getitem__, got {type(dataset).__name__}: without an index an item has no id.")
         self.dataset = dataset
     def __len__(self): return len(self.dataset)
-    def __getitem__(self, i:int): return *self.dataset[i],torch.tensor(int(i)).as_subclass(_Id)
+    def __getitem__(self, i:int): return *self.dataset[i],_Id(i)
+    def __getitems__(self, ids:list): return [self[i] for i in ids] # that of `dataset` knows no ids
     def __getattr__(self, k):
         if k=='dataset': raise AttributeError(k) # while it is being unpickled
         return getattr(self.dataset, k)

@@ -164,7 +164,7 @@ class _Coming:
     def __init__(self, ids, rows):
         self.ids,self.rows,self._end = ids,rows,None
         if not _pins(rows.device): self.host = ids.cpu(),rows.cpu(); return
-        self.host = tuple(torch.empty(o.shape, dtype=o.dtype, pin_memory=True).copy_(o, non_blocking=True) for o in (ids, rows))
+        self.host = tuple(torch.empty(o.shape, dtype=o.dtype, device='cpu', pin_memory=True).copy_(o, non_blocking=True) for o in (ids, rows))
         self._end = torch.cuda.current_stream(rows.device).record_event()
 
     def here(self, wait=False):
@@ -175,8 +175,9 @@ class _Coming:
 
     def over(self, ids, rows):
         "`rows`, but those of `ids` that are among these, the last of them if there are several"
-        place = ((ids[:,None]==self.ids)*torch.arange(1, len(self.ids)+1, device=ids.device)).amax(1) # from 1; 0 for none
-        return torch.where(place[:,None]>0, self.rows[place-1], rows)
+        hit = ids.to(self.ids.device)[:,None]==self.ids
+        last = hit.shape[1]-1-hit.flip(1).byte().argmax(1)
+        return torch.where(hit.any(1)[:,None], self.rows[last], rows.to(self.rows.device))
 
 class DiskStore:
     "All logits of all samples in half precision, in a file; a batch at a time is read and written, and a GPU is not waited for."
@@ -226,13 +227,17 @@ class DiskStore:
             rows:tuple # Of `pack`
            ):
         "Replace the rows of `ids`."
+        if not len(ids): return
         self._coming.append(_Coming(ids, rows[0]))
-        self._write()
+        self._write(most=8)
 
-    def _write(self, wait=False):
-        "Write what has come to the host; with `wait` all that was put"
-        while self._coming and self._coming[0].here(wait):
+    def _write(self, most=np.inf):
+        "Write what has come to the host, and wait until no more than `most` batches are on their way"
+        while self._coming and self._coming[0].here(wait=len(self._coming)>most):
             ids,rows = [o.numpy() for o in self._coming[0].host]
+            if ids.min()<0 or ids.max()>=self.n:
+                del self._coming[0]
+                raise IndexError(f"ids: expected 0 to {self.n-1}, got {ids.min()} to {ids.max()}.")
             for i,row in zip(ids.tolist(), rows): _all(os.pwrite, self._new, row.tobytes(), i*self.row_bytes)
             self.written[ids] = True
             del self._coming[0]
@@ -241,14 +246,12 @@ class DiskStore:
             host_ids:list|None=None # `ids` again, on the host; without them it waits for the device
            ) -> tuple: # As `pack` gave it
         "The rows of `ids`."
-        self._write()
+        self._write(most=np.inf if host_ids is not None else 0)
         host_ids = ids.tolist() if host_ids is None else host_ids
-        res = np.empty((len(host_ids),self.n_classes), dtype=np.float16)
-        for i,row in zip(host_ids, res):
+        res = torch.empty(len(host_ids), self.n_classes, dtype=torch.float16, device='cpu', pin_memory=_pins(self.device)) # or sending it would wait
+        for i,row in zip(host_ids, res.numpy()):
             fd = self._new if self.written[i] or self._old is None else self._old
             if os.preadv(fd, [row], i*self.row_bytes)!=self.row_bytes: raise OSError(f"{self.folder} has lost a part of the last predictions.")
-        res = torch.from_numpy(res)
-        if _pins(self.device): res = res.pin_memory() # or sending it would wait
         res = res.to(self.device, non_blocking=True)
         for o in self._coming: res = o.over(ids, res)
         return res,
@@ -257,7 +260,7 @@ class DiskStore:
 
     def freeze(self):
         "Leave the present file as it is, for a checkpoint, and go on in another. Files that are older than the last two frozen ones are removed."
-        self._write(wait=True)
+        self._write(most=0)
         if self._old is not None:
             for i in np.flatnonzero(~self.written): _all(os.pwrite, self._new, os.pread(self._old, self.row_bytes, i*self.row_bytes), i*self.row_bytes)
             os.close(self._old)
@@ -295,6 +298,7 @@ class DiskStore:
     def close(self):
         "Close the files, and remove what no checkpoint needs; so does the end of the process."
         self._end()
+        self._new,self._old,self._coming = None,None,[]
 
 def check_store(state:dict # Of a store's `state_dict`
                ) -> Path|None: # Its file, if it has one

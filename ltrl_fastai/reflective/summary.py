@@ -52,7 +52,7 @@ class KnowledgeSummary(Companion):
         "Take centres back; their classes are those of `learn`."
         self.reset()
         if state['centers'] is None: return
-        self.centers,self.learned = [state[k].to(learn.dls.device) for k in ('centers','learned')]
+        self.centers,self.learned = [state[k].to(next(learn.model.parameters()).device) for k in ('centers','learned')]
         self.similarity,self.bank,self._dataset = class_similarity(self.centers),FeatureBank(len(self.centers)),learn.dls.train.dataset
 
     def before_train(self):

@@ -1,6 +1,7 @@
 "Everything public says what it is, in a line, and explains every argument."
 import ast
 import inspect
+import re
 
 import pytest
 
@@ -13,6 +14,7 @@ def undocumented(o):
     first,*rest = doc.splitlines()
     if rest and not is_command(o): return 'a docstring of more than one line'
     if not first.endswith(('.','?')): return f'{first!r} is no sentence'
+    if '*' in re.sub('`[^`]*`', '', doc) and not is_command(o): return 'a bare asterisk: the site sets docstrings between two, in italics'
 
 
 def unexplained(o): return [name_of(a) for a in o.args if a.lineno not in o.commented and not (shared(o, a) or is_command(o) and 'Annotated' in inspect.getsource(o.f))]
@@ -67,6 +69,10 @@ def _good(a, # Explained
     return a
 
 
+def _starred():
+    "Something * something of `*args`."
+
+
 def _raises():
     "Something."
     def inner(): raise KeyError('not its own')
@@ -75,6 +81,7 @@ def _raises():
 
 def test_what_is_missing_is_found():
     assert silent(Public('_raises', _raises, _raises)) == ['ValueError']
+    assert undocumented(Public('_starred', _starred, _starred)).startswith('a bare asterisk')
     bad,half,good = (Public(f.__name__, f, f) for f in (_bad, _half, _good))
     assert undocumented(bad)=='no docstring' and unexplained(bad)==['a','b'] and bad.gives and bad.node.returns is None
     assert undocumented(half)=="'Something' is no sentence" and unexplained(half)==['b']

@@ -33,7 +33,7 @@ class LongTailDataLoaders(DataLoaders):
 def shrink(images:Tensor, # `(N, C, H, W)` uint8
            size:int # Pixels of a side
           ) -> Tensor: # `(N, C, size, size)` uint8
-    "Smaller images, each pixel the mean of those that it stands for."
+    "Smaller images, each pixel the mean of those that it stands for; raises `ValueError` if `size` is below 1 or above the shorter side."
     if not 1<=size<=min(images.shape[2:]): raise ValueError(f"size: expected 1 to {min(images.shape[2:])} pixels, got {size}")
     return torch.cat([F.interpolate(o.float(), size=size, mode='area').round().to(torch.uint8) for o in images.split(1024)])
 
@@ -52,7 +52,7 @@ def long_tailed(train:tuple, # uint8 images `(N, C, H, W)` or floating point fea
                 path:str|Path='.', # For saved models
                 name:str|None=None # Of the data set
                ) -> LongTailDataLoaders:
-    "Make a balanced training set long-tailed, and keep the rest for validation."
+    "Make a balanced training set long-tailed, and keep the rest for validation; raises `ValueError` if nothing is left for it, or features are given `tfms` or `size`."
     (x,y),c = train,len(vocab)
     if n_max is None: n_max = int(torch.bincount(y, minlength=c).min())
     idx = long_tail_indices(y, imbalanced_counts(n_max, c, imbalance_factor, profile), data_seed)
@@ -125,7 +125,7 @@ def _folder_tensors(path:Path) -> tuple: # images, targets, vocab
 def load_cifar(n_classes:int=100, # 10 or 100
                path:str|Path|None=None # Where it is; default: where fastai's `untar_data` has it
               ) -> tuple: # (images, targets) for training, the same for test, class names
-    "All images of CIFAR as uint8 `(N, 3, 32, 32)`; raises `FileNotFoundError` that says how to get them."
+    "All images of CIFAR as uint8 `(N, 3, 32, 32)`; raises `FileNotFoundError` that says how to get them, `ValueError` if they are not whole, or not of `n_classes` classes."
     spec = _cifar[n_classes]
     if path is None:
         path = fastai_path(spec['url'])

@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 
 # %% ../../nbs/data/01_fast.ipynb #de0c2032
 class TensorItems:
-    "A dataset in memory: one tensor with an item a row, and their classes. What an item is, a subclass says."
+    "A dataset in memory: one tensor with an item a row, and their classes. What an item is, a subclass says; raises `ValueError` if there are not as many targets as items."
     n_inp,loss_func,wrap = 1,CrossEntropyLossFlat(),staticmethod(noop)
     def __init__(self,
         x:Tensor, # `(N, ...)` all items
@@ -91,7 +91,7 @@ class FeatureTensors(TensorItems):
             f"features: expected floating point (N, D), got {f'{tuple(x.shape)} of {x.dtype}' if isinstance(x, Tensor) else type(x).__name__}.")
 
 class TensorDL(TfmdDL):
-    "Batches of `ImageTensors` or `FeatureTensors`, by one indexing each; transforms are for batches (`after_batch`)."
+    "Batches of `ImageTensors` or `FeatureTensors`, by one indexing each, transformed by `after_batch`; raises `TypeError` for data without `batch`, `ValueError` for `after_item`."
     def __init__(self, dataset:TensorItems, # What to load
                  bs:int=128, # Batch size
                  num_workers:int=0, # Processes that load: none, since indexing takes no time
@@ -158,7 +158,7 @@ def small_image_tfms(train:Tensor, # `(N, C, H, W)` uint8: the training images, 
                      cut:int=0, # Side of the Cutout square; 0 for none
                      chunk:int=8 # Images that share a draw of the policy
                     ) -> list: # Of batch transforms
-    "What CIFAR training does to a batch: crop, flip, policy, to float, normalise by the training statistics, Cutout."
+    "What CIFAR training does to a batch: crop, flip, policy, to float, normalise by the training statistics, Cutout; raises `ValueError` if `policy` is unknown."
     if policy not in (None,*_policies): raise ValueError(f"policy: expected None or one of {list(_policies)}, got {policy!r}")
     x = train.float().div_(255)
     stats = [x.mean((0,2,3)).tolist(), x.std((0,2,3)).clamp(min=1e-3).tolist()]

@@ -28,7 +28,7 @@ def imbalanced_counts(n_max:int, # Images of the largest class
                       profile:str='exp', # 'exp' (CIFAR-LT), 'pareto' (a power law) or 'step' (two halves)
                       power:float=6. # Exponent of the power law
                      ) -> list: # `n_classes` integers, from largest to smallest
-    "Images per class of a long-tailed training set; 'exp' is exactly the published profile of CIFAR-LT (Cao et al. 2019)."
+    "Images per class of a long-tailed training set; 'exp' is exactly CIFAR-LT's profile (Cao et al. 2019); raises `ValueError` if `profile` is unknown or a class gets no image."
     check_imbalance_factor(imbalance_factor)
     if profile not in _profiles: raise ValueError(f"profile: expected one of {list(_profiles)}, got {profile!r}")
     if n_classes<1 or n_max<1: raise ValueError(f"expected at least one class and one image, got {n_classes} classes and n_max={n_max}")
@@ -43,7 +43,7 @@ def long_tail_indices(targets:Collection, # Class index of every item
                       counts:list, # Items wanted of each class: `imbalanced_counts(...)`
                       seed:int=0 # Of the draw
                      ) -> list: # Indices into `targets`, ascending
-    "Draw `counts[c]` items of each class `c`, without replacement."
+    "Draw `counts[c]` items of each class `c`, without replacement; raises `ValueError` if a class has fewer, or `targets` are not class indices below `len(counts)`."
     y,rng = np.asarray(targets),np.random.default_rng(seed)
     if y.ndim!=1 or not np.issubdtype(y.dtype, np.integer): raise ValueError(f"targets: expected a vector of class indices, got shape {y.shape} of {y.dtype}.")
     if len(y) and (y.min()<0 or y.max()>=len(counts)): raise ValueError(
@@ -128,7 +128,7 @@ def check_counts(class_counts:Collection # Training images of each class: a list
 def class_counts(dls:Any, # `DataLoaders`, or a dataset
                  n_classes:int|None=None # Number of classes; default: what `dls` says, else the largest index + 1
                 ) -> Tensor: # `(C,)` int64
-    "Training images of each class of `dls`; classes without any count 0."
+    "Training images of each class of `dls`; classes without any count 0; raises `TypeError` for a learner, `ValueError` if there are no items, or an index is out of range."
     if isinstance(dls, Learner): raise TypeError("class_counts: expected DataLoaders or a dataset, got a Learner: `class_counts(learn.dls)`.")
     ds = dls.train_ds if isinstance(dls, DataLoaders) else dls
     y = torch.tensor(dataset_targets(ds), dtype=torch.long)

@@ -182,7 +182,7 @@ def hold_out(labels:list, # Class index of each training image
              n_valid:int|None=None, # At most so many of each class
              seed:int=0 # Of the draw
             ) -> tuple: # Indices to train on and indices to validate on, ascending
-    "Draw validation images: of each class `share` of its images, at least one of a class of three or more, none of a smaller one."
+    "Draw validation images: of each class `share` of its images, at least one of a class of three or more, none of a smaller one; raises `ValueError` if all are smaller."
     counts = np.bincount(labels)
     n = np.where(counts<3, 0, np.maximum((counts*share).astype(int), 1))
     if not n.any(): raise ValueError("No class has three images or more, so that none can spare one for validation. Add images, or give a validation split of your own.")
@@ -213,7 +213,7 @@ def photo_tfms(size:int=224, # Pixels of a side
                flip:bool=True, # Mirror?
                small:bool=False # Images that are of this size already, and stay so?
               ) -> tuple: # Of item and batch transforms
-    "What ImageNet training does to an image; normalised by ImageNet's statistics."
+    "What ImageNet training does to an image; normalised by ImageNet's statistics; raises `ValueError` if `policy` is unknown."
     if policy not in (None,*_policies): raise ValueError(f"policy: expected None or one of {list(_policies)}, got {policy!r}")
     norm = [IntToFloatTensor(), Normalize.from_stats(*imagenet_stats, cuda=False)]
     if small:

@@ -84,7 +84,7 @@ def read_csv(file:Path, # With a header
 # %% ../../nbs/data/05_own.ipynb #d1dd1ed5
 def common_size(files:list # Paths of images
                ) -> int|None: # Pixels of a side
-    "The size of all images, if they are square and of one size of at most 64 pixels; else None. Reads no more than headers."
+    "The size of all images, if they are square and of one size of at most 64 pixels; else None. Reads no more than headers; raises `ValueError` if a file read is no image."
     res = None
     for f in files:
         try:
@@ -108,7 +108,7 @@ def own_images(path:str|Path, # A folder or a CSV file
                path_col:str|None=None, label_col:str|None=None, split_col:str|None=None, # See `read_csv`
                **kwargs # Passed on to `image_dataloaders`
               ) -> ImageFileDataLoaders: # Without `test`, if there is no such split
-    "A folder of images or a CSV file as loaders; what its user should know is in `notes`."
+    "A folder of images or a CSV file as loaders; what its user should know is in `notes`; raises `FileNotFoundError` if there is none, `ValueError` for another file or one class."
     path = Path(path).expanduser()
     if not path.exists(): raise FileNotFoundError(
         f"There is no folder or file {path}. Expected a folder with a folder of images for each class, or a CSV file with columns path and label.")

@@ -17,7 +17,7 @@ def shot_groups(class_counts:Collection, # Training images of each class
                 many:int=100, # Classes with more are 'many'
                 few:int=20 # Classes with fewer are 'few'
                ) -> dict: # Boolean masks `(C,)` by 'many', 'medium', 'few', 'all'
-    "Which classes are Many-, Medium- and Few-shot (Liu et al. 2019)."
+    "Which classes are Many-, Medium- and Few-shot (Liu et al. 2019); raises `ValueError` if `many` is below `few`."
     n = check_counts(class_counts)
     if not many>=few: raise ValueError(f"many: expected at least `few`, got {many} and {few}")
     return dict(many=n>many, medium=(n<=many)&(n>=few), few=n<few, all=torch.ones_like(n, dtype=torch.bool))
@@ -26,7 +26,7 @@ def class_hits(preds:Tensor, # `(B, C)` logits or probabilities, or `(B,)` predi
                targets:Tensor, # `(B,)` or `(B, 1)` class indices
                n_classes:int # Number of classes
               ) -> tuple[Tensor, Tensor]: # hits and totals, `(C,)` int64
-    "How many samples of each class there are, and how many of them are predicted right."
+    "How many samples of each class there are, and how many of them are predicted right; raises `ValueError` if the shapes don't match, or are not of `n_classes`."
     preds,y = preds.as_subclass(Tensor),targets.as_subclass(Tensor).flatten().long()
     p = preds.argmax(1) if preds.ndim==2 else preds
     if p.shape!=y.shape: raise ValueError(f"preds: expected one prediction per target, got {tuple(preds.shape)} for {tuple(targets.shape)}.")

@@ -140,7 +140,7 @@ def draw_by_class(values:dict, # From labels to a value for each class, `(C,)`; 
                   ax:plt.Axes|None=None, # Axes to draw on; default: a new figure
                   many:int=100, few:int=20 # See `shot_groups`
                  ) -> plt.Axes: # With a description in `ltrl_alt`
-    "A value of each class, or several, from head to tail, over the number of its training images in grey."
+    "A value of each class, or several, from head to tail, over the number of its training images in grey; raises `ValueError` if values are not one for each class."
     counts = _counts(counts); n,order = len(counts),_order(counts)
     names,groups,x,k = _names(vocab, n),shot_groups(counts, many, few),np.arange(n),max(n//10, 3)
     for o,v in values.items():
@@ -218,7 +218,7 @@ def _check_labels(labels, n):
 def draw_shots(runs:dict, # From labels to a `ShotReport`, or to a list of them: runs by other seeds, in the same order for each label
                ax:plt.Axes|None=None # Axes to draw on; default: a new figure
               ) -> plt.Axes: # With a description in `ltrl_alt`
-    "Accuracy over Many, Medium, Few and All with 95% intervals: over test images for one run a label, of paired gains over the first label for several."
+    "Accuracy by shot with 95% intervals: over test images, or, for several runs a label, of gains over the first; raises `TypeError` for no dict, `ValueError` if runs don't pair."
     if not isinstance(runs, dict) or not runs: raise TypeError(f"runs: expected a dict from labels to reports, got {type(runs).__name__}: "
         "`draw_shots(dict(without=a, with_rl=b))`.")
     runs = {k: [v] if isinstance(v, ShotReport) else list(v) for k,v in runs.items()}
@@ -309,7 +309,7 @@ def draw_similarity(similarity:Tensor|np.ndarray, # `(C, C)`, a tensor or array:
                     ax:plt.Axes|None=None, # Axes to draw on; default: a new figure
                     many:int=100, few:int=20 # See `shot_groups`
                    ) -> plt.Axes: # With a description in `ltrl_alt`
-    "Heat map of the similarity of classes, ordered by class size, with lines between Many, Medium and Few."
+    "Heat map of the similarity of classes, ordered by class size, with lines between Many, Medium and Few; raises `ValueError` if `similarity` is not `(C, C)`."
     m,counts = _matrix(similarity),_counts(counts)
     n,order,groups = len(counts),_order(counts),shot_groups(counts, many, few)
     if m.shape!=(n,n): raise ValueError(f"similarity: expected ({n}, {n}), a row and a column for each class, got {m.shape}.")
@@ -357,7 +357,7 @@ def draw_drift(series:dict, # From labels to the values of each shot by epoch: `
                what:str='kl', # 'kl', or 'right', as shares of 1
                ax:plt.Axes|None=None # Axes to draw on; default: a new figure
               ) -> plt.Axes: # With a description in `ltrl_alt`
-    "Drift of predictions, or the share predicted right, by shot and epoch."
+    "Drift of predictions, or the share predicted right, by shot and epoch; raises `ValueError` if `what` is neither."
     if what not in _whats: raise ValueError(f"what: expected 'kl' or 'right', got {what!r}")
     said,times = [],100 if what=='right' else 1
     with picture_style():
@@ -382,7 +382,7 @@ def draw_drift_by_class(rows:list, # By epoch a value for each class, `(epochs, 
                         ax:plt.Axes|None=None, # Axes to draw on; default: a new figure
                         many:int=100, few:int=20 # See `shot_groups`
                        ) -> plt.Axes: # With a description in `ltrl_alt`
-    "Heat map of drift, or of the share predicted right: an epoch a row, a class a column, ordered by class size."
+    "Heat map of drift, or of the share predicted right: an epoch a row, a class a column, ordered by class size; raises `ValueError` if `what` is neither, or rows are not of `C`."
     if what not in _whats: raise ValueError(f"what: expected 'kl' or 'right', got {what!r}")
     m,counts = _matrix(rows)*(100 if what=='right' else 1),_counts(counts); n,order = len(counts),_order(counts)
     if m.ndim!=2 or m.shape[1]!=n: raise ValueError(f"rows: expected a value for each of {n} classes in every epoch, got {m.shape}.")
@@ -438,7 +438,7 @@ def draw_conflicts(rates:list, # By epoch: dicts from parameter names to shares 
                    by:str='layer', # 'layer': mean over its tensors; 'tensor'
                    ax:plt.Axes|None=None # Axes to draw on; default: a new figure
                   ) -> plt.Axes: # With a description in `ltrl_alt`
-    "Share of steps in conflict by layer: bars for one epoch, or a heat map of all."
+    "Share of steps in conflict by layer: bars for one epoch, or a heat map of all; raises `ValueError` if `by` is unknown, `epoch` is not there, or there is nothing to show."
     if by not in ('layer','tensor'): raise ValueError(f"by: expected 'layer' or 'tensor', got {by!r}")
     rates = list(rates)
     if not any(rates): raise ValueError("rates: no epoch has any.")
@@ -489,7 +489,7 @@ def draw_terms(history:list, # By epoch a dict of means: `learn.loss_terms.histo
                record:tuple|None=None, # Column names and rows by epoch of fastai's table: `learn.loss_terms.record`
                ax:Iterable|None=None # Two Axes, for losses and for shares; default: a new figure
               ) -> np.ndarray: # Of these two Axes, with descriptions in `ltrl_alt`
-    "Curves of every term: losses on one Axes, what is a share on the other."
+    "Curves of every term: losses on one Axes, what is a share on the other; raises `ValueError` if `history` is empty, or `ax` is not two Axes."
     if not len(history): raise ValueError("history: no epoch was trained.")
     if ax is not None and np.size(ax)!=2: raise ValueError(f"ax: expected two Axes, one for losses and one for shares, got {np.size(ax)}.")
     curves = {k: _floats([o.get(k) for o in history]) for k in dict.fromkeys(k for o in history for k in o)}

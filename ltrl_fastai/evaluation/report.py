@@ -14,7 +14,7 @@ from .metrics import shot_groups, class_hits, group_accuracy, group_interval
 
 # %% ../../nbs/evaluation/01_report.ipynb #2f257b3c
 class ShotReport:
-    "Accuracy in percent by shot and by class; None where there is nothing to measure."
+    "Accuracy in percent by shot and by class; None where there is nothing to measure; raises `ValueError` if arguments are not of the same number of classes."
     hits:Tensor; totals:Tensor; label:str; many:int; few:int
     def __init__(self,
         hits:Tensor, # `(C,)` samples of each class that are predicted right
@@ -45,7 +45,7 @@ class ShotReport:
                      dl:DataLoader|None=None, # Another loader, of items with labels, in place of `ds_idx`
                      **kwargs # Of `ShotReport`: `vocab`, `label`, ...
                     ) -> 'ShotReport':
-        "From a learner's predictions on `dl`, or on its `ds_idx`-th data set; the training set says how many images a class has."
+        "From a learner's predictions on `dl` or data set `ds_idx`, with counts of the training set; raises `TypeError` for `DataLoaders`, `ValueError` if items have no labels."
         if isinstance(dl, DataLoaders): raise TypeError("dl: expected one data loader, got DataLoaders: take one of them, as `dls.valid`.")
         counts = class_counts(learn.dls)
         with learn.no_bar(): preds,targets = learn.get_preds(ds_idx=ds_idx, dl=dl)
@@ -76,7 +76,7 @@ class ShotReport:
 
     def table(self, other:'ShotReport|None'=None # Shown in the row below, and the difference in the last
              ) -> pd.DataFrame:
-        "Many, Medium, Few and All, one row a report; '-' where there is nothing to measure."
+        "Many, Medium, Few and All, one row a report; '-' where there is nothing to measure; raises `TypeError` if `other` is no `ShotReport`."
         if other is not None and not isinstance(other, ShotReport): raise TypeError(
             f"other: expected a ShotReport, got a {type(other).__name__}: `ShotReport.from_learner(learn)` makes one.")
         reports = [self]+L(other)

@@ -18,7 +18,7 @@ def class_shares(class_counts:Collection, # Training images of each class
                  factor:float, # Imbalance factor of the world, 1 or more
                  order:str='forward' # 'forward': as in training, 'backward': the most frequent class is the rarest, 'uniform'
                 ) -> Tensor: # `(C,)`, the largest is 1
-    "How frequent classes are in another world: exponential in their rank by training images (Zhang et al. 2022, section 5.3)."
+    "How frequent classes are in another world: exponential in their rank by training images (Zhang et al. 2022, section 5.3); raises `ValueError` if `order` is unknown."
     check_imbalance_factor(factor)
     n = check_counts(class_counts)
     if order not in ('forward','backward','uniform'): raise ValueError(f"order: expected 'forward', 'backward' or 'uniform', got {order!r}")
@@ -28,7 +28,7 @@ def class_shares(class_counts:Collection, # Training images of each class
 def shifted_accuracy(report:ShotReport, # On a test set
                      factor:float, order:str # See `class_shares`
                     ) -> float: # Percent
-    "Accuracy in another world: that of each class, weighted by how frequent it is there. Classes without test images are left out."
+    "Accuracy in another world: that of each class, weighted by how frequent it is there. Classes without test images are left out; raises `ValueError` if all are."
     there = report.totals>0
     if not there.any(): raise ValueError("report: it has no test images.")
     w = class_shares(report.counts, factor, order)[there]
@@ -44,7 +44,7 @@ def shifted_indices(targets:Collection, # `(N,)` classes of a balanced test set
                     factor:float, order:str, # See `class_shares`
                     seed:int=0 # Of the draw
                    ) -> list: # Positions in `targets`, ascending
-    "Test images drawn so that classes are as frequent as in another world: for methods that look at the images they are to classify."
+    "Test images drawn so that classes are as frequent as in another world: for methods that look at the images they are to classify; raises `ValueError` if a class has none."
     y = np.asarray(targets)
     shares = class_shares(class_counts, factor, order)
     least = int(np.bincount(y, minlength=len(shares)).min())

@@ -50,7 +50,7 @@ def resolve(name:str # `epochs`, `tau`, `kr.tau` or `preset`
 def parse_setting(s:str # 'name=value' or, with `many`, 'name=value,value,...'
                   , many:bool=False # A list of values?
                  ) -> tuple: # ((part, name), value or values)
-    "`tau=2` as something to set, `tau=1,2,4` as something to sweep over."
+    "`tau=2` as something to set, `tau=1,2,4` as something to sweep over; raises `ValueError` if there is no value."
     name,eq,values = s.partition('=')
     if not eq or not values: raise ValueError(f"{s!r}: expected {'name=value,value,...' if many else 'name=value'}, such as {'tau=1,2,4' if many else 'tau=2'}")
     where = resolve(name.strip())
@@ -93,7 +93,7 @@ def variants(rl:str='both', # 'both' with and without Reflective Learning, 'on',
              fixed:Collection=(), # Of (where, value): for all variants
              grid:bool=False # All combinations of the sweeps, or one value at a time?
             ) -> list: # Of `Variant`
-    "What to train for each method, without repetition; the plain method comes first."
+    "What to train for each method, without repetition; the plain method comes first; raises `ValueError` if Reflective Learning is to change with rl='off'."
     one_of('rl', rl, ('both','on','off'))
     for o in ablate: one_of('ablate', o, ReflectiveLearning._classes)
     if rl=='off' and (ablate or any(part is not None for (part,_),_ in [*sweep, *fixed])): raise ValueError("rl: there is nothing of Reflective Learning to change with rl='off'.")
@@ -172,7 +172,7 @@ def make_plan(methods:list, # Names of methods
               paired_data:bool=False, # A draw of the training images for each seed? If not, all seeds train on the same images
               **settings # Fields of `RunSettings` for all
              ) -> list: # Of `PlannedRun`, seed by seed, so that an early look is a fair one
-    "Every combination; each is checked before anything is trained."
+    "Every combination; each is checked before anything is trained; raises `ValueError` if there are no methods, or a variant sets what `factors` or `paired_data` do."
     if not methods: raise ValueError("methods: expected at least one, as in softmax,bsce.")
     for name,given in (('imbalance_factor', list(factors)!=[None]), ('data_seed', paired_data)):
         if given and any(name in o.settings for o in ways): raise ValueError(f"{name}: it is swept over or set, and given for all runs too. Leave one of the two.")

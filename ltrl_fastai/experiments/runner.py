@@ -195,7 +195,7 @@ def run_plan(plan:list, # Of `PlannedRun`
              command:str|None=None, # That started it, for the results
              about:dict|None=None # Of the plan, for `compare.json`; default: none is written
             ) -> list: # The results, in the order of the plan
-    "Compute what is missing of a plan; raises `Failed` when all others are done, if some runs fail."
+    "Compute what is missing of a plan; raises `Failed` when all others are done, if some runs fail, `RuntimeError` if another process is at it, `ValueError` if `jobs` is below 1."
     if jobs is not None and jobs<1: raise ValueError(f"jobs: expected at least 1, got {jobs}")
     folder,watch = Path(folder),watch or noop
     folder.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ def _run_files(glob): return sorted(f for f in glob('runs/*.json') if f.name not
 
 def load_results(folder:Path # Of `ltrl compare` or of `ltrl train`
                 ) -> list: # Of results, in the order of their plan
-    "The results in a folder; raises `FileNotFoundError` if there is none."
+    "The results in a folder; raises `FileNotFoundError` if there is none, `ValueError` if its `compare.json` is broken."
     folder = Path(folder)
     if folder not in (found := result_folders(folder)): raise FileNotFoundError(
         f"{folder} has results in folders below it ({', '.join(map(str, found[:3]))} ...). Take them one by one.")
@@ -164,7 +164,7 @@ _beds = dict(frozen='P1', overfit='P2o', underfit='P2u')
 
 def evidence(folder:Path # With the folders of comparisons by a protocol
             ) -> list: # Of dicts: protocol, imbalance_factor, method, rl (the name of a preset or of parts, or None), seeds, accuracies, gains, command
-    "What was found on the test set, a row for each protocol, imbalance factor, method and kind of Reflective Learning; accuracies and gains in percent points."
+    "What was found on the test set, a row for each protocol, imbalance factor, method and kind of Reflective Learning, in percent points; raises `ValueError` if nothing was."
     rows = {}
     for o in result_folders(folder):
         plan = json.loads((o/'compare.json').read_text(encoding='utf-8')) if (o/'compare.json').exists() else {}

@@ -14,7 +14,7 @@ from .method import Stage, check_trained
 
 # %% ../../nbs/methods/11_balancing.ipynb #cb17c599
 class MaxNorm(Callback):
-    "Holds the length of each class vector of the head, after each step, at most at a radius (Alshammari et al. 2022, section 3.3)."
+    "Holds the length of each class vector of the head, after each step, at most at a radius (Alshammari et al. 2022, section 3.3); raises `ValueError` if `share` is below 0."
     run_valid,_stateattrs = False,('_radius',)
     _radius = None
     def __init__(self,

@@ -75,7 +75,7 @@ def tau_normed(learn:Learner, # With validation images of two classes or more; i
                counts:Collection|None=None, # Training images of each class; not looked at
                taus:Iterable|None=None # To choose from; default: 0, 0.1, ... 2
               ) -> float: # The tau that was taken
-    "Divide a learner's class vectors by a power of their lengths, that with the best accuracy on its validation images."
+    "Divide a learner's class vectors by the power of their lengths with the best accuracy on validation images; raises `ValueError` if it has none, or no images of two classes."
     check_trained(learn, 'tau-norm')
     head = head_of(learn.model)[1]
     if not isinstance(getattr(head, 'weight', None), Tensor) or head.weight.ndim!=2: raise ValueError(

@@ -22,7 +22,7 @@ class ExpertHeads(nn.Module):
     def forward(self, feats): return torch.stack([h(f) for h,f in zip(self.heads, feats.unbind(1))], 1)
 
 class ExpertNet(nn.Module):
-    "Experts on a shared stem: logits of each, `(B, K, C)`, in training, and their weighted mean `(B, C)` otherwise."
+    "Experts on a shared stem: logits of each, `(B, K, C)`, in training, and their weighted mean `(B, C)` otherwise; raises `ValueError` if there is not a head for each expert."
     def __init__(self,
         shared:nn.Module, # What all experts see the output of
         experts:list, # Of modules that make features `(B, D)` of it

@@ -34,7 +34,7 @@ def replace_head(net:nn.Module, # A classifier; changed in place
 def pretrained_net(name:str, # Of a torchvision classifier: 'resnet152', 'swin_t', ...
                    n_classes:int # Number of classes
                   ) -> nn.Module: # With an attribute `pretrained`, so that experts of it begin as copies
-    "A net with torchvision's best ImageNet weights, and a new head. They are downloaded, once; raises `ValueError` for a net that has none."
+    "A net with torchvision's best ImageNet weights, and a new head. They are downloaded, once; raises `ValueError` for a net that has none, `OSError` if they can't be had."
     try: net = torchvision.models.get_model(name, weights='DEFAULT')
     except ValueError as e: raise ValueError(f"net: there are no ImageNet weights for {name!r} in torchvision. "
         "Train it from scratch, or take resnet50, resnet152, swin_t, ...") from e
@@ -102,7 +102,7 @@ def dealt(targets:Tensor, # `(N,)` class of each image
 def loader_in_order(train:DataLoader, # For training
                     order:Callable # Function without arguments that gives the positions of an epoch
                    ) -> DataLoader:
-    "Another loader of the same items and transforms, in an order of its own; making it draws no random number."
+    "Another loader of the same items and transforms, in an order of its own; making it draws no random number; raises `TypeError` if `train` is no fastai loader."
     if not isinstance(train, DataLoader): raise TypeError(f"expected a fastai DataLoader for training, got {type(train).__module__}.{type(train).__name__}.")
     if 'dl' in vars(train): return type(train)(loader_in_order(train.dl, order), train.rank, train.world_size, train.device) # distributed: the first rank's order is that of all
     state = random.getstate()

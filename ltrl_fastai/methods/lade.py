@@ -25,7 +25,7 @@ def lader(logits:Tensor, # `(B, C)`
     return -(log_prior.exp()*(own-r-lam*r**2)).sum()
 
 class LADE(BalancedSoftmax):
-    "Balanced Softmax + alpha * `lader` (Hong et al. 2021)."
+    "Balanced Softmax + alpha times `lader` (Hong et al. 2021); raises `ValueError` if a weight is below 0 or `of` is unknown."
     def __init__(self,
         class_counts:Collection, # Training images of each class, each at least 1
         alpha:float=.1, # Weight of the second part, 0 or more

@@ -21,7 +21,7 @@ def check_class_counts(class_counts:Collection # Training images of each class
     return n
 
 class BalancedSoftmax(nn.Module):
-    "Cross-entropy of logits + tau*log(class counts) (Ren et al. 2020); raises `ValueError` for a class without a training image."
+    "Cross-entropy of logits + tau log(class counts) (Ren et al. 2020); raises `ValueError` for a class without a training image."
     def __init__(self,
         class_counts:Collection, # Training images of each class, each at least 1
         tau:float=1., # Strength of the adjustment
@@ -33,7 +33,7 @@ class BalancedSoftmax(nn.Module):
 
     def trained_logits(self, logits:Tensor # `(..., C)`
                       ) -> Tensor: # The same shape
-        "The logits of the distribution that is trained: z + tau*log n."
+        "The logits of the distribution that is trained: z + tau log n; raises `ValueError` if `logits` have not as many classes as there are counts."
         if logits.shape[-1]!=len(self.log_counts): raise ValueError(f"logits: expected {len(self.log_counts)} classes, as there are class counts, got {logits.shape[-1]}. "
             "Do the counts and the model's head speak of the same classes?")
         return logits + self.tau*self.log_counts.to(logits)
@@ -43,7 +43,7 @@ class BalancedSoftmax(nn.Module):
         return F.cross_entropy(self.trained_logits(logits), targets, reduction=self.reduction)
 
 class BalancedSoftmaxLoss(BaseLoss):
-    "Balanced Softmax (Ren et al. 2020), or logit adjustment with temperature `tau` (Menon et al. 2021): cross-entropy of logits + tau*log n."
+    "Balanced Softmax (Ren et al. 2020), or logit adjustment with temperature `tau` (Menon et al. 2021): cross-entropy of logits + tau log n."
     y_int = True # so that MixUp interpolates the loss, not the class indices
     def __init__(self,
         class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
@@ -55,7 +55,7 @@ class BalancedSoftmaxLoss(BaseLoss):
 
     def trained_logits(self, logits:Tensor # `(B, C)`
                       ) -> Tensor: # `(B, C)`
-        "The logits of the distribution that this loss trains: z + tau*log n."
+        "The logits of the distribution that this loss trains: z + tau log n."
         return self.func.trained_logits(logits)
     def activation(self, x:Tensor) -> Tensor:
         "Probabilities of a class-balanced world: softmax of the plain logits."

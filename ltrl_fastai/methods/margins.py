@@ -12,7 +12,7 @@ from .losses import check_class_counts
 
 # %% ../../nbs/methods/03_margins.ipynb #eb1898c1
 class LDAM(nn.Module):
-    "Cross-entropy of logits, that of the right class less its margin (Cao et al. 2019, eq. 13)."
+    "Cross-entropy of logits, that of the right class less its margin (Cao et al. 2019, eq. 13); raises `ValueError` if `max_margin` is below 0, or `scale` not above 0."
     def __init__(self,
         class_counts:Collection, # Training images of each class, each at least 1
         max_margin:float=.5, # Of the smallest class, in units of the cosine

@@ -18,7 +18,7 @@ def smoothing_by_class(class_counts:Collection, # Training images of each class;
                        head:float=.4, # Of the largest class
                        tail:float=.1 # Of the smallest
                       ) -> Tensor: # `(C,)` float32
-    "How much of the label is spread over other classes (Zhong et al. 2021, eq. 9); `tail` for all where all classes are of one size."
+    "How much of the label is spread over other classes (Zhong et al. 2021, eq. 9); `tail` for all where all classes are of one size; raises `ValueError` if not `0<=tail<=head<1`."
     n = check_class_counts(class_counts)
     if not 0<=tail<=head<1: raise ValueError(f"smoothing: expected 0 <= tail <= head < 1, got tail={tail} and head={head}.")
     return tail + (head-tail)*torch.sin(math.pi/2*(n-n.min())/(n.max()-n.min()).clamp(min=1))

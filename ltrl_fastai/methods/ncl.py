@@ -20,7 +20,7 @@ def hard_classes(logits:Tensor, # `(B, C)`
     return logits.detach().scatter(1, targets[:,None], math.inf).topk(min(n, logits.shape[1]), dim=1).indices
 
 class NCLLoss(ExpertsLoss):
-    "Balanced Softmax of each net on all and on hard classes, and the divergence from the other nets on both (Li et al. 2022, eq. 4 to 9)."
+    "Balanced Softmax of each net on all and on hard classes, and divergence from the other nets on both (Li et al. 2022, eq. 4 to 9); raises `ValueError` if `hard` is below 2."
     def __init__(self,
         class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         weight:float=.6, # Of the divergences

@@ -48,7 +48,7 @@ class BasicBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x), inplace=True)
 
 class CifarResNet(nn.Module):
-    "ResNet for small images (He et al. 2016, section 4.2), as published in LDAM, BBN and RIDE."
+    "ResNet for small images (He et al. 2016, section 4.2), as published in LDAM, BBN and RIDE; raises `ValueError` if there is none of that `depth`, `widths` or `head`."
     def __init__(self,
         n_classes:int, # Number of classes
         depth:int=32, # 6n+2: 8, 14, 20, 32, 44, 56 ...

@@ -16,7 +16,7 @@ from ..reflective.ranks import Ranks
 
 # %% ../../nbs/methods/18_paco.ipynb #0ba12601
 class QueuedNet(nn.Module):
-    "A net with a projection, a slow copy of both, and a queue of keys: `(logits, queries, keys, queue, its labels)` in training, logits otherwise."
+    "A net, projection, slow copy of both and queue of keys: `(logits, queries, keys, queue, its labels)` in training, else logits; raises `ValueError` if not `0<=momentum<1`."
     def __init__(self,
         body:nn.Module, # Makes features `(B, D)`
         head:nn.Module, # Linear
@@ -78,7 +78,7 @@ class KeyQueue(Callback):
     def after_step(self): get_model(self.learn.model).follow()
 
 class PaCoLoss(MethodLoss):
-    "Cross-entropy over class centres, batch and queue, of which all of the own class are right to a degree (Cui et al. 2021, eq. 4)."
+    "Cross-entropy over class centres, batch and queue, all of the own class right to a degree (Cui et al. 2021, eq. 4); raises `ValueError` if `alpha<0` or `temperature<=0`."
     def __init__(self,
         class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         alpha:float=.01, # Weight of a sample of the own class; that of its centre is 1

@@ -12,7 +12,7 @@ from .losses import check_class_counts
 
 # %% ../../nbs/methods/05_posthoc.ipynb #695bb040
 class LogitAdjustment(Callback):
-    "Predicts by logits - tau * log prior, outside of training (Menon et al. 2021, eq. 9)."
+    "Predicts by logits - tau log prior, outside of training (Menon et al. 2021, eq. 9)."
     order = -20 # before callbacks that read predictions
     def __init__(self,
         class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1

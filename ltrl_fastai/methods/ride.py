@@ -18,7 +18,7 @@ from .weights import DeferredWeights
 
 # %% ../../nbs/methods/14_ride.ipynb #4384191c
 class RIDELoss(ExpertsLoss):
-    "LDAM of each expert, less the divergence of experts from their mean (Wang et al. 2021, eq. 3). `DeferredWeights` puts in class weights, and with them temperatures by class."
+    "LDAM of each expert, less divergence from their mean (Wang et al. 2021, eq. 3). `DeferredWeights` adds class weights and temperatures; raises `ValueError` if `diversity<0`."
     review_weight = 6. # what a review of it weighs, if nothing is said
     def __init__(self,
         class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
@@ -60,7 +60,7 @@ class Gate(nn.Module):
         return self.out(torch.cat([F.normalize(feats, dim=1), F.pad(best, (0, self.top-best.shape[1]))], 1))[:,0]
 
 class GatedExperts(nn.Module):
-    "Experts that are asked one after the other, as long as a gate says so: the mean of those asked, `(B, C)`; in training the logits of all and the gates'."
+    "Experts asked one by one, while a gate says so: the mean of those asked, `(B, C)`; in training the logits of all and the gates'; raises `ValueError` for fewer than two."
     def __init__(self, net:ExpertNet, # Trained
                  top:int=30 # See `Gate`
                 ):

@@ -52,7 +52,7 @@ def aggregate_experts(learn:Learner, # Its model is an `ExpertNet`
                       lr:float|None=None, # Of SGD with momentum 0.9; default: 0.025, and more by as much as there are fewer than 400 steps
                       least:float=.05 # Stop when a weight falls below
                      ) -> Tensor: # `(K,)` weights, which are the model's from now on
-    "Weigh experts by how well two augmented views of each image agree (Zhang et al. 2022, section 4.3)."
+    "Weigh experts by how well two augmented views of each image agree (Zhang et al. 2022, section 4.3); raises `ValueError` if there are no experts, images or epochs."
     net = learn.model
     if not isinstance(net, ExpertNet): raise ValueError(f"aggregate_experts: expected a learner with an ExpertNet, got {type(net).__name__}.")
     check_trained(learn, 'aggregate_experts')

@@ -14,7 +14,7 @@ from .losses import check_class_counts
 def effective_weights(class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
                       beta:float=.9999 # From 0 (all weigh the same) to below 1 (nearly one over the count)
                      ) -> Tensor: # `(C,)` float32, with a mean of 1
-    "One over the effective number of images of each class (Cui et al. 2019, eq. 2 and 5)."
+    "One over the effective number of images of each class (Cui et al. 2019, eq. 2 and 5); raises `ValueError` if `beta` is not 0 to below 1."
     if not 0<=beta<1: raise ValueError(f"beta: expected 0 to below 1, got {beta}. For one over the count take 0.999999.")
     n = check_class_counts(class_counts).double()
     w = (1-beta)/(-torch.expm1(n*math.log(beta))) if beta else torch.ones_like(n)
@@ -46,7 +46,7 @@ def weighted_module(loss:BaseLoss|nn.Module # A loss that may have class weights
     return found
 
 class DeferredWeights(Callback):
-    "Weighs classes from an epoch on, as in LDAM-DRW (Cao et al. 2019)."
+    "Weighs classes from an epoch on, as in LDAM-DRW (Cao et al. 2019); raises `ValueError` if `start` is not 0 to 1."
     _stateattrs,run_valid = ('_before',),False
     _before = None
     def __init__(self,

@@ -15,7 +15,7 @@ from .terms import Companion, LossTerms
 def _dot(a, b): return torch.dot(_upcast(a).flatten(), _upcast(b).flatten())
 
 class KnowledgeCorrection(Companion):
-    "Projects the gradient of the added loss terms where it conflicts with that of the main loss (LTRL eq. 10). Costs a second backward pass."
+    "Projects the added terms' gradient where it conflicts with the main one (LTRL eq. 10). Costs a second backward pass; raises `ValueError` for other `granularity` or `every<1`."
     order,run_valid = MixedPrecision.order-2,False
     needs,columns = (LossTerms,),('conflicts',)
     _stateattrs,conflict_rates,_conflicts,_steps = ('_conflicts','_steps'),(),{},0

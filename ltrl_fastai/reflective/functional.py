@@ -90,7 +90,7 @@ def review_loss(logits:Tensor, # `(B, C)` what the net says now
                 distance:str='kl', # 'kl', or 'logits': half the mean squared difference of the logits themselves, whatever tau
                 among:Tensor|None=None # How many samples to average over; default: as many as are reviewed
                ) -> Tensor: # Scalar, in at least float32
-    "KL divergence from each sample's last prediction to its present one, over the samples whose last prediction was right (LTRL eq. 1 to 4)."
+    "KL divergence from each sample's last prediction to its present one, over those whose last was right (LTRL eq. 1 to 4); raises `ValueError` if `distance` is unknown."
     check_logits(logits, len(targets)); check_logits(teacher_logits, len(targets), logits.shape[1], 'teacher_logits')
     check_number('tau', tau, 'a temperature', above=0)
     targets = check_targets(targets, logits.shape[1])
@@ -118,7 +118,7 @@ def class_centers(features:Tensor, # `(N, D)` features of an epoch
                   n_classes:int, # How many classes there are
                   previous:Tensor|None=None # `(C, D)` centres to keep for classes without a feature; default: zeros
                  ) -> Tensor: # `(C, D)` in at least float32
-    "Median feature of each class (LTRL eq. 5): the lower median of each dimension by itself."
+    "Median feature of each class (LTRL eq. 5): the lower median of each dimension by itself; raises `ValueError` if the shapes don't match."
     if features.ndim!=2 or len(features)!=len(targets): raise ValueError(f"features: expected ({len(targets)}, dimensions), one row per target, got {tuple(features.shape)}.")
     targets = check_targets(targets, n_classes)
     feats = _upcast(features.detach())
@@ -134,7 +134,7 @@ def class_centers(features:Tensor, # `(N, D)` features of an epoch
 
 def class_similarity(centers:Tensor # `(C, D)` class centres
                     ) -> Tensor: # `(C, C)` in [-1, 1], in at least float32
-    "Cosine similarity of class centres (LTRL eq. 6); the row and column of a zero centre are zero."
+    "Cosine similarity of class centres (LTRL eq. 6); the row and column of a zero centre are zero; raises `ValueError` if `centers` is not `(C, D)`."
     if centers.ndim!=2: raise ValueError(f"centers: expected (classes, dimensions), got {tuple(centers.shape)}.")
     c = _upcast(centers)
     c = c/c.abs().amax(1, keepdim=True).clamp(min=torch.finfo(c.dtype).tiny)  # so that squares neither overflow nor vanish
@@ -148,7 +148,7 @@ def soft_labels(targets:Tensor, # `(B,)` class indices
                 normalize:str='softmax', # 'softmax' (published code) or 'none' (slides)
                 temperature:float=1. # Of the softmax, > 0; lower is sharper
                ) -> Tensor: # `(B, C)`
-    "One-hot labels, softened by what each class is similar to (LTRL eq. 7)."
+    "One-hot labels, softened by what each class is similar to (LTRL eq. 7); raises `ValueError` if `similarity` is not square or `normalize` is unknown."
     n = len(similarity)
     if similarity.shape!=(n,n): raise ValueError(f"similarity: expected (classes, classes), got {tuple(similarity.shape)}.")
     check_number('alpha', alpha, 'a weight', least=0, most=1)
@@ -177,7 +177,7 @@ def conflict_coefficient(dot:Tensor, # <g_aux, g_main>
 def project_conflict(g_aux:Tensor, # Auxiliary gradient, any shape
                      g_main:Tensor # Main gradient, same shape
                     ) -> Tensor: # The corrected `g_aux`, same shape and dtype
-    "`g_aux` without the part that works against `g_main`; unchanged where they do not conflict (LTRL eq. 10)."
+    "`g_aux` without the part that works against `g_main`; unchanged where they do not conflict (LTRL eq. 10); raises `ValueError` if they are not of one shape."
     if g_aux.shape!=g_main.shape: raise ValueError(f"g_aux and g_main: expected one shape, got {tuple(g_aux.shape)} and {tuple(g_main.shape)}.")
     a,m = _upcast(g_aux),_upcast(g_main)
     coef = conflict_coefficient((a*m).sum(), (m*m).sum())

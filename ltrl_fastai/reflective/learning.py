@@ -36,7 +36,7 @@ def _toggle(part):
     return property(lambda self: self.is_on(part), lambda self, v: self.switch(**{part: v}) and None, doc=f"Is `{part}` switched on? Set it to switch.")
 
 class ReflectiveLearning(Companion):
-    "Knowledge Review, Summary and Correction (LTRL, ECCV 2024): each can be switched on and off, before a fit or between two."
+    "Knowledge Review, Summary and Correction (LTRL, ECCV 2024): switch each on or off, before or between fits; raises `TypeError` for other parts, `ValueError` for other presets."
     needs,order,_fitting = (LossTerms,),-10,False # the terms' column names are settled when a fit begins, so they are there even if no part is
     _classes = dict(kr=KnowledgeReview, ks=KnowledgeSummary, kc=KnowledgeCorrection)
     kr,ks,kc = map(_toggle, _classes)
@@ -75,7 +75,7 @@ class ReflectiveLearning(Companion):
 
     def switch(self, **on # `kr=`, `ks=` or `kc=` True or False
               ) -> 'ReflectiveLearning': # Itself
-        "Switch parts on or off; what they remember stays with them. From within a fit it holds from the next epoch on."
+        "Switch parts on or off; what they remember stays with them. From within a fit it holds from the next epoch on; raises `TypeError` for no bool, `ValueError` for no part."
         for k,v in on.items():
             if k not in self.parts: raise ValueError(f"switch: expected kr, ks or kc, got {k!r}")
             if not isinstance(v, bool): raise TypeError(f"{k}: expected True or False, got {v!r}. {self.how_to}.")

@@ -141,7 +141,7 @@ class FeatureBank:
         features:Tensor, # `(B, ...)`, flattened to `(B, D)`
         targets:Tensor # `(B,)` class indices
     ):
-        "Keep a copy of a batch of features, without its graph; one that is not finite counts for no class."
+        "Keep a copy of a batch of features, without its graph; one that is not finite counts for no class; raises `ValueError` if they are of other dimensions than before."
         feats = features.detach().flatten(1)
         if self.blocks and feats.shape[1]!=self.blocks[0].shape[1]: raise ValueError(
             f"features: expected {self.blocks[0].shape[1]} dimensions as in the batches before, got {feats.shape[1]}. Centres need inputs of one size.")

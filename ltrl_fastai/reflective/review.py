@@ -17,7 +17,7 @@ from .terms import Companion, LossTerms
 
 # %% ../../nbs/reflective/07_review.ipynb #5fd28df9
 class KnowledgeReview(Companion):
-    "Adds the KL divergence from each sample's last prediction to its present one, over samples that were predicted right (LTRL eq. 1 to 4)."
+    "Adds the KL divergence from each sample's last prediction, where that was right, to its present one (LTRL eq. 1 to 4); raises `ValueError` if arguments are unknown or clash."
     order,run_valid = GradientAccumulation.order-2,False
     needs,columns = (SampleIds,LossTerms),('base_loss','review_loss','right')
     _stateattrs = ('teachers','_recalled','_dataset')

@@ -26,7 +26,7 @@ class _Ids(Tensor):
 default_collate_fn_map[_Id] = lambda batch, *, collate_fn_map=None: torch.tensor(batch).as_subclass(_Ids)
 
 class WithIds:
-    "A dataset whose items bring their index along, as the last of the tuple, for loaders that keep no order: `torch.utils.data.DataLoader(WithIds(ds))`."
+    "A dataset whose items bring their index as last, for loaders that keep no order: `torch.utils.data.DataLoader(WithIds(ds))`; raises `TypeError` if it has no length or index."
     def __init__(self, dataset:Any # Anything with `__len__` and `__getitem__` that gives tuples, input first
                 ):
         for o in ('__len__','__getitem__'):
@@ -62,7 +62,7 @@ def check_loader(dl:DataLoader # The training `DataLoader`
 
 def epoch_ids(dl:DataLoader # A `DataLoader` that is being iterated
              ) -> list: # Dataset ids, in the order in which this process meets them
-    "The order that `dl` drew for the running epoch."
+    "The order that `dl` drew for the running epoch; raises `ValueError` if it is no sequence."
     ids = getattr(dl, '_DataLoader__idxs', None)
     if not (hasattr(ids, '__len__') and hasattr(ids, '__getitem__')): raise ValueError(_wrong_loader.format(
         what=f"`{type(dl).__name__}.get_idxs` gave a {type(ids).__name__}, which can be read only once, where a list or another sequence was expected"))

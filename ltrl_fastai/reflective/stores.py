@@ -80,7 +80,7 @@ def _range(dtype): return torch.finfo(dtype).min,torch.finfo(dtype).max
 
 # %% ../../nbs/reflective/03_stores.ipynb #4edecaae
 class TopKStore(InMemory):
-    "The `k` largest logits of each sample, as a reviewer sees them, and how probable all other classes are together."
+    "The `k` largest logits of each sample, as a reviewer sees them, and how probable all other classes are together; raises `ValueError` if `k` is not 1 to `n_classes`-1."
     def __init__(self, n:int, # Samples
                  n_classes:int, # Classes
                  k:int=512, # How many to keep
@@ -245,7 +245,7 @@ class DiskStore:
     def get(self, ids:Tensor, # `(B,)` int64 dataset ids
             host_ids:list|None=None # `ids` again, on the host; without them it waits for the device
            ) -> tuple: # As `pack` gave it
-        "The rows of `ids`."
+        "The rows of `ids`; raises `OSError` if the file has lost a part of them."
         self._write(most=np.inf if host_ids is not None else 0)
         host_ids = ids.tolist() if host_ids is None else host_ids
         res = torch.empty(len(host_ids), self.n_classes, dtype=torch.float16, device='cpu', pin_memory=_pins(self.device)) # or sending it would wait
@@ -274,7 +274,7 @@ class DiskStore:
     def _mine(self, name): return name.startswith(f'teachers-{self.rank}-')
 
     def state_dict(self) -> dict:
-        "Names the file, which is left as it is from now on."
+        "Names the file, which is left as it is from now on; raises `ValueError` if its folder is temporary."
         if self._temporary is not None: raise ValueError(
             "These teachers are in a temporary folder, so no checkpoint can find them again. Name one: `KnowledgeReview(store=dict(kind='disk', folder=...))`.")
         self.freeze()
@@ -366,7 +366,7 @@ def make_store(kind:str, # One of `store_kinds`
                rank:int=0, # Of this process
                free:int|None=None # Bytes of free memory; default: ask
               ) -> DenseStore|TopKStore|DiskStore:
-    "Somewhere to keep the last predictions of `n` samples; 'auto' goes by their size and the memory that is free."
+    "Somewhere to keep the last predictions of `n` samples; 'auto' goes by their size and the memory that is free; raises `ValueError` if `kind` is unknown."
     if kind not in store_kinds: raise ValueError(f"store: expected one of {', '.join(store_kinds)}, got {kind!r}.")
     if kind=='auto':
         half = 2*n*n_classes

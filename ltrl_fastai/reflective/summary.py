@@ -15,7 +15,7 @@ from .terms import Companion, LossTerms
 
 # %% ../../nbs/reflective/08_summary.ipynb #3dd1ab35
 class KnowledgeSummary(Companion):
-    "Softens labels by the cosine similarity of median class features, taken at the end of each epoch (LTRL eq. 5 to 8)."
+    "Softens labels by the cosine similarity of median class features after each epoch (LTRL eq. 5 to 8); raises `ValueError` if `mode` or `on` is unknown or `smoothing>=1`."
     order,run_valid = GradientAccumulation.order-2,False
     needs,columns = (LossTerms,),('base_loss','summary_loss')
     _stateattrs = ('bank','centers','similarity','learned','_look','_module','_dataset','_right','_n')

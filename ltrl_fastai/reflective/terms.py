@@ -214,7 +214,7 @@ class LossTerms(Callback):
         return loss
 
     def batch(self) -> tuple[Tensor, Tensor]: # logits `(B, C)`, targets `(B,)` int64
-        "The logits and the class indices of the batch in hand, checked; tabular targets `(B, 1)` are flattened, as fastai's losses do."
+        "The logits and class indices of the batch in hand, checked; tabular targets `(B, 1)` are flattened, as fastai's losses do; raises `ValueError` if targets are no tensor."
         logits,y = self.logits_of(self.learn.pred),self.learn.y
         if not isinstance(y, Tensor): raise ValueError(f"targets: expected one tensor of class indices, got {type(y).__name__} of {len(y)}. "
             "Reflective Learning is for single-label classification.")

@@ -23,6 +23,8 @@ variants = {
     'accumulated': dict(rl=dict(kr=True, ks=True, kc=True), accumulate=2),
     'repeats': dict(rl=dict(kr=True, kc=True), repeats=True),
     'carried': dict(rl=dict(kr=True, kc=True), carried=True),
+    'disk': dict(rl=dict(kr=dict(store='disk'), kc=True), repeats=True),
+    'disk, carried': dict(rl=dict(kr=dict(store='disk'), kc=True), carried=True),
     'resumed': dict(rl=dict(kr=True, ks=True, kc=True), accumulate=1.5, resumed=True),
 }
 

@@ -65,6 +65,19 @@ def test_descriptions_of_pictures_are_yaml():
                 if line.startswith('#| fig-alt:'): assert isinstance(yaml.safe_load(line[2:])['fig-alt'], str), f'{nb.name}: {line}'
 
 
+def test_pictures_are_for_dark_pages_too():
+    "Drawn inside `picture_style()`: no white behind them"
+    import base64
+    import io
+    import json
+    from PIL import Image
+    for nb in notebooks:
+        for i, cell in enumerate(json.loads(nb.read_text())['cells']):
+            for data in (o['data']['image/png'] for o in cell.get('outputs', []) if 'image/png' in o.get('data', {})):
+                picture = Image.open(io.BytesIO(base64.b64decode(''.join(data)))).convert('RGBA')
+                assert picture.getpixel((0, 0))[3] == 0, f'{nb.relative_to(root)}, cell {i}: draw it `with picture_style():`'
+
+
 def test_lint():
     r = subprocess.run([tool('ruff'), 'check', '.'], cwd=root, capture_output=True, text=True)
     assert r.returncode == 0, r.stdout + r.stderr

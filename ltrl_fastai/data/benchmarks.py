@@ -14,7 +14,7 @@ from .fast import ImageTensors, FeatureTensors, tensor_dataloaders, small_image_
 
 # %% ../../nbs/data/02_benchmarks.ipynb #e2cb9689
 class LongTailDataLoaders(DataLoaders):
-    "`DataLoaders` with `train` (long-tailed), `valid` (left over from the training images) and `test` (balanced)."
+    "`DataLoaders` of a long-tailed training set, with `valid` (left over from the training images) and `test` (balanced)."
     name = imbalance_factor = None
     notes = () # Texts that a user of the data should know
     @property

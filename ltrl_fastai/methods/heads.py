@@ -102,7 +102,7 @@ def dealt(targets:Tensor, # `(N,)` class of each image
 def loader_in_order(train:DataLoader, # For training
                     order:Callable # Function without arguments that gives the positions of an epoch
                    ) -> DataLoader:
-    "Another loader of the same items and transforms, in an order of its own; making it draws no random number; raises `TypeError` if `train` is no fastai loader."
+    "Another loader of the same items and transforms, in an order of its own; making it draws no random number; raises `TypeError` for one that is not fastai's."
     if not isinstance(train, DataLoader): raise TypeError(f"expected a fastai DataLoader for training, got {type(train).__module__}.{type(train).__name__}.")
     if 'dl' in vars(train): return type(train)(loader_in_order(train.dl, order), train.rank, train.world_size, train.device) # distributed: the first rank's order is that of all
     state = random.getstate()

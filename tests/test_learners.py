@@ -37,7 +37,7 @@ def photos():
 @pytest.mark.parametrize('arch', [resnet18, mobilenet_v3_small, 'resnet10t'], ids=lambda o: o if isinstance(o, str) else o.__name__)
 def test_vision_learner(photos, quick_fit, arch):
     learn = vision_learner(photos, arch, pretrained=False, normalize=False, loss_func=BalancedSoftmaxLoss(class_counts(photos)), metrics=accuracy)
-    learn.add_cbs(ReflectiveLearning(ks=True, kc=True))
+    learn.add_cbs(ReflectiveLearning(preset='v0.0.1', ks=True, kc=True))
     quick_fit(learn, 2, 1e-3)
     assert learn.loss_terms.history[1]['summary_loss'] > 0 and learn.knowledge_summary.centers.shape == (3, 512)
     assert learn.knowledge_review.teachers.visited.all() or photos.train.drop_last
@@ -47,13 +47,13 @@ def test_vision_learner(photos, quick_fit, arch):
 @pytest.mark.parametrize('make', [lambda: create_net('resnet18', 3), lambda: timm.create_model('resnet10t', num_classes=3), lambda: CifarResNet(3, 8, head='cosine')],
                          ids=['torchvision', 'timm', 'cifar'])
 def test_plain_learner(photos, quick_fit, make):
-    learn = Learner(photos, make(), loss_func=CrossEntropyLossFlat(), cbs=ReflectiveLearning(ks=True, kc=True))
+    learn = Learner(photos, make(), loss_func=CrossEntropyLossFlat(), cbs=ReflectiveLearning(preset='v0.0.1', ks=True, kc=True))
     quick_fit(learn, 2, 1e-3)
     assert len(learn.knowledge_summary.similarity) == 3
 
 
 def test_fine_tune_with_frozen_parameters(photos):
-    learn = vision_learner(photos, resnet18, pretrained=False, normalize=False, cbs=ReflectiveLearning(ks=True, kc=True))
+    learn = vision_learner(photos, resnet18, pretrained=False, normalize=False, cbs=ReflectiveLearning(preset='v0.0.1', ks=True, kc=True))
     frozen = [p.detach().clone() for p in learn.model[0][0].parameters()]
     learn.freeze()
     with learn.no_bar(), learn.no_logging():
@@ -75,7 +75,7 @@ def test_presets_train(dls, mlp, quick_fit, preset):
                          ids=['mixup', 'accumulate', 'clip', 'all'])
 @pytest.mark.parametrize('first', [True, False], ids=['ours first', 'ours last'])
 def test_beside_other_callbacks(dls, mlp, quick_fit, cbs, first):
-    cbs = [ReflectiveLearning(ks=True, kc=True), *cbs] if first else [*cbs, ReflectiveLearning(ks=True, kc=True)]
+    cbs = [ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), *cbs] if first else [*cbs, ReflectiveLearning(ks=True, kc=True)]
     learn = quick_fit(learner(dls, mlp(), cbs), 3)
     assert np.isfinite(learn.recorder.values[-1][0])
     assert isinstance(learn.loss_func, BalancedSoftmaxLoss)
@@ -86,8 +86,8 @@ def test_adding_order_does_not_matter(quick_fit, mlp):
         set_seed(0, reproducible=True)
         dls = digits_lt(device='cpu')
         return torch.cat([p.flatten() for p in quick_fit(learner(dls, mlp(), list(cbs)), 3).model.parameters()])
-    a = weights(KnowledgeReview(), KnowledgeSummary(), KnowledgeCorrection(), GradientAccumulation(64), GradientClip(.5))
-    b = weights(GradientClip(.5), GradientAccumulation(64), KnowledgeCorrection(), KnowledgeSummary(), KnowledgeReview())
+    a = weights(KnowledgeReview(adapt=0., memory=0.), KnowledgeSummary(adapt=6., resemblance='features'), KnowledgeCorrection(), GradientAccumulation(64), GradientClip(.5))
+    b = weights(GradientClip(.5), GradientAccumulation(64), KnowledgeCorrection(), KnowledgeSummary(adapt=6., resemblance='features'), KnowledgeReview(adapt=0., memory=0.))
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -101,7 +101,7 @@ class CpuAMP(MixedPrecision):
 
 @pytest.mark.parametrize('mode', ['fp16', 'bf16'])
 def test_mixed_precision_drops_nothing(dls, mlp, quick_fit, mode):
-    learn = quick_fit(learner(dls, mlp(), [ReflectiveLearning(ks=True, kc=True), CpuAMP(mode)]), 3)
+    learn = quick_fit(learner(dls, mlp(), [ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), CpuAMP(mode)]), 3)
     h = learn.loss_terms.history[-1]
     assert h['review_loss'] > 0 and h['summary_loss'] > 0 and np.isfinite(h['base_loss'])
     assert learn.knowledge_review.teachers.store.logits.dtype == torch.float32
@@ -117,7 +117,7 @@ def test_mixed_precision_corrects_as_full_precision_does(quick_fit, mlp):
     def weights(*cbs):
         set_seed(0, reproducible=True)
         dls = digits_lt(device='cpu')
-        return torch.cat([p.flatten() for p in quick_fit(learner(dls, mlp(), [ReflectiveLearning(ks=True, kc=True), *cbs], opt_func=SGD), 3, 1e-1).model.parameters()])
+        return torch.cat([p.flatten() for p in quick_fit(learner(dls, mlp(), [ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), *cbs], opt_func=SGD), 3, 1e-1).model.parameters()])
     torch.testing.assert_close(weights(), weights(Bf16()), rtol=1e-4, atol=1e-5)
 
 
@@ -128,7 +128,7 @@ def test_an_overflow_leaves_no_teacher(dls, mlp, quick_fit):
             if self.iter == 2 and self.epoch == 0: self.learn.pred = self.pred*float('inf')
         def before_step(self):
             if self.iter == 2 and self.epoch == 0: raise CancelStepException
-    learn = learner(dls, mlp(), [KnowledgeReview(), Overflow()])
+    learn = learner(dls, mlp(), [KnowledgeReview(adapt=0., memory=0.), Overflow()])
     quick_fit(learn, 1)
     assert (~learn.knowledge_review.teachers.seen).sum() == 32
     quick_fit(learn, 2)
@@ -156,7 +156,7 @@ def test_an_end_in_the_middle_leaves_nothing_and_training_goes_on(dls, mlp, quic
             self.armed = False
             raise exc('stop')
     setattr(Stop, event, stop)
-    learn = learner(dls, mlp(), [ReflectiveLearning(ks=True, kc=True), Stop()])
+    learn = learner(dls, mlp(), [ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), Stop()])
     with stops(exc if exc in (KeyboardInterrupt, RuntimeError) else None): quick_fit(learn, 3)
     if learn.opt: learn.opt.zero_grad()
     preds = learn.get_preds(dl=dls.test)[0]
@@ -170,7 +170,7 @@ def test_an_end_in_the_middle_leaves_nothing_and_training_goes_on(dls, mlp, quic
 
 def test_predictions_are_those_without_our_callbacks(mlp, quick_fit):
     dls = digits_lt(device='cpu', tfms=dict(crop=0, flip=False))  # fastai augments whatever comes from the training set
-    learn = quick_fit(learner(dls, mlp(), ReflectiveLearning(ks=True, kc=True)), 2)
+    learn = quick_fit(learner(dls, mlp(), ReflectiveLearning(preset='v0.0.1', ks=True, kc=True)), 2)
     memory = learn.knowledge_review.teachers.store.logits.clone()
     def everything(): return [*learn.get_preds(ds_idx=0), *learn.get_preds(dl=dls.test), torch.tensor([0. if o is None else o for o in learn.validate()]),
                               learn.predict(dls.test.dataset.images[0])[2]]
@@ -182,7 +182,7 @@ def test_predictions_are_those_without_our_callbacks(mlp, quick_fit):
 
 def test_export_carries_no_memories(dls, mlp, quick_fit, tmp_path):
     sizes = []
-    for cbs in (None, ReflectiveLearning(ks=True, kc=True)):
+    for cbs in (None, ReflectiveLearning(preset='v0.0.1', ks=True, kc=True)):
         learn = quick_fit(learner(dls, mlp(), cbs, path=tmp_path), 2)
         learn.export(f'{len(sizes)}.pkl')
         sizes.append((tmp_path/f'{len(sizes)}.pkl').stat().st_size)
@@ -195,7 +195,7 @@ def test_export_carries_no_memories(dls, mlp, quick_fit, tmp_path):
 
 def test_the_table_stays_in_line(dls, mlp, quick_fit, tmp_path):
     for train_metrics in (False, True):
-        learn = learner(dls, mlp(), [ReflectiveLearning(ks=True, kc=True), CSVLogger('log.csv'), SaveModelCallback(monitor='valid_all' if train_metrics else 'all')],
+        learn = learner(dls, mlp(), [ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), CSVLogger('log.csv'), SaveModelCallback(monitor='valid_all' if train_metrics else 'all')],
                         path=tmp_path)
         learn.recorder.train_metrics = train_metrics
         quick_fit(learn, 3)
@@ -210,20 +210,20 @@ def test_the_table_stays_in_line(dls, mlp, quick_fit, tmp_path):
 
 
 def test_stopping_callbacks(dls, mlp, quick_fit, tmp_path):
-    learn = learner(dls, mlp(), [ReflectiveLearning(ks=True, kc=True), EarlyStoppingCallback(monitor='all', patience=1, min_delta=2.), TerminateOnNaNCallback()], path=tmp_path)
+    learn = learner(dls, mlp(), [ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), EarlyStoppingCallback(monitor='all', patience=1, min_delta=2.), TerminateOnNaNCallback()], path=tmp_path)
     quick_fit(learn, 6)
     assert len(learn.recorder.values) == 2
 
 
 def test_parameter_groups(dls, mlp, quick_fit):
     split = lambda m: [params(m[:4]), params(m[4:])]
-    learn = quick_fit(learner(dls, mlp(), ReflectiveLearning(ks=True, kc=True), splitter=split, opt_func=partial(Adam, wd=0)), 2, slice(1e-4, 1e-2))
+    learn = quick_fit(learner(dls, mlp(), ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), splitter=split, opt_func=partial(Adam, wd=0)), 2, slice(1e-4, 1e-2))
     assert np.isfinite(learn.recorder.values[-1][0])
 
 
 def test_another_data_set_starts_a_new_memory(mlp, quick_fit):
     a, b = digits_lt(device='cpu'), digits_lt(device='cpu', n_max=100)
-    learn = quick_fit(learner(a, mlp(), ReflectiveLearning(ks=True, kc=True)), 2)
+    learn = quick_fit(learner(a, mlp(), ReflectiveLearning(preset='v0.0.1', ks=True, kc=True)), 2)
     n = len(learn.knowledge_review.teachers)
     learn.dls = b
     quick_fit(learn, 1)
@@ -254,7 +254,7 @@ def test_bad_input_is_named(dls, mlp, quick_fit, bad, said):
     before = {**kw, **bad(dls, mlp)}
     weights = [p.detach().clone() for p in before['model'].parameters()]
     with pytest.raises((ValueError, TypeError), match=said):
-        learn = Learner(before['dls'], before['model'], loss_func=before['loss_func'], cbs=ReflectiveLearning(ks=True, kc=True))
+        learn = Learner(before['dls'], before['model'], loss_func=before['loss_func'], cbs=ReflectiveLearning(preset='v0.0.1', ks=True, kc=True))
         quick_fit(learn, 2)
     assert all((a == b).all() for a, b in zip(weights, before['model'].parameters()))  # no step was made
 
@@ -262,20 +262,20 @@ def test_bad_input_is_named(dls, mlp, quick_fit, bad, said):
 def test_a_float64_model(dls, mlp, quick_fit):
     class Double(Callback):
         def before_batch(self): self.learn.xb = (self.x.double(),)
-    learn = quick_fit(learner(dls, mlp().double(), [ReflectiveLearning(ks=True, kc=True), Double()]), 3)
+    learn = quick_fit(learner(dls, mlp().double(), [ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), Double()]), 3)
     assert learn.knowledge_review.teachers.store.logits.dtype == torch.float64 and learn.loss_terms.history[-1]['review_loss'] > 0
 
 
 def test_without_fastais_default_callbacks(dls, mlp, quick_fit):
     "No CastToTensor: predictions and targets are fastai's tensor subclasses; no Recorder: no table"
-    learn = Learner(dls, mlp(), loss_func=BalancedSoftmaxLoss(dls.class_counts), cbs=[TrainEvalCallback, ReflectiveLearning(ks=True, kc=True)], default_cbs=False)
+    learn = Learner(dls, mlp(), loss_func=BalancedSoftmaxLoss(dls.class_counts), cbs=[TrainEvalCallback, ReflectiveLearning(preset='v0.0.1', ks=True, kc=True)], default_cbs=False)
     quick_fit(learn, 3)
     assert learn.loss_terms.history[-1]['review_loss'] > 0
 
 
 def test_trackers_loggers_and_graphs_find_numbers_where_they_look(mlp, quick_fit, tmp_path):
     dls = digits_lt(device='cpu', imbalance_factor=2, bs=50)  # no Few
-    learn = learner(dls, mlp(), [ReflectiveLearning(ks=True, kc=True), EarlyStoppingCallback(monitor='review_loss', patience=2),
+    learn = learner(dls, mlp(), [ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), EarlyStoppingCallback(monitor='review_loss', patience=2),
                                  SaveModelCallback(monitor='summary_loss')], path=tmp_path)
     quick_fit(learn, 3)
     names = list(learn.recorder.metric_names)
@@ -289,7 +289,7 @@ def test_an_alignment_error_ends_with_its_cause(quick_fit):
         def __len__(self): return len(self.y)
         def __getitem__(self, i): return torch.tensor([float(i)]), torch.tensor(self.y[i])
     ds = Labelled()
-    learn = Learner(DataLoaders(*[DataLoader(ds, bs=16)]*2), nn.Linear(1, 5), loss_func=CrossEntropyLossFlat(), cbs=KnowledgeReview())
+    learn = Learner(DataLoaders(*[DataLoader(ds, bs=16)]*2), nn.Linear(1, 5), loss_func=CrossEntropyLossFlat(), cbs=KnowledgeReview(adapt=0., memory=0.))
     quick_fit(learn)
     ds.y[3] = 1
     with pytest.raises(ValueError, match='another target'): quick_fit(learn)
@@ -304,12 +304,12 @@ def test_a_loss_that_is_swapped_in_is_the_one_that_is_reviewed(dls, mlp, quick_f
     class Deferred(Callback):
         def before_epoch(self):
             if self.epoch == 1: self.learn.loss_func = BalancedSoftmaxLoss(self.dls.class_counts)
-    learn = quick_fit(Learner(dls, mlp(), loss_func=CrossEntropyLossFlat(), cbs=[KnowledgeReview(), Deferred(), MixUp()]), 2)
+    learn = quick_fit(Learner(dls, mlp(), loss_func=CrossEntropyLossFlat(), cbs=[KnowledgeReview(adapt=0., memory=0.), Deferred(), MixUp()]), 2)
     torch.testing.assert_close(learn.loss_terms.trained_logits(torch.zeros(1, 10))[0], dls.class_counts.log())
 
 
 def test_another_data_set_has_other_centres(mlp, quick_fit):
-    learn = quick_fit(learner(digits_lt(device='cpu'), mlp(), KnowledgeSummary()), 1)
+    learn = quick_fit(learner(digits_lt(device='cpu'), mlp(), KnowledgeSummary(adapt=6., resemblance='features')), 1)
     learn.dls = digits_lt(device='cpu', data_seed=1)
     quick_fit(learn, 1)
     assert learn.loss_terms.history[0]['summary_loss'] is None
@@ -321,7 +321,7 @@ def test_a_head_that_sees_parts_of_a_batch_is_named(dls, quick_fit):
             super().__init__()
             self.fc = nn.Linear(64, 10)
         def forward(self, x): return torch.cat([self.fc(input=o) for o in x.flatten(1).tensor_split(2)])
-    with pytest.raises(ValueError, match='Linear was given 16 features for a batch of 32'): quick_fit(learner(dls, Halves(), KnowledgeSummary()))
+    with pytest.raises(ValueError, match='Linear was given 16 features for a batch of 32'): quick_fit(learner(dls, Halves(), KnowledgeSummary(adapt=6., resemblance='features')))
 
 
 def test_sorted_batches_of_text_have_ids(quick_fit):
@@ -332,7 +332,7 @@ def test_sorted_batches_of_text_have_ids(quick_fit):
         def before_batch(self): assert (self.learn.sample_ids.ids == self.x[:, 0]).all()
     for shuffle in (False, True):
         dl = SortedDL(ds, bs=8, shuffle=shuffle, sort_func=lambda o: float(o[0]), num_workers=0)
-        quick_fit(Learner(DataLoaders(dl, dl), nn.Linear(1, 2), loss_func=CrossEntropyLossFlat(), cbs=[KnowledgeReview(), Match()]), 2)
+        quick_fit(Learner(DataLoaders(dl, dl), nn.Linear(1, 2), loss_func=CrossEntropyLossFlat(), cbs=[KnowledgeReview(adapt=0., memory=0.), Match()]), 2)
         assert 'shuffle_fn' not in vars(dl)
 
 
@@ -341,13 +341,14 @@ def test_target_values_are_looked_at_once_a_fit(dls, mlp, quick_fit, monkeypatch
     import ltrl_fastai.reflective.terms as terms
     reads, check = [], terms.check_targets
     monkeypatch.setattr(terms, 'check_targets', lambda *args, read=None: reads.append(read) or check(*args, read=read))
-    learn = learner(dls, mlp(), KnowledgeReview())
+    learn = learner(dls, mlp(), KnowledgeReview(adapt=0., memory=0.))
     for n in (1, 2): quick_fit(learn, n)
-    assert [i for i, o in enumerate(reads) if o] == [0, 13] and len(reads) == 39
+    batches = len(dls.train)+len(dls.valid)
+    assert [i for i, o in enumerate(reads) if o] == [0, batches] and len(reads) == 3*batches
 
 
 def test_two_bookkeepers_are_refused(dls, mlp, quick_fit):
-    with pytest.raises(ValueError, match='two LossTerms'): quick_fit(learner(dls, mlp(), [KnowledgeReview(), LossTerms()]))
+    with pytest.raises(ValueError, match='two LossTerms'): quick_fit(learner(dls, mlp(), [KnowledgeReview(adapt=0., memory=0.), LossTerms()]))
 
 
 class Late(Callback):
@@ -362,7 +363,7 @@ def test_a_cancel_after_the_correction_counts_no_term_twice(quick_fit):
         set_seed(0, reproducible=True)
         dls = digits_lt(device='cpu', tfms=dict(crop=0, flip=False))
         net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-        learn = learner(dls, net, [KnowledgeReview(adapt=0., weight=3.), Late(), *cbs], opt_func=SGD)
+        learn = learner(dls, net, [KnowledgeReview(adapt=0., memory=0., weight=3.), Late(), *cbs], opt_func=SGD)
         return torch.cat([p.detach().flatten() for p in quick_fit(learn, 4, .05).model.parameters()])
     torch.testing.assert_close(weights(), weights(KeepTerms()), rtol=1e-4, atol=1e-5)
 
@@ -380,7 +381,7 @@ def test_splitting_the_gradient_loses_nothing_under_accumulation(quick_fit, n_ac
         set_seed(0, reproducible=True)
         dls = digits_lt(device='cpu', bs=27, tfms=dict(crop=0, flip=False))
         net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-        cbs = [KnowledgeReview(adapt=0., weight=5.), GradientAccumulation(n_acc), *cbs]
+        cbs = [KnowledgeReview(adapt=0., memory=0., weight=5.), GradientAccumulation(n_acc), *cbs]
         return torch.cat([p.detach().flatten() for p in quick_fit(learner(dls, net, cbs, opt_func=SGD), 5, .05).model.parameters()])
     torch.testing.assert_close(weights(), weights(KeepTerms()), rtol=1e-4, atol=1e-5)
 
@@ -423,5 +424,5 @@ def test_global_correction_reaches_parameters_of_the_main_loss_alone(quick_fit):
 
 def test_targets_out_of_range(quick_fit):
     ds = [(torch.rand(4), i % 5) for i in range(40)]
-    learn = Learner(DataLoaders(*[DataLoader(ds, bs=8)]*2), nn.Linear(4, 3), loss_func=lambda p, y: p.sum(), cbs=ReflectiveLearning(ks=True, kc=True))
+    learn = Learner(DataLoaders(*[DataLoader(ds, bs=8)]*2), nn.Linear(4, 3), loss_func=lambda p, y: p.sum(), cbs=ReflectiveLearning(preset='v0.0.1', ks=True, kc=True))
     with pytest.raises(ValueError, match='from 0 to 2, got 0 to 4'): quick_fit(learn)

@@ -10,7 +10,7 @@ def fit(cbs):
     set_seed(0)
     dls = digits_lt(device='cpu')
     n = class_counts(dls)
-    learn = Learner(dls, CifarResNet(10, depth=8, n_in=1), loss_func=BalancedSoftmaxLoss(n), metrics=shot_accuracies(n), cbs=[ReflectiveLearning(ks=True, kc=True), *cbs])
+    learn = Learner(dls, CifarResNet(10, depth=8, n_in=1), loss_func=BalancedSoftmaxLoss(n), metrics=shot_accuracies(n), cbs=[ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), *cbs])
     with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2)
     return learn
 

@@ -276,7 +276,7 @@ def test_reflective_learning_is_of_the_first_stage(dls, stage):
 
     class See(Callback):
         def before_train(self): on.append(any(type(o).__name__ == 'KnowledgeReview' for o in self.learn.cbs))
-    learn = learner(dls, cbs=[ReflectiveLearning(ks=True, kc=True), See()])
+    learn = learner(dls, cbs=[ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), See()])
     with learn.no_bar(), learn.no_logging(): Method('', '', then=(stage,)).fit(learn, 2, .05)
     assert on == [True]*2+[False]*(2 if stage.epochs is None else min(2, stage.epochs)) and learn.knowledge_review in learn.cbs
 
@@ -290,6 +290,6 @@ def test_memory_under_mixed_precision_and_review(dls, quick_fit):
         logits, features, centroids = learn.model.train()(x)
         assert logits.dtype == features.dtype == torch.float32 and centroids is learn.model.fc.centroids
     learn.opt = None
-    quick_fit(learn, 2, cbs=ReflectiveLearning(ks=True, kc=True))
+    quick_fit(learn, 2, cbs=ReflectiveLearning(preset='v0.0.1', ks=True, kc=True))
     assert isinstance(learn.loss_func, OLTRLoss) and np.isfinite(learn.recorder.values[-1]).all()
     assert Method('', '').learner(dls, learn.model)  # its head has as many outputs as there are classes

@@ -31,11 +31,9 @@ def test_soft_labels(dtype, tol):
 @dtypes
 def test_label_smoothing_before_centres(dtype, tol):
     from ltrl_fastai.all import KnowledgeSummary
-    from ltrl_fastai.reflective.memory import FeatureBank
     d = load('soft_labels', dtype)
-    ks = KnowledgeSummary(mode='replace', smoothing=.1)
-    ks.bank = FeatureBank(10)
-    close(ks._soft(d['labels']).to(dtype), d['soft_labels_first_epoch'], tol)
+    ks = KnowledgeSummary(mode='replace', smoothing=.1, adapt=0., resemblance='features')
+    close(ks._soft(d['labels'], 10).to(dtype), d['soft_labels_first_epoch'], tol)
 
 
 @dtypes

@@ -10,21 +10,22 @@ from fastai.basics import *
 from ..data.imbalance import eval_view
 from ..reflective.samples import SampleIds
 from ..reflective.memory import TeacherMemory
-from ..reflective.terms import Companion, LossTerms
+from ..reflective.terms import LossTerms, Remembers
 from ..reflective.features import find_head
 from ..reflective.functional import class_centers, class_similarity
 from ..reflective.correction import KnowledgeCorrection
 
 # %% ../../nbs/evaluation/02_diagnosis.ipynb #827bbd2e
-class Diagnosis(Companion):
+class Diagnosis(Remembers):
     "Records by epoch and class, from the training passes: KL divergence to each sample's last prediction, and the share predicted right."
     order,run_valid = LossTerms.order+1,False
     needs = (SampleIds,LossTerms)
-    _stateattrs = ('last','kl','right','_sums')
+    remembered,_stateattrs = ('last',),('last','kl','right','_sums','_dataset','_of_lineage')
     last = _sums = None
     kl = right = ()
 
     def before_train(self):
+        self.belongs()
         self._sums = None
         if self.epoch==0: self.last,self.kl,self.right = None,[],[]
     def after_loss(self):
@@ -53,6 +54,7 @@ class Diagnosis(Companion):
                        ):
         "Go on with this record."
         self.kl,self.right = state['kl'],state['right']
+        self.take_back(learn)
         self.last = None if state['last'] is None else TeacherMemory.from_state(state['last'], next(learn.model.parameters()).device)
 
 # %% ../../nbs/evaluation/02_diagnosis.ipynb #44d57893

@@ -15,13 +15,19 @@ from .summary import KnowledgeSummary
 from .correction import KnowledgeCorrection
 
 # %% ../../nbs/reflective/10_learning.ipynb #561372e4
-_as_published = dict(weight=1., adapt=0.)
-presets = { # Arguments of each part; False leaves it off unless it is asked for
-    'default': dict(kr={}, ks=False, kc=False),
-    'paper': dict(kr=dict(**_as_published, on='logits', prior=0.), ks=dict(**_as_published, mode='add', alpha=.99, on='logits', normalize='none'), kc=dict(granularity='global')),
-    'published': dict(kr=dict(**_as_published, on='logits', prior=0., count_scale=True), ks=dict(**_as_published, mode='replace', alpha=.99, temperature=1., smoothing=.1),
+_last_visit = dict(adapt=0., memory=0.)
+_features = dict(resemblance='features', alpha=.99)
+presets = { # Arguments of each part
+    'default': dict(kr={}, ks={}, kc={}),
+    'paper': dict(kr=dict(**_last_visit, weight=1., on='logits'),
+                  ks=dict(**_features, weight=1., adapt=0., mode='add', on='logits', normalize='none'),
+                  kc=dict(granularity='global')),
+    'published': dict(kr=dict(**_last_visit, weight=1., on='logits', count_scale=True),
+                      ks=dict(**_features, weight=1., adapt=0., mode='replace', temperature=1., smoothing=.1),
                       kc=dict(granularity='tensor')),
+    'v0.0.1': dict(kr=dict(adapt=6., prior=1., memory=0.), ks=dict(resemblance='features', alpha=.97, adapt=6.), kc={}),
 }
+_off = {'default': ('kc',), 'v0.0.1': ('ks','kc')} # Parts that a preset leaves off unless they are asked for
 
 def _make(part, cls, args):
     "`cls(**args)`, if it has such arguments"
@@ -45,16 +51,16 @@ class ReflectiveLearning(Companion):
         kr:bool|dict|KnowledgeReview|None=None, # Review? Or arguments of `KnowledgeReview` that differ from the preset, or the callback itself; default: as the preset says
         ks:bool|dict|KnowledgeSummary|None=None, # Summarise? Likewise for `KnowledgeSummary`
         kc:bool|dict|KnowledgeCorrection|None=None, # Correct? Likewise for `KnowledgeCorrection`
-        preset:str='default' # 'default', 'paper' (as on the slides) or 'published' (as the released code)
+        preset:str='default' # 'default', 'paper' (as on the slides), 'published' (as the released code) or 'v0.0.1' (the default of that version)
     ):
         if preset not in presets: raise ValueError(f"preset: expected one of {list(presets)}, got {preset!r}")
         self.preset,self.parts,self._on,self._wishes = preset,{},{},{}
         for k,v in dict(kr=kr, ks=ks, kc=kc).items():
             cls = self._classes[k]
             if v is not None and not isinstance(v, (bool,dict,cls)): raise TypeError(f"{k}: expected True, False, a dict of arguments or a {cls.__name__}, got {v!r}")
-            usual = presets[preset][k]
-            self.parts[k] = v if isinstance(v, cls) else _make(k, cls, {**(usual or {}), **(v if isinstance(v, dict) else {})})
-            self._on[k] = (usual if v is None else v) is not False
+            args = {**presets[preset][k], **(v if isinstance(v, dict) else {})}
+            self.parts[k] = v if isinstance(v, cls) else _make(k, cls, args)
+            self._on[k] = k not in _off.get(preset, ()) if v is None else v is not False
 
     def attach(self, learn):
         for k,cb in self.parts.items():

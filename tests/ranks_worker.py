@@ -15,17 +15,19 @@ from ltrl_fastai.experiments.checkpoint import UnreadableCheckpoint
 from torch.utils.data import TensorDataset
 
 n, n_classes, bs = 50, 6, 8
+first = dict(preset='v0.0.1')
 variants = {
-    'everything': dict(rl=dict(kr=True, ks=True, kc=True)),
-    'global': dict(rl=dict(kr=True, ks=dict(mode='add'), kc=dict(granularity='global'))),
+    'everything': dict(rl=dict(first, kr=True, ks=True, kc=True)),
+    'global': dict(rl=dict(first, kr=True, ks=dict(mode='add'), kc=dict(granularity='global'))),
     'published': dict(rl=dict(preset='published')),
-    'topk': dict(rl=dict(kr=dict(store=dict(kind='topk', k=3)), kc=True)),
-    'accumulated': dict(rl=dict(kr=True, ks=True, kc=True), accumulate=2),
-    'repeats': dict(rl=dict(kr=True, kc=True), repeats=True),
-    'carried': dict(rl=dict(kr=True, kc=True), carried=True),
-    'disk': dict(rl=dict(kr=dict(store='disk'), kc=True), repeats=True),
-    'disk, carried': dict(rl=dict(kr=dict(store='disk'), kc=True), carried=True),
-    'resumed': dict(rl=dict(kr=True, ks=True, kc=True), accumulate=1.5, resumed=True),
+    'topk': dict(rl=dict(first, kr=dict(store=dict(kind='topk', k=3)), kc=True)),
+    'accumulated': dict(rl=dict(first, kr=True, ks=True, kc=True), accumulate=2),
+    'repeats': dict(rl=dict(first, kr=True, kc=True), repeats=True),
+    'carried': dict(rl=dict(first, kr=True, kc=True), carried=True),
+    'disk': dict(rl=dict(first, kr=dict(store='disk'), kc=True), repeats=True),
+    'disk, carried': dict(rl=dict(first, kr=dict(store='disk'), kc=True), carried=True),
+    'memory': dict(rl=dict(kr=dict(weight=1., adapt=0.), ks=dict(adapt=0.))),
+    'resumed': dict(rl=dict(first, kr=True, ks=True, kc=True), accumulate=1.5, resumed=True),
 }
 
 
@@ -70,7 +72,7 @@ def outcome(learn):
     for cb in learn.cbs:
         if cb.name == 'knowledge_review':
             res.update(seen=cb.teachers.seen, right=cb.teachers.right, share=cb.teachers.share_right, teachers=cb.teachers.store.get(torch.arange(n))[0].double())
-        if cb.name == 'knowledge_summary': res.update(centers=cb.centers, learned=torch.as_tensor(cb.learned))
+        if cb.name == 'knowledge_summary': res.update(shared=cb.predictions if cb.centers is None else cb.centers, learned=torch.as_tensor(cb.learned))
         if cb.name == 'knowledge_correction': res.update({f'conflicts.{k}': torch.tensor([o[k] for o in cb.conflict_rates[1:]]) for k in cb.conflict_rates[-1]})
     res.update({f'history.{k}': torch.tensor([float('nan') if o[k] is None else o[k] for o in learn.loss_terms.history]) for k in learn.loss_terms.history[0]})
     return res

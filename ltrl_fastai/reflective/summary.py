@@ -131,12 +131,11 @@ class KnowledgeSummary(Remembers):
         onehot = F.one_hot(y, n_classes)
         if self.strength is None: return None
         if self._by_features and self.similarity is not None:
-            soft = soft_labels(y, self.similarity, self._alpha, self.normalize, self.temperature)
-        elif not self._by_features and self.predictions is not None:
-            rows = self.predictions[y]
-            soft = self._alpha*onehot + (1-self._alpha)*rows
+            rows = soft_labels(y, self.similarity, alpha=0., normalize=self.normalize, temperature=self.temperature)
+        elif not self._by_features and self.predictions is not None: rows = self.predictions[y]
         elif self.smoothing: return (1-self.smoothing)*onehot + self.smoothing/n_classes
         else: return None
+        soft = self._alpha*onehot + (1-self._alpha)*rows
         return soft if self.adapt in ('auto',0) or self.mode=='add' else onehot + self.strength*(soft-onehot)
 
     @property

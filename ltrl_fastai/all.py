@@ -37,6 +37,7 @@ from ltrl_fastai.methods.bbn import *
 from ltrl_fastai.methods.paco import *
 from ltrl_fastai.methods.ncl import *
 from ltrl_fastai.methods.catalogue import *
+from ltrl_fastai.methods.optimizer import *
 from ltrl_fastai.evaluation.metrics import *
 from ltrl_fastai.evaluation.report import *
 from ltrl_fastai.evaluation.shift import *

@@ -32,7 +32,8 @@ class Recipe:
     epochs:int # Of the whole schedule
     lr:float # Largest learning rate
     bs:int # Batch size
-    wd:float # Weight decay
+    wd:float # Weight decay, in the gradient
+    nesterov:bool # Nesterov momentum?
     policy:str|None # Augmentation beside the usual crop and flip
     reported:dict|None # Accuracy in percent, some of 'many', 'medium', 'few' and 'all'; None if the slides give no number
     notes:tuple=() # What differs from the published setting, what the slides leave open, and what can't be right
@@ -43,7 +44,7 @@ class Recipe:
         "The run; raises `ValueError` for what is no setting."
         if not 0<budget<=1: raise ValueError(f"budget: expected a share of the schedule, above 0 and at most 1, got {budget}.")
         if budget<1 and 'epochs' in over: raise ValueError("epochs: they are given, and a budget to shorten them by too. Leave one of the two.")
-        mine = {k: deepcopy(getattr(self, k)) for k in 'dataset imbalance_factor net pretrained method reflective schedule epochs lr bs wd policy'.split()}
+        mine = {k: deepcopy(getattr(self, k)) for k in 'dataset imbalance_factor net pretrained method reflective schedule epochs lr bs wd nesterov policy'.split()}
         return RunSettings(**{**mine, 'epochs': max(1, round(self.epochs*budget)), **over})
 
     def mark(self, budget:float=1., # Share of the schedule
@@ -243,7 +244,7 @@ def _recipe(table, row, column, bench, reported, remarks=(), review=None, **chan
     if review: rl = {**rl, 'kr': review}
     method,words = _names[base],'' if rl is None else '+RL' if 'ks' not in rl else ''.join(f'+{k.upper()}' for k in ('kr','ks','kc') if rl[k])
     name = '/'.join([table, base.replace('τ','tau')+words+'+RandAugment'*dagger] + [column.replace(' ','-')]*bool(column))
-    made = {**dict(imbalance_factor=None, pretrained=False, policy=None), **_benchmarks[bench], **methods[method].defaults, **(_dagger if dagger else {}), **change}
+    made = {**dict(imbalance_factor=None, pretrained=False, policy=None, nesterov=True), **_benchmarks[bench], **methods[method].defaults, **(_dagger if dagger else {}), **change}
     reported = reported and {k: v for k,v in reported.items() if v is not None}
     usual = _benchmarks[bench]['wd']
     notes = [_open(table, dagger, made, usual), _dagger_note if dagger else None, _published.get(method) if bench=='CIFAR100-LT' else None, _of_method.get(method),

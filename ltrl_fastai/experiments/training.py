@@ -18,6 +18,7 @@ from ..data.own import own_images
 from ..methods.nets import create_net
 from ..methods.heads import pretrained_net
 from ..methods.catalogue import methods
+from ..methods.optimizer import benchmark_sgd
 from ..evaluation.metrics import shot_accuracies
 from ..evaluation.report import ShotReport
 from ..evaluation.shift import adapted_table, shifted_table, world_loaders
@@ -90,6 +91,9 @@ class RunSettings:
     lr:float|None=None # Largest learning rate
     bs:int|None=None # Batch size
     wd:float|None=None # Weight decay; default: 5e-4, or what the method can't do without
+    nesterov:bool|None=None # Nesterov momentum? Default: as the method's authors have it
+    decouple_wd:bool=False # fastai's decoupled weight decay, a tenth as strong? If not, it is part of the gradient, as in the published benchmarks
+    wd_bn_bias:bool=True # Weight decay of biases and of batch normalisation too?
     seed:int=0 # Of weights, batches and augmentation
     data_seed:int=0 # Of the choice of training images
     n_max:int|None=None # Training images of the largest class; default: as many as there are (120 for digits)
@@ -108,7 +112,7 @@ class RunSettings:
         for f in dataclasses.fields(self): check_type(f.name, getattr(self, f.name), f.type)
         spec = spec_of(self.dataset)
         one_of('method', self.method, methods); one_of('schedule', self.schedule, schedules)
-        for k,v in {**spec['defaults'], 'wd': 5e-4, **methods[self.method].defaults}.items():
+        for k,v in {**spec['defaults'], 'wd': 5e-4, 'nesterov': True, **methods[self.method].defaults}.items():
             if getattr(self, k) is None: setattr(self, k, v)
         if 'takes' in spec: self._check_takes(spec['takes'])
         else: check_imbalance_factor(self.imbalance_factor)
@@ -151,7 +155,9 @@ class RunSettings:
         counts = dls.class_counts
         net = pretrained_net(self.net, dls.c) if self.pretrained else create_net(self.net, dls.c, n_in=dls.n_in)
         cbs = ([] if self.reflective is None else [ReflectiveLearning(**self.reflective)]) + ([Diagnosis()] if self.diagnose else [])
-        return methods[self.method].learner(dls, net, counts, cbs, opt_func=partial(SGD, mom=.9), wd=self.wd, moms=(.9,.9,.9), metrics=shot_accuracies(counts))
+        sgd = partial(benchmark_sgd, nesterov=self.nesterov, decouple_wd=self.decouple_wd)
+        return methods[self.method].learner(dls, net, counts, cbs, opt_func=sgd, wd=self.wd, wd_bn_bias=self.wd_bn_bias, moms=(.9,.9,.9),
+                                            metrics=shot_accuracies(counts))
 
     def check(self, worlds:bool=False # Is the run to be measured in other worlds too?
              ) -> list: # Texts that a user of the data should know

@@ -33,6 +33,7 @@ def _cosine(net, counts): return cosine_head(net)
 def _experts(net, counts): return expert_net(net)
 def _drw(counts): return [DeferredWeights(counts)]
 def _mixed(counts): return [MixUp(1.)]
+_no_nesterov = dict(nesterov=False) # as their authors train
 
 class Methods(dict[str, Method]):
     "`Method`s by name; a name that is none raises `KeyError` with the nearest."
@@ -46,12 +47,13 @@ methods = Methods({ # All that `ltrl methods` lists
     'softmax': Method('cross-entropy', 'the baseline; slides, table 1', reported=41.4),
     'focal': Method('cross-entropy that hardly counts what is right already', 'Lin et al., ICCV 2017', lambda counts: FocalLossFlat(gamma=2.)),
     'class-balanced': Method('cross-entropy, classes weighted by their effective number of images', 'Cui et al., CVPR 2019', ClassBalancedLoss),
-    'mixup': Method('cross-entropy on mixtures of two images', 'Zhang et al., ICLR 2018; slides, table 7', cbs=_mixed, reported=45.1),
+    'mixup': Method('cross-entropy on mixtures of two images', 'Zhang et al., ICLR 2018; slides, table 7', cbs=_mixed, defaults=_no_nesterov, reported=45.1),
     'bsce': Method('Balanced Softmax: cross-entropy of logits + log n', 'Ren et al., NeurIPS 2020; slides, table 1', BalancedSoftmaxLoss, reported=46.1),
     'logit-adjustment': Method('cross-entropy; log n is taken off when predicting', 'Menon et al., ICLR 2021', cbs=lambda counts: [LogitAdjustment(counts)]),
-    'ldam': Method('margins that grow for rare classes, on a cosine head', 'Cao et al., NeurIPS 2019', LDAMLoss, _cosine),
-    'ldam-drw': Method('LDAM, with class weights in the last fifth of the epochs', 'Cao et al., NeurIPS 2019; slides, table 6', LDAMLoss, _cosine, _drw, reported=42.0),
-    'lade': Method('Balanced Softmax, with logits freed of the training prior', 'Hong et al., CVPR 2021; reported by SADE', LADELoss, reported=45.6),
+    'ldam': Method('margins that grow for rare classes, on a cosine head', 'Cao et al., NeurIPS 2019', LDAMLoss, _cosine, defaults=_no_nesterov),
+    'ldam-drw': Method('LDAM, with class weights in the last fifth of the epochs', 'Cao et al., NeurIPS 2019; slides, table 6', LDAMLoss, _cosine, _drw,
+                       defaults=_no_nesterov, reported=42.0),
+    'lade': Method('Balanced Softmax, with logits freed of the training prior', 'Hong et al., CVPR 2021; reported by SADE', LADELoss, defaults=_no_nesterov, reported=45.6),
     'ride': Method('three experts by LDAM, pushed apart', 'Wang et al., ICLR 2021; slides, table 1', RIDELoss, _experts, _drw, reported=48.0),
     'ride-assigned': Method('RIDE, and then gates that ask as many experts as an image needs', 'Wang et al., ICLR 2021; its README', RIDELoss, _experts, _drw,
                             then=(assignment,), reported=48.6),
@@ -63,17 +65,18 @@ methods = Methods({ # All that `ltrl methods` lists
                    mdcs_net, lambda counts: [RampUp()], views=2, weak=True, reported=56.1),
     'ncl': Method('three whole nets that learn from each other, on all and on hard classes', 'Li et al., CVPR 2022; slides, table 4', NCLLoss, ncl_net),
     'paco': Method('contrast of two views with a queue, class centres among what they are compared with', 'Cui et al., ICCV 2021; slides, table 1 (RandAugment)', PaCoLoss,
-                   queued_net, lambda counts: [KeyQueue()], views=2, reported=52.0),
+                   queued_net, lambda counts: [KeyQueue()], views=2, defaults=_no_nesterov, reported=52.0),
     'bbn': Method('two branches, for the data as they are and turned round', 'Zhou et al., CVPR 2020; slides, table 1', lambda counts: BBNLoss(), bilateral_net,
                   lambda counts: [ReversedBatch()], reported=44.7),
-    'crt': Method('cross-entropy; then a new head, on even classes', 'Kang et al., ICLR 2020; slides, table 6', then=(crt,), reported=43.3),
-    'lws': Method('cross-entropy; then a scale for each class vector', 'Kang et al., ICLR 2020', then=(lws,)),
-    'tau-norm': Method('cross-entropy; then class vectors over a power of their lengths', 'Kang et al., ICLR 2020; slides, table 6', then=(tau_norm,), reported=43.2),
-    'ncm': Method('cross-entropy; then the nearest class mean', 'Kang et al., ICLR 2020', then=(ncm,)),
-    'oltr': Method('cross-entropy; then class centroids as a memory', 'Liu et al., CVPR 2019; slides, table 5', then=(oltr_stage,)),
+    'crt': Method('cross-entropy; then a new head, on even classes', 'Kang et al., ICLR 2020; slides, table 6', then=(crt,), defaults=_no_nesterov, reported=43.3),
+    'lws': Method('cross-entropy; then a scale for each class vector', 'Kang et al., ICLR 2020', then=(lws,), defaults=_no_nesterov),
+    'tau-norm': Method('cross-entropy; then class vectors over a power of their lengths', 'Kang et al., ICLR 2020; slides, table 6', then=(tau_norm,),
+                       defaults=_no_nesterov, reported=43.2),
+    'ncm': Method('cross-entropy; then the nearest class mean', 'Kang et al., ICLR 2020', then=(ncm,), defaults=_no_nesterov),
+    'oltr': Method('cross-entropy; then class centroids as a memory', 'Liu et al., CVPR 2019; slides, table 5', then=(oltr_stage,), defaults=_no_nesterov),
     'mislas': Method('mixup; then a head with label-aware smoothing and shifted statistics', 'Zhong et al., CVPR 2021; slides, table 7', cbs=_mixed,
-                     then=(mislas_stage,), reported=47.0),
+                     then=(mislas_stage,), defaults=_no_nesterov, reported=47.0),
     'weight-balancing': Method('strong weight decay; then a head within a ball', 'Alshammari et al., CVPR 2022; slides, table 7', then=(balancing_stage,),
-                               defaults=dict(wd=5e-3), reported=53.6),
+                               defaults=dict(wd=5e-3, **_no_nesterov), reported=53.6),
 }, also={'balanced-softmax': 'bsce', 'cross-entropy': 'softmax', 'ce': 'softmax', 'cb-loss': 'class-balanced', 'tade': 'sade',
          'classifier-retraining': 'crt', 'learnable-weight-scaling': 'lws', 'tau-normalization': 'tau-norm', 'nearest-class-mean': 'ncm'})

@@ -66,7 +66,8 @@ def test_the_device_that_is_not_there_is_like_one():
 
 cases = dict(
     review=dict(), all_three=dict(ks=True, kc=True), paper=dict(ks=True, kc=True, preset='paper'), published=dict(ks=True, kc=True, preset='published'),
-    no_counts=dict(loss=CrossEntropyLossFlat()), topk=dict(kr=dict(store=dict(kind='topk', k=4)), kc=dict(every=2)), half=dict(kr=dict(store='half')),
+    no_counts=dict(loss=CrossEntropyLossFlat()), topk=dict(kr=dict(store=dict(kind='topk', k=4), memory=0., adapt=0., weight=1.), kc=dict(every=2)),
+    first_version=dict(preset='v0.0.1', ks=True, kc=True), half=dict(kr=dict(store='half')),
     disk=dict(kr=dict(store='disk')), disk_with_ids=dict(kr=dict(store='disk'), with_ids=True), with_ids=dict(with_ids=True, ks=True),
     logits=dict(kr=dict(distance='logits')), smoothed=dict(loss=LabelSmoothingCrossEntropyFlat(), ks=True))
 
@@ -111,7 +112,7 @@ def test_callbacks_beside_ours(cb):
 
 
 def test_what_is_remembered_is_there():
-    with PretendDevice(): learn = fitted(there, ks=True, kc=True)
+    with PretendDevice(): learn = fitted(there, preset='v0.0.1', ks=True, kc=True)
     r, s = learn.knowledge_review.teachers, learn.knowledge_summary
     for o in (r.store.logits, r.seen, r.right, r.targets, s.centers, s.similarity): assert o.device == there
 

@@ -464,7 +464,7 @@ def test_fault_04_a_log_goes_on(append, every, tmp_path):
         o.mkdir()
         if append: (o/'history.csv').write_text('epoch,of another fit\n0,1\n')
     logged(whole, append)
-    for at in (1, 3, 1):
+    for at in ((1, 2) if every == 1 else (3, 1)):
         with pytest.raises(InterruptedError): logged(part, append, Crash(at), every=every)
     logged(part, append, every=every)
     assert rows(part/'history.csv') == rows(whole/'history.csv') and len(rows(part/'history.csv')) == 6+2*append

@@ -165,7 +165,7 @@ def renew_optimizer(learn:Learner # Whose net has got another head
     learn.create_opt()
     learn.opt.frozen_idx = frozen_idx
 
-def _one_group(splitter, model): return L(splitter(model)) or L(L()) # fastai's optimizers need one, empty or not
+def _one_group(splitter, model): return L(splitter(model)) or L([L()]) # fastai's optimizers need one, empty or not
 
 def check_trained(learn:Learner, what:str # Name of the stage, for the error
                  ):

@@ -11,8 +11,9 @@ import torch
 from fastai.callback.all import CSVLogger, EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.metrics import F1Score, Recall, skm_to_fastai
 from fastai.optimizer import SGD, Adam, Lamb, Larc, Lookahead, OptimWrapper, QHAdam, RAdam, RMSProp, ranger
-from fastai.vision.all import (Callback, CrossEntropyLossFlat, DataLoaders, ImageDataLoaders, Learner, Metric,
-                               RandomResizedCrop, aug_transforms, deepcopy, load_learner, nn, params, set_seed)
+from fastai.vision.all import (Callback, CrossEntropyLossFlat, DataLoaders, ImageDataLoaders, IntToFloatTensor,
+                               Learner, Metric, RandomResizedCrop, TfmdDL, ToTensor, aug_transforms, deepcopy, load_learner,
+                               nn, params, set_seed)
 from sklearn.metrics import confusion_matrix
 
 from ltrl_fastai.all import (Checkpoint, Method, ReflectiveLearning, ShotReport, class_counts, create_net, digits_lt,
@@ -170,15 +171,14 @@ def test_fault_02_any_optimizer_is_resumed(opt_func, tmp_path):
     same(killed_and_resumed(make, tmp_path/'fit.pt', crashes=(2, 1)), whole)
 
 
-@pytest.mark.parametrize('opt_func', [optimizers[k] for k in ('adam', 'ranger', 'torch-AdamW', 'torch-Adagrad', 'momentum')], ids=['adam', 'ranger', 'AdamW', 'Adagrad', 'momentum'])
-def test_fault_02_frozen_groups(opt_func, tmp_path):
+@pytest.mark.parametrize('name', ['adam', 'ranger', 'torch-AdamW', 'momentum'])
+def test_fault_02_frozen_groups(name, tmp_path):
     "`fine_tune`, broken off in either of its fits"
-    if opt_func is optimizers['torch-Adagrad']: pytest.raises(KeyError, run_fine_tune, opt_func, tmp_path, None)  # fastai clears the state that Adagrad made at first
-    else:
-        whole, f = run_fine_tune(opt_func, tmp_path, None), tmp_path/'fit.pt'
-        for n, at in ((2, 1), (3, 2)):
-            with pytest.raises(InterruptedError): run_fine_tune(opt_func, tmp_path, f, Out(n, at))
-        same(run_fine_tune(opt_func, tmp_path, f), whole)
+    opt_func, f = optimizers[name], tmp_path/'fit.pt'
+    whole = run_fine_tune(opt_func, tmp_path, None)
+    for n, at in ((2, 1), (3, 2)):
+        with pytest.raises(InterruptedError): run_fine_tune(opt_func, tmp_path, f, Out(n, at))
+    same(run_fine_tune(opt_func, tmp_path, f), whole)
 
 
 class Out(Callback):
@@ -217,7 +217,8 @@ class Steps(Callback):
 def test_fault_02_refused_before_the_first_step(cls, said, tmp_path):
     learn = learner(tmp_path, opt_func=wrapped(cls))
     before = weights(learn)
-    with pytest.raises(ValueError, match=f'could not be resumed with its optimizer, {cls.__name__}: .*{said}'): quiet(learn, 3, cbs=[Checkpoint(tmp_path/'fit.pt'), steps := Steps()])
+    cbs = [Checkpoint(tmp_path/'fit.pt'), steps := Steps()]
+    with pytest.raises(ValueError, match=f'could not be resumed with its optimizer, {cls.__name__}: .*{said}'): quiet(learn, 3, cbs=cbs)
     assert not steps.n and torch.equal(weights(learn), before) and not list(tmp_path.glob('*fit.pt*'))
 
 
@@ -255,7 +256,7 @@ class Skipping(nn.Module):
     def forward(self, x):
         x = self.first(x.flatten(1)).relu()
         self.n += self.training
-        return self.last(self.middle(x) if x.mean() > .3 and self.n % 2 else x)
+        return self.last(self.middle(x) if self.n % 2 else x)
 
 
 def test_fault_02_gradients_of_zero_are_no_missing_ones(tmp_path):
@@ -370,7 +371,7 @@ def test_fault_03_how_loaders_were_used(folder, first, held, tmp_path):
     def make():
         set_seed(0, reproducible=True)
         dls = ImageDataLoaders.from_folder(folder, valid_pct=.3, seed=1, item_tfms=RandomResizedCrop(16), batch_tfms=aug_transforms(size=16), bs=4, device='cpu', num_workers=0)
-        own = ImageDataLoaders.from_folder(folder, valid_pct=.3, seed=2, item_tfms=RandomResizedCrop(16), bs=4, device='cpu', num_workers=0).valid
+        own = TfmdDL(dls.train_ds, bs=4, after_item=[RandomResizedCrop(16), ToTensor()], after_batch=[IntToFloatTensor()], num_workers=0)
         model = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 3))
         def do(learn):
             if seen.epochs >= first: learn.get_preds(ds_idx=0)
@@ -673,8 +674,9 @@ def test_fault_19_other_columns(monitor, tmp_path):
 def test_fault_19_what_is_measured_is_not_warned_of(tmp_path):
     "Nor what asks for no value: `every_epoch`, other columns, `lr_find`, a look at the names"
     learn = shots(tmp_path)
-    for cbs in (SaveModelCallback(monitor='all'), SaveModelCallback(monitor='few', every_epoch=True), SaveModelCallback(monitor='valid_loss'), EarlyStoppingCallback(monitor='many', patience=9)):
-        assert not said_in(lambda: quiet(learn, 1, cbs=cbs))
+    measured = [SaveModelCallback(monitor='all'), SaveModelCallback(monitor='few', every_epoch=True),
+                SaveModelCallback(monitor='valid_loss'), EarlyStoppingCallback(monitor='many', patience=9)]
+    assert not said_in(lambda: [quiet(learn, 1, cbs=o) for o in measured])
     learn.add_cb(EarlyStoppingCallback(monitor='few'))
     def look():
         with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=20, show_plot=False), learn.validate(), learn.get_preds()

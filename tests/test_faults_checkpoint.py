@@ -8,12 +8,13 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from fastai.callback.all import CSVLogger, EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
+from fastai.callback.all import (CSVLogger, EarlyStoppingCallback, FetchPredsCallback, GradientAccumulation, ReduceLROnPlateau,
+                                 SaveModelCallback, TrainEvalCallback)
 from fastai.metrics import F1Score, Recall, skm_to_fastai
 from fastai.optimizer import SGD, Adam, Lamb, Larc, Lookahead, OptimWrapper, QHAdam, RAdam, RMSProp, ranger
 from fastai.vision.all import (Callback, CrossEntropyLossFlat, DataLoaders, ImageDataLoaders, IntToFloatTensor,
                                Learner, Metric, RandomResizedCrop, TfmdDL, ToTensor, aug_transforms, deepcopy, load_learner,
-                               nn, params, set_seed)
+                               nn, params, accuracy, set_seed)
 from sklearn.metrics import confusion_matrix
 
 from ltrl_fastai.all import (Checkpoint, Method, ReflectiveLearning, ShotReport, class_counts, create_net, digits_lt,
@@ -713,3 +714,134 @@ def test_fault_19_beside_a_checkpoint(tmp_path):
     kept = torch.load(tmp_path/'models/model.pth', weights_only=True)
     assert all(v.equal(kept[k]) for k, v in learn.model.state_dict().items()) and math.isnan(learn.recorder.values[-1][4])
     assert os.path.getsize(f) and deepcopy(learn.metrics[0]).name == 'many'
+
+
+# Variants that were written after the mends
+
+class Title(str): pass
+
+
+odd_values = dict(title=lambda n: Title('a'), view=lambda n: torch.rand(1000, 1000)[0, :2]*0+n,
+                  graph=lambda n: torch.ones(2, requires_grad=True)*n, structured=lambda n: np.array([(1, 2.)]*2, 'i4,f8'),
+                  nan=lambda n: {'a': [np.float64('nan'), None]})
+
+
+@pytest.mark.parametrize('f', odd_values.values(), ids=odd_values)
+def test_fault_01_more_values(f, tmp_path):
+    file = tmp_path/'fit.pt'
+    quiet(learner(tmp_path, metrics=Value(f)), 2, cbs=Checkpoint(file))
+    again = quiet(learner(tmp_path, metrics=Value(f)), 2, cbs=Checkpoint(file))
+    got, want = again.recorder.values[0][2], f(1)
+    assert len(again.recorder.values) == 2 and file.stat().st_size < 300_000
+    assert torch.equal(got, want) if isinstance(want, torch.Tensor) else repr(got) == repr(want)
+
+
+def test_fault_01_metrics_of_training_images_too(tmp_path):
+    def make():
+        learn = learner(tmp_path, metrics=Recall(average=None))
+        learn.recorder.train_metrics = True
+        return learn
+    same(killed_and_resumed(make, tmp_path/'fit.pt'), quiet(make(), 4))
+
+
+def test_fault_02_an_optimizer_that_was_made_beforehand(tmp_path):
+    "fastai takes a wrapped one instead of a function"
+    def make():
+        set_seed(0)
+        model = net()
+        opt = torch.optim.AdamW([dict(params=model[:3].parameters(), lr=.1), dict(params=model[3:].parameters(), lr=.2)])
+        return learner(tmp_path, make=lambda: model, opt_func=OptimWrapper(opt=opt))
+    same(killed_and_resumed(make, tmp_path/'fit.pt'), quiet(make(), 4))
+
+
+@pytest.mark.parametrize('call', ['fit_one_cycle', 'fit_flat_cos'])
+@pytest.mark.parametrize('name', ['ranger', 'torch-AdamW', 'lars'])
+def test_fault_02_schedules_and_rates_by_group(call, name, tmp_path):
+    def make():
+        return learner(tmp_path, opt_func=optimizers[name], splitter=lambda m: [params(m[:3]), params(m[3:])])
+    kwargs = dict(n=5, lr=slice(1e-3, 1e-2), call=call)
+    same(killed_and_resumed(make, tmp_path/'fit.pt', every=2, crashes=(3,), **kwargs), quiet(make(), **kwargs))
+
+
+def test_fault_02_a_fit_after_another(tmp_path):
+    "The optimizer has a state already when the checkpoint's fit begins"
+    def make(): return quiet(learner(tmp_path, opt_func=ranger), 2)
+    same(killed_and_resumed(make, tmp_path/'fit.pt'), quiet(make(), 4))
+
+
+def validate_alone(learn):
+    with learn.removed_cbs([o for o in learn.cbs if not isinstance(o, (TrainEvalCallback, Within))]):
+        learn._do_epoch_validate()
+
+
+def look_at_training(learn): ShotReport.from_learner(learn, dl=learn.dls.train.new(shuffle=False, drop_last=False))
+
+
+@pytest.mark.parametrize('do,event', [(validate_alone, 'after_epoch'), (look_at_training, 'after_train'),
+                                      (lambda o: o.get_preds(inner=True), 'after_epoch'),
+                                      (lambda o: o.get_preds(with_loss=True), 'after_epoch')])
+def test_fault_03_more_passes(do, event, tmp_path):
+    def make(): return learner(tmp_path, cbs=[GradientAccumulation(100), Within(do, event, 30)])
+    whole = quiet(make(), 4, cbs=Checkpoint(tmp_path/'whole.pt', every=2))
+    assert done(tmp_path/'whole.pt') == 4 and done(tmp_path/'whole.pt.older') == 2
+    same(killed_and_resumed(make, tmp_path/'fit.pt', crashes=(3,), every=2), whole)
+
+
+def test_fault_03_predictions_fetched_each_epoch(tmp_path):
+    "fastai's own callback for that, which takes others off and puts them back"
+    def make(): return learner(tmp_path, cbs=FetchPredsCallback())
+    same(killed_and_resumed(make, tmp_path/'fit.pt'), quiet(make(), 4))
+
+
+def test_fault_04_two_logs_in_folders_and_a_stopped_fit(tmp_path):
+    "A fit that was stopped early, and is given again, ends where it ended"
+    def run(path, *cbs):
+        (path/'a').mkdir(parents=True, exist_ok=True)
+        stop = EarlyStoppingCallback(monitor='fixed', patience=2)
+        learn = learner(path, metrics=Fixed([.3, .5, .4, .2, .1, .45]))
+        logs = [CSVLogger('a/one.csv'), CSVLogger(path/'two.csv')]
+        with learn.no_bar():
+            learn.logger = lambda row: None
+            learn.fit(6, 1e-2, cbs=[*logs, stop, Checkpoint(path/'fit.pt'), *cbs])
+        return rows(path/'a/one.csv'), rows(path/'two.csv'), len(learn.recorder.values)
+    want = run(tmp_path/'whole')
+    assert want[0] == want[1] and want[2] == 4
+    with pytest.raises(InterruptedError): run(tmp_path/'part', Crash(2))
+    assert run(tmp_path/'part') == want and run(tmp_path/'part') == want and run(tmp_path/'whole') == want
+
+
+def test_fault_05_a_vision_learner_with_groups_and_callbacks(tmp_path):
+    "Two groups, the head's empty after `ncm`; Reflective Learning and a checkpoint stay on the learner"
+    dls = digits_lt(device='cpu', n_max=40)
+    learn = Learner(dls, net(), loss_func=CrossEntropyLossFlat(), splitter=lambda m: [params(m[:4]), params(m[4:])],
+                    cbs=[ReflectiveLearning(ks=True), Checkpoint(tmp_path/'fit.pt')], path=tmp_path)
+    quiet(learn, 1)
+    learn.freeze_to(1)
+    mean_head(learn)
+    assert [len(o) for o in learn.opt.param_lists] == [4, 0] and learn.opt.frozen_idx == 1
+    a, b = exported(learn, dls, tmp_path)
+    assert torch.equal(a, b)
+
+
+class MyStopping(EarlyStoppingCallback): pass
+
+
+def test_fault_19_several_callbacks_in_one_warning(tmp_path):
+    learn = shots(tmp_path)
+    cbs = [MyStopping(monitor='few', patience=3), SaveModelCallback(monitor='few', at_end=True), ReduceLROnPlateau(monitor='valid_loss')]
+    said = said_in(lambda: quiet(learn, 1, cbs=cbs))
+    assert len(said) == 1 and "MyStopping monitors 'few' and stops" in said[0] and 'SaveModelCallback' in said[0]
+    assert 'ReduceLROnPlateau' not in said[0] and cbs[1].at_end is True
+
+
+def test_fault_19_names_in_another_order(tmp_path):
+    "Other metrics before the shots, or none of the shots but one"
+    learn = shots(tmp_path)
+    learn.metrics = [accuracy, *learn.metrics[2:3]]
+    said = said_in(lambda: quiet(learn, 1, cbs=EarlyStoppingCallback(monitor='few')))
+    assert len(said) == 1 and "Monitor 'valid_loss'" in said[0]
+
+
+def test_fault_19_of_a_learner_that_was_copied(tmp_path):
+    learn = deepcopy(shots(tmp_path))
+    assert len(said_in(lambda: quiet(learn, 1, cbs=SaveModelCallback(monitor='few')))) == 1

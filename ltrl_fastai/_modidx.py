@@ -409,6 +409,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                               'ltrl_fastai/experiments/checkpoint.py'),
                                                     'ltrl_fastai.experiments.checkpoint.Checkpoint._loaders': ( 'experiments/checkpoint.html#checkpoint._loaders',
                                                                                                                 'ltrl_fastai/experiments/checkpoint.py'),
+                                                    'ltrl_fastai.experiments.checkpoint.Checkpoint._loggers': ( 'experiments/checkpoint.html#checkpoint._loggers',
+                                                                                                                'ltrl_fastai/experiments/checkpoint.py'),
                                                     'ltrl_fastai.experiments.checkpoint.Checkpoint._named': ( 'experiments/checkpoint.html#checkpoint._named',
                                                                                                               'ltrl_fastai/experiments/checkpoint.py'),
                                                     'ltrl_fastai.experiments.checkpoint.Checkpoint._next': ( 'experiments/checkpoint.html#checkpoint._next',

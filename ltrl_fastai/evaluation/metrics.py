@@ -77,16 +77,18 @@ def _frames():
         frame = frame.f_back
 
 def _beginner_of_fit(learn):
-    "The learner of whose `fit` the event in hand is; None if another call has borrowed it, `learn` if that can't be told"
+    "The learner whose `fit` caused this event; None if another call borrowed it; `learn` if that can't be told"
     for frame in _frames():
         if frame.f_code in _borrow_events: return None
-        if frame.f_code is Learner._with_events.__code__: return frame.f_locals['self'] if frame.f_locals['event_type']=='fit' else None
+        if frame.f_code is Learner._with_events.__code__:
+            return frame.f_locals['self'] if frame.f_locals['event_type']=='fit' else None
     return learn
 
 def _asked_by_fit():
-    "The learner whose `Recorder` is asking for names since its fit begins; None if it is another who asks, or the same again"
+    "The learner whose `Recorder` asks for names because a fit begins; None if something else asks, or it asks again"
     recorder = next((o.f_locals['self'] for o in _frames() if o.f_code is Recorder.before_fit.__code__), None)
-    if recorder is None or hasattr(recorder.learn, 'lr_finder') or vars(recorder).get('_asked') is recorder.lrs: return None
+    if recorder is None or hasattr(recorder.learn, 'lr_finder'): return None
+    if vars(recorder).get('_asked') is recorder.lrs: return None
     learn = _beginner_of_fit(recorder.learn)
     if learn is not None: recorder._asked = recorder.lrs # a new list for each fit; fastai asks twice
     return learn
@@ -112,7 +114,7 @@ class ShotAccuracy(Metric):
         return float('nan') if acc is None else acc # trackers and loggers want a number
     @property
     def name(self) -> str:
-        "Of its column in the table; when a fit begins, warns of callbacks that monitor a shot without validation images, raises `LookupError` for one without a column."
+        "The name of its column; when a fit begins, raises `LookupError` if a callback monitors a shot that has none."
         if (learn := _asked_by_fit()) is not None: _check_trackers(learn)
         return self._name
 
@@ -126,14 +128,17 @@ def _validation_counts(learn, n_classes):
 
 def _check_trackers(learn):
     "Warn of callbacks that monitor what can't be measured"
-    mine,names = {o._name: o for o in _shot_metrics(learn)},{o.name for o in learn.metrics if not isinstance(o, ShotAccuracy)}
+    mine = {o._name: o for o in _shot_metrics(learn)}
+    names = {o.name for o in learn.metrics if not isinstance(o, ShotAccuracy)}
     trackers = [cb for cb in learn.cbs if isinstance(cb, TrackerCallback)]
     for cb in trackers:
         if vars(cb).pop('_saves_last', False): cb.at_end = False # it was so for the fit before
     of_shot = [(cb, cb.monitor.removeprefix('valid_')) for cb in trackers if not getattr(cb, 'every_epoch', False)]
     for cb,k in of_shot:
-        if k in ('many','medium','few') and k not in mine and k not in names: raise LookupError( # fastai takes a ValueError for a name that is missing
-            f"{type(cb).__name__} monitors {cb.monitor!r}, and there is no such column, since no class is {k.title()}-shot. Monitor {' or '.join(map(repr, mine))}.")
+        if k not in ('many','medium','few') or k in mine or k in names: continue
+        raise LookupError( # fastai takes a ValueError for a missing name
+            f"{type(cb).__name__} monitors {cb.monitor!r}, and there is no such column, since no class is "
+            f"{k.title()}-shot. Monitor {' or '.join(map(repr, mine))}.")
     of_shot = [(cb,k) for cb,k in of_shot if k in mine]
     if not of_shot: return
     n = _validation_counts(learn, len(first(mine.values()).mask))
@@ -144,18 +149,24 @@ def _check_trackers(learn):
     watched = [cb for cb,k in of_shot if k in empty]
     if watched: _warn_of_nan(watched, empty, sorted(set(mine)-set(empty), key=lambda k: k!='all'))
 
-_effects = dict(SaveModelCallback='saves the model of the last epoch, not the best', EarlyStoppingCallback='stops after its patience', ReduceLROnPlateau='goes on reducing')
+_effects = dict(SaveModelCallback='saves the model of the last epoch, not the best',
+                EarlyStoppingCallback='stops after its patience', ReduceLROnPlateau='goes on reducing')
 
 def _warn_of_nan(trackers, empty, others):
     "Tell which callbacks monitor a column of NaN, and what to monitor; models are saved nevertheless"
     said = []
     for cb in trackers:
-        effect = next((v for k,v in _effects.items() if k in [o.__name__ for o in type(cb).__mro__]), 'sees no improvement')
+        classes = [o.__name__ for o in type(cb).__mro__]
+        effect = next((v for k,v in _effects.items() if k in classes), 'sees no improvement')
         said.append(f"{type(cb).__name__} monitors {cb.monitor!r} and {effect}")
         if isinstance(cb, SaveModelCallback) and not cb.at_end: cb.at_end = cb._saves_last = True
     columns = dict.fromkeys(cb.monitor.removeprefix('valid_') for cb in trackers)
-    why = '; '.join(f"{empty[k]} image of {'any class' if k=='all' else f'a {k.title()}-shot class'}, so {k!r} is NaN" for k in columns)
-    warn(f"{'. '.join(said)}: {why}. Monitor {' or '.join(map(repr, [*others, 'valid_loss']))} instead, or give such classes validation images.")
+    def why(k):
+        what = 'any class' if k=='all' else f'a {k.title()}-shot class'
+        return f"{empty[k]} image of {what}, so {k!r} is NaN"
+    instead = ' or '.join(map(repr, [*others, 'valid_loss']))
+    warn(f"{'. '.join(said)}: {'; '.join(map(why, columns))}. "
+        f"Monitor {instead} instead, or give such classes validation images.")
 
 def shot_accuracies(class_counts:Collection, # Training images of each class: `class_counts(dls)`
                     many:int=100, # Classes with more are 'many'

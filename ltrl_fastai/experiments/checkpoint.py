@@ -53,7 +53,8 @@ def _generators(dl):
 
 def _use_of(dl):
     "How a loader was used so far: what another in its place has to be told"
-    res = dict(generators=[o.get_state() for o in _generators(dl)], rng=vars(dl)['rng'].getstate() if 'rng' in vars(dl) else None)
+    rng = vars(dl)['rng'].getstate() if 'rng' in vars(dl) else None
+    res = dict(generators=[o.get_state() for o in _generators(dl)], rng=rng)
     if not isinstance(dl, TfmdDL): return res
     pipelines = {k: vars(dl)[k] for k in ('after_item','before_batch','after_batch') if k in vars(dl)}
     res['splits'] = {k: o.split_idx for k,o in pipelines.items() if hasattr(o, 'split_idx')}
@@ -96,7 +97,8 @@ def _pack(o):
         return _part('dict', keys=[_pack(k) for k in o], values=[_pack(v) for v in o.values()])
     if isinstance(o, tuple): return tuple(_pack(v) for v in o)
     if isinstance(o, (list,L)): return _pack_list(o)
-    if isinstance(o, (set,frozenset)): return _part('frozenset' if isinstance(o, frozenset) else 'set', items=[_pack(v) for v in o])
+    if isinstance(o, (set,frozenset)):
+        return _part('frozenset' if isinstance(o, frozenset) else 'set', items=[_pack(v) for v in o])
     if isinstance(o, Path): return _part('path', path=str(o))
     if isinstance(o, _bases) and not isinstance(o, (bool,Enum)): # not a subclass of them
         base = next(t for t in _bases if isinstance(o, t))
@@ -107,23 +109,28 @@ def _pack_array(o):
     if type(o) is not np.ndarray: return o
     shape = list(o.shape)
     if o.dtype.hasobject: return _part('objects', items=[_pack(v) for v in o.ravel().tolist()], shape=shape)
-    data = torch.frombuffer(bytearray(o.tobytes()), dtype=torch.uint8) if o.size*o.itemsize else torch.empty(0, dtype=torch.uint8)
+    empty = not o.size*o.itemsize
+    data = torch.empty(0, dtype=torch.uint8) if empty else torch.frombuffer(bytearray(o.tobytes()), dtype=torch.uint8)
     return _part('array', data=data, dtype=np.lib.format.dtype_to_descr(o.dtype), shape=shape)
 
 def _pack_list(o):
     "A list; of many single numbers on the CPU, as the Recorder's losses are, one tensor"
-    def single(v): return isinstance(v, Tensor) and v.ndim==0 and v.layout==torch.strided and v.device.type=='cpu' and not v.is_quantized
+    def single(v):
+        if not isinstance(v, Tensor) or v.ndim or v.device.type!='cpu': return False
+        return v.layout==torch.strided and not v.is_quantized
     if len(o)>1 and all(map(single, o)) and len({v.dtype for v in o})==1:
         return _part('scalars', tensor=torch.stack([v.detach().as_subclass(Tensor) for v in o]))
     return [_pack(v) for v in o]
 
 def _pack_tensor(o):
     t = o.detach()
-    if t.layout==torch.sparse_coo: return _part('sparse', indices=_pack_tensor(t._indices()), values=_pack_tensor(t._values()),
-        size=list(t.shape), coalesced=t.is_coalesced())
+    size = list(t.shape)
+    if t.layout==torch.sparse_coo:
+        indices,values = _pack_tensor(t._indices()),_pack_tensor(t._values())
+        return _part('sparse', indices=indices, values=values, size=size, coalesced=t.is_coalesced())
     if t.layout in _compressed:
         indices = [_pack_tensor(getattr(t, f'{k}_indices')()) for k in _compressed[t.layout]]
-        return _part('compressed', indices=indices, values=_pack_tensor(t.values()), size=list(t.shape), layout=str(t.layout))
+        return _part('compressed', indices=indices, values=_pack_tensor(t.values()), size=size, layout=str(t.layout))
     if t.layout!=torch.strided or t.is_nested: return o # says by itself that it can't be saved
     if t.is_quantized and t.dtype in (torch.quint8, torch.qint8, torch.qint32): return _pack_quantized(t)
     if type(t) is not Tensor: t = t.as_subclass(Tensor)
@@ -133,7 +140,8 @@ def _pack_tensor(o):
 def _pack_quantized(t):
     ints = t.int_repr()
     if t.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams):
-        return _part('quantized', ints=ints, scales=t.q_per_channel_scales(), zeros=t.q_per_channel_zero_points(), axis=t.q_per_channel_axis())
+        scales,zeros,axis = t.q_per_channel_scales(),t.q_per_channel_zero_points(),t.q_per_channel_axis()
+        return _part('quantized', ints=ints, scales=scales, zeros=zeros, axis=axis)
     return _part('quantized', ints=ints, scale=t.q_scale(), zero=t.q_zero_point())
 
 def _unpack(o):
@@ -145,7 +153,9 @@ def _unpack(o):
     return [_unpack(v) for v in o] if isinstance(o, list) else o
 
 def _unpack_part(kind, o):
-    if kind=='array': return np.frombuffer(o['data'].numpy().tobytes(), dtype=np.lib.format.descr_to_dtype(o['dtype'])).reshape(o['shape']).copy()
+    if kind=='array':
+        dtype = np.lib.format.descr_to_dtype(o['dtype'])
+        return np.frombuffer(o['data'].numpy().tobytes(), dtype=dtype).reshape(o['shape']).copy()
     if kind=='number': return _unpack(o['array'])[()]
     if kind=='objects':
         res = np.empty(len(o['items']), dtype=object)
@@ -156,9 +166,10 @@ def _unpack_part(kind, o):
     if kind=='frozenset': return frozenset(_unpack(v) for v in o['items'])
     if kind=='path': return Path(o['path'])
     if kind=='scalars': return list(o['tensor'].unbind())
-    if kind=='sparse': return torch.sparse_coo_tensor(o['indices'], o['values'], o['size'], is_coalesced=o['coalesced'], check_invariants=False)
+    if kind=='sparse':
+        return torch.sparse_coo_tensor(o['indices'], o['values'], o['size'], is_coalesced=o['coalesced'])
     if kind=='compressed':
-        return torch.sparse_compressed_tensor(*o['indices'], o['values'], o['size'], layout=_layouts[o['layout']], check_invariants=False)
+        return torch.sparse_compressed_tensor(*o['indices'], o['values'], o['size'], layout=_layouts[o['layout']])
     if 'axis' in o: return torch._make_per_channel_quantized_tensor(o['ints'], o['scales'], o['zeros'], o['axis'])
     return torch._make_per_tensor_quantized_tensor(o['ints'], o['scale'], o['zero'])
 
@@ -203,10 +214,12 @@ def _load_opt_state(opt, kept):
     params = [p for p,*_ in opt.all_params()]
     def placed(v, p): return v.to(p.device) if isinstance(v, Tensor) else v
     aside = aside or [[] for _ in params]
-    kept['state'] = [{k: v if k in rest else placed(v, p) for k,v in o.items()} for o,p,rest in zip(kept['state'], params, aside)]
+    kept['state'] = [{k: v if k in rest else placed(v, p) for k,v in o.items()}
+        for o,p,rest in zip(kept['state'], params, aside)]
     kept['hypers'] = L(dict(o) for o in kept['hypers'])
     if kept.get('slow_weights') is not None: # of Lookahead
-        kept['slow_weights'] = L(L(placed(v, p) for v,p in zip(slow, pg)) for slow,pg in zip(kept['slow_weights'], opt.param_lists))
+        groups = zip(kept['slow_weights'], opt.param_lists)
+        kept['slow_weights'] = L(L(placed(v, p) for v,p in zip(slow, pg)) for slow,pg in groups)
     opt.load_state_dict(kept)
 
 def _corner(t):
@@ -217,6 +230,8 @@ def _corner(t):
 def _whole(t):
     res = t.detach().clone()
     return nn.Parameter(res, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else res
+
+_step_hooks = ('_optimizer_step_pre_hooks','_optimizer_step_post_hooks')
 
 def _replica(opt, of):
     "A copy of an optimizer, whose tensors are made from its own by `of`"
@@ -235,7 +250,7 @@ def _replica(opt, of):
             for v in o: look(v)
     look(opt)
     for o in found:
-        hooks = {k: OrderedDict() for k in ('_optimizer_step_pre_hooks','_optimizer_step_post_hooks') if k in vars(o)} # somebody else's
+        hooks = {k: OrderedDict() for k in _step_hooks if k in vars(o)} # they are the user's
         mine = {k: v for k,v in vars(o).items() if k!='step'} # what a scheduler puts in its place steps the original
         vars(memo[id(o)]).update(deepcopy({**mine, **hooks}, memo))
     return memo[id(opt)]
@@ -277,7 +292,8 @@ def _why_not_resumable(opt):
         try: _try_steps(b, 9, as_grad)
         except Exception as e: return f"it can't go on with what was loaded ({type(e).__name__}: {e})"
         same = all(torch.allclose(p.detach(), q.detach(), rtol=0, atol=0, equal_nan=True) for p,q in pairs)
-        return None if same else "it steps differently after loading: its `state_dict` doesn't hold all that it remembers"
+        if same: return None
+        return "it steps differently after loading: its `state_dict` doesn't hold all that it remembers"
     finally: set_random_state(state)
 
 # %% ../../nbs/experiments/00_checkpoint.ipynb #ef4aea97
@@ -313,7 +329,7 @@ class Checkpoint(Callback):
     _stateattrs = ('_others','_kept')
     _others = _kept = _refused = None
     seconds,_run,_ended,_lr = 0.,True,0,() # of earlier sittings; see `run`; how many fits it was in to their end; what this one was given
-    _done,_aside,_logs = 0,False,{} # epochs of this fit; is it no fit whose events these are? where logs of this fit begin
+    _done,_aside,_logs = 0,False,{} # epochs of this fit; are its events borrowed? where logs of this fit begin
     def __init__(self,
         file:str|Path, # Where; replaced as a whole. The one before is beside it, with `.older` behind its name; a second fit that this callback is in has `.next` there
         identity:Any=None, # Plain types that tell this fit from others: a file of another one is refused
@@ -332,18 +348,22 @@ class Checkpoint(Callback):
         "Of everything, as types that `torch.load(weights_only=True)` gives back."
         learn,rec = self.learn,self.learn.recorder
         return _pack(dict(identity=self.identity, n_epoch=learn.n_epoch, about=self._about(),
-            done=self._done, model=get_model(learn.model).state_dict(), opt=_opt_state(learn.opt), loss=_loss_state(learn.loss_func), params=self._of_params(),
+            done=self._done, model=get_model(learn.model).state_dict(), opt=_opt_state(learn.opt),
+            loss=_loss_state(learn.loss_func), params=self._of_params(),
             ranks=self.ranks.objects(self._of_rank()), grads=self._grads(), fastai=self._of_fastai(), train_iter=learn.train_iter, seconds=self.seconds+time.time()-self._began,
             recorder=dict(lrs=rec.lrs, iters=rec.iters, losses=rec.losses, values=rec.values, smooth=(rec.smooth_loss.count, rec.smooth_loss.val)),
-            schedules=[cb.hps for cb in self._of(ParamScheduler)], callbacks={k: cb.state_dict() for k,cb in self._with_state().items()},
-            logs={k: _log_file(cb).read_bytes()[self._logs[k]:] for k,cb in self._named(CSVLogger).items() if k in self._logs}))
+            schedules=[cb.hps for cb in self._of(ParamScheduler)],
+            callbacks={k: cb.state_dict() for k,cb in self._with_state().items()},
+            logs={k: _log_file(cb).read_bytes()[self._logs[k]:]
+                for k,cb in self._loggers().items() if k in self._logs}))
 
     def _about(self):
         "What can be said of a fit without being told"
         learn = self.learn
         data = getattr(learn.dls.train, 'dataset', None)
         return plain(dict(model={k: list(v.shape) for k,v in get_model(learn.model).state_dict().items() if isinstance(v, Tensor)},
-            samples=len(data) if hasattr(data, '__len__') else None, optimizer=sorted(learn.opt.hypers[0]), schedule=self._schedule(),
+            samples=len(data) if hasattr(data, '__len__') else None,
+            optimizer=sorted(learn.opt.hypers[0]), schedule=self._schedule(),
             kind=_kind_of(learn.opt), groups=[len(pg) for pg in learn.opt.param_lists]))
 
     def _schedule(self):
@@ -354,17 +374,19 @@ class Checkpoint(Callback):
     # An accumulated step may reach over the end of an epoch, and fastai's own callbacks remember things that they keep in no file
     def _of_rank(self):
         split = {k: g for cb in self._of(LossTerms) for k,g in cb.grads_by_name().items()}
-        return dict(random=random_state(), split=split, use={k: [_use_of(o) for o in _layers(dl)] for k,dl in self._loaders().items()})
+        use = {k: [_use_of(o) for o in _layers(dl)] for k,dl in self._loaders().items()}
+        return dict(random=random_state(), split=split, use=use)
     def _grads(self): return {k: p.grad for k,p in get_model(self.learn.model).named_parameters() if p.grad is not None and p.grad.any()}
     def _of_params(self):
         "Which parameters learn, and which have a gradient of zeros, which is another thing for an optimizer than none"
         named = dict(get_model(self.learn.model).named_parameters())
-        return dict(frozen_idx=getattr(self.learn.opt, 'frozen_idx', 0), learn=[k for k,p in named.items() if p.requires_grad],
+        return dict(frozen_idx=self.learn.opt.frozen_idx, learn=[k for k,p in named.items() if p.requires_grad],
             zeros=[k for k,p in named.items() if p.grad is not None and not p.grad.any()])
     def _of_fastai(self):
         res = {}
         for cls,names in _remembered.items():
-            for key,cb in self._named(cls).items(): res.setdefault(key, {}).update({k: vars(cb)[k] for k in names if k in vars(cb)})
+            for key,cb in self._named(cls).items():
+                res.setdefault(key, {}).update({k: vars(cb)[k] for k in names if k in vars(cb)})
         return {**res, **{key: self.learn.scaler.state_dict() for key in self._named(MixedPrecision)}}
 
     def _named(self, cls=Callback):
@@ -375,14 +397,17 @@ class Checkpoint(Callback):
             if isinstance(cb, cls): res[cb.name if seen[cb.name]==1 else f'{cb.name}.{seen[cb.name]}'] = cb
         return res
     def _of(self, cls): return list(self._named(cls).values())
-    def _with_state(self): return {k: cb for k,cb in self._named().items() if hasattr(cb, 'state_dict') and hasattr(cb, 'load_state_dict')}
+    def _loggers(self): return self._named(CSVLogger)
+    def _with_state(self):
+        return {k: cb for k,cb in self._named().items() if hasattr(cb, 'state_dict') and hasattr(cb, 'load_state_dict')}
     def _loaders(self):
         "The learner's by number, and those that callbacks hold by their name"
-        held = {f'{name}.{k}': v for name,cb in self._named().items() for k,v in vars(cb).items() if isinstance(v, DataLoader)}
+        held = {f'{name}.{k}': v for name,cb in self._named().items()
+            for k,v in vars(cb).items() if isinstance(v, DataLoader)}
         return {**{str(i): dl for i,dl in enumerate(self.learn.dls.loaders)}, **held}
 
     def save(self):
-        "Replace the file by the present state, once it was seen to load; raises `TypeError` that names what can't be written so that it can be read."
+        "Replace the file by the present state, if that loads; raises `TypeError` that names what does not."
         state = self.state() # all ranks have a share in it
         if self.ranks.rank: return
         self.current.parent.mkdir(parents=True, exist_ok=True)
@@ -405,14 +430,15 @@ class Checkpoint(Callback):
             tmp.unlink(missing_ok=True)
             if (found := _culprit(state)) is None: raise # the disk is full, say
             path,o,error = found
-            raise TypeError(f"{self._place(path)} is of a type that a checkpoint can't hold, {type(o).__module__}.{type(o).__qualname__} "
-                f"({type(error).__name__}: {str(error).splitlines()[0]}). Nothing was written. Let it be numbers, strings, arrays or tensors, "
-                "or lists and dicts of them; or fit without `Checkpoint`.") from e
+            kind,reason = f'{type(o).__module__}.{type(o).__qualname__}',str(error).partition('\n')[0]
+            raise TypeError(f"{self._place(path)} is of a type that a checkpoint can't hold, {kind} "
+                f"({type(error).__name__}: {reason}). Nothing was written. Let it be numbers, strings, arrays or "
+                "tensors, or lists and dicts of them; or fit without `Checkpoint`.") from e
 
     def _place(self, path):
         "In words, where in the state something is"
         path = [k for k in path if k not in ('keys','values','items') or path[:2]==('recorder','values')]
-        if path[:2]!=['recorder','values'] or len(path)<4: return ' '.join(['Of what is to be saved,', '/'.join(map(str, path))])
+        if path[:2]!=['recorder','values'] or len(path)<4: return f"Of what is to be saved, {'/'.join(map(str, path))}"
         names = list(self.learn.recorder.metric_names[1:])
         return f"The value of {names[path[3]] if path[3]<len(names) else f'column {path[3]}'!r} in epoch {path[2]}"
 
@@ -488,10 +514,12 @@ class Checkpoint(Callback):
         self._others = self._kept = self._refused = None # of a fit that crashed
         self._lr = [o['lr'] for o in learn.opt.hypers]
         if (why := _why_not_resumable(learn.opt)): raise ValueError(
-            f"This fit could not be resumed with its optimizer, {' '.join(map(str, _kind_of(learn.opt)))}: {why}. Take another optimizer, or fit without `Checkpoint`.")
-        self._logs = {k: _begin_of_log(cb) for k,cb in self._named(CSVLogger).items()}
+            f"This fit could not be resumed with its optimizer, {' '.join(map(str, _kind_of(learn.opt)))}: {why}. "
+            "Take another optimizer, or fit without `Checkpoint`.")
+        self._logs = {k: _begin_of_log(cb) for k,cb in self._loggers().items()}
         self._kept = self._found()
-        if self._kept is not None: self._others,learn.cbs = learn.cbs,L(self) # nobody else hears of epochs that are done
+        if self._kept is None: return
+        self._others,learn.cbs = learn.cbs,L(self) # no other callback hears of epochs that are done
 
     def _found(self):
         "What there is to go on with, the same on all ranks; None for a fit that begins"
@@ -530,13 +558,15 @@ class Checkpoint(Callback):
         self._resume_recorder(kept)
         for cb,hps in zip(self._of(ParamScheduler), kept['schedules']): cb.hps = hps
         for name,cb in self._with_state().items():
-            if name in kept['callbacks'] and not (self._next and hasattr(cb, 'check_state')): cb.load_state_dict(kept['callbacks'][name], learn)
+            if name not in kept['callbacks'] or self._next and hasattr(cb, 'check_state'): continue
+            cb.load_state_dict(kept['callbacks'][name], learn)
         self._resume_params(kept)
         for cls in _remembered:
             for name,cb in self._named(cls).items(): vars(cb).update(kept['fastai'].get(name, {}))
         for name in self._named(MixedPrecision): learn.scaler.load_state_dict(kept['fastai'][name])
-        for name,cb in self._named(CSVLogger).items():
-            if name in kept.get('logs', {}) and not self.ranks.rank: self._logs[name] = _continue_log(cb, self._logs[name], kept['logs'][name])
+        for name,cb in self._loggers().items():
+            if name not in kept.get('logs', {}) or self.ranks.rank: continue
+            self._logs[name] = _continue_log(cb, self._logs[name], kept['logs'][name])
         mine = kept['ranks'][self.ranks.rank]
         for cb in self._of(LossTerms): cb.take_back(mine['split'])
         loaders = self._loaders()
@@ -584,7 +614,8 @@ def _other_schedule(was, now):
 def _behind(file, s): return file.with_name(file.name+s)
 
 _called = dict(samples='number of training samples', kind='kind of optimizer', groups='division into parameter groups')
-_remembered = {TrackerCallback: ('best','new_best','wait'), SaveModelCallback: ('last_saved_path',), GradientAccumulation: ('count',), ShowGraphCallback: ('nb_batches',)}
+_remembered = {TrackerCallback: ('best','new_best','wait'), SaveModelCallback: ('last_saved_path',),
+               GradientAccumulation: ('count',), ShowGraphCallback: ('nb_batches',)}
 
 def _loss_module(loss):
     "The module of a loss function, which may have learnt something; fastai's keep it as `func`"

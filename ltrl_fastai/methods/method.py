@@ -158,7 +158,7 @@ def _cosine(learn, epochs, lr, cbs): learn.fit(epochs, lr, cbs=L(ParamScheduler(
 # %% ../../nbs/methods/08_method.ipynb #da40db73
 def renew_optimizer(learn:Learner # Whose net has got another head
                    ):
-    "Give a learner that has an optimizer one of the parameters that its net has now: `learn.export` and `learn.fit` need it."
+    "Make a learner's optimizer anew, if it has one, for the parameters its net has now: `learn.export` needs it."
     if learn.opt is None: return
     if not len(L(learn.splitter(learn.model))): learn.splitter = partial(_one_group, learn.splitter)
     frozen_idx = learn.opt.frozen_idx

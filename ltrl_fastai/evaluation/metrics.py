@@ -147,7 +147,8 @@ def _check_trackers(learn):
         return
     empty = {k: 'the validation set has no' for k,o in mine.items() if not n[:len(o.mask)][o.mask.cpu()].any()}
     watched = [cb for cb,k in of_shot if k in empty]
-    if watched: _warn_of_nan(watched, empty, sorted(set(mine)-set(empty), key=lambda k: k!='all'))
+    measured = sorted((k for k in mine if k not in empty), key=lambda k: k!='all')
+    if watched: _warn_of_nan(watched, empty, measured)
 
 _effects = dict(SaveModelCallback='saves the model of the last epoch, not the best',
                 EarlyStoppingCallback='stops after its patience', ReduceLROnPlateau='goes on reducing')

@@ -10,7 +10,8 @@ import statistics
 import scipy.stats
 from collections.abc import Collection
 from fastai.basics import *
-from ..data.imbalance import check_counts
+from fastai.callback.tracker import SaveModelCallback, TrackerCallback
+from ..data.imbalance import check_counts, dataset_targets
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #1d8a2f6e
 def shot_groups(class_counts:Collection, # Training images of each class
@@ -67,12 +68,38 @@ def group_interval(hits:Tensor, totals:Tensor, # See `class_hits`
     return max(0., (centre-half)/(1+z*z/n)),min(1., (centre+half)/(1+z*z/n))
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #645f22f4
+_borrow_events = {o.__code__ for o in (Learner.__enter__, Learner.__exit__, Learner.tta)}
+
+def _frames():
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+def _beginner_of_fit(learn):
+    "The learner whose `fit` caused this event; None if another call borrowed it; `learn` if that can't be told"
+    for frame in _frames():
+        if frame.f_code in _borrow_events: return None
+        if frame.f_code is Learner._with_events.__code__:
+            return frame.f_locals['self'] if frame.f_locals['event_type']=='fit' else None
+    return learn
+
+def _asked_by_fit():
+    "The learner whose `Recorder` asks for names because a fit begins; None if something else asks, or it asks again"
+    recorder = next((o.f_locals['self'] for o in _frames() if o.f_code is Recorder.before_fit.__code__), None)
+    if recorder is None or hasattr(recorder.learn, 'lr_finder'): return None
+    if vars(recorder).get('_asked') is recorder.lrs: return None
+    learn = _beginner_of_fit(recorder.learn)
+    if learn is not None: recorder._asked = recorder.lrs # a new list for each fit; fastai asks twice
+    return learn
+
+# %% ../../nbs/evaluation/00_metrics.ipynb #42cec267
 class ShotAccuracy(Metric):
     "Mean accuracy of the classes in a group, each class counting once."
     def __init__(self,
         mask:Tensor, # `(C,)` bool: the classes of the group
         name:str # Shown in the table
-    ): self.mask,self._name = mask,name
+    ): self.mask,self._name,self._watched = mask,name,()
     def reset(self): self.hits = self.totals = 0
     def accumulate(self, learn):
         preds,targets = learn.to_detach(learn.pred),learn.to_detach(learn.y) # of all processes
@@ -82,11 +109,65 @@ class ShotAccuracy(Metric):
     def value(self) -> float:
         "Of what has been accumulated, from 0 to 1; NaN if that is nothing of the group."
         acc = group_accuracy(self.hits, self.totals, self.mask) if torch.is_tensor(self.totals) else None
+        watched,self._watched = self._watched,()
+        if acc is None and watched: _warn_of_nan(watched, {self._name: 'the first epoch had no'}, ())
         return float('nan') if acc is None else acc # trackers and loggers want a number
     @property
     def name(self) -> str:
-        "Of its column in the table."
+        "The name of its column; when a fit begins, raises `LookupError` if a callback monitors a shot that has none."
+        if (learn := _asked_by_fit()) is not None: _check_trackers(learn)
         return self._name
+
+def _shot_metrics(learn): return [o for o in learn.metrics if isinstance(o, ShotAccuracy)]
+
+def _validation_counts(learn, n_classes):
+    "Validation images of each class; None if the data set doesn't tell without being read"
+    try: y = dataset_targets(learn.dls.valid.dataset)
+    except (TypeError, ValueError, AttributeError, IndexError): return None
+    return torch.bincount(torch.tensor(y, dtype=torch.long), minlength=n_classes)
+
+def _check_trackers(learn):
+    "Warn of callbacks that monitor what can't be measured"
+    mine = {o._name: o for o in _shot_metrics(learn)}
+    names = {o.name for o in learn.metrics if not isinstance(o, ShotAccuracy)}
+    trackers = [cb for cb in learn.cbs if isinstance(cb, TrackerCallback)]
+    for cb in trackers:
+        if vars(cb).pop('_saves_last', False): cb.at_end = False # it was so for the fit before
+    of_shot = [(cb, cb.monitor.removeprefix('valid_')) for cb in trackers if not getattr(cb, 'every_epoch', False)]
+    for cb,k in of_shot:
+        if k not in ('many','medium','few') or k in mine or k in names: continue
+        raise LookupError( # fastai takes a ValueError for a missing name
+            f"{type(cb).__name__} monitors {cb.monitor!r}, and there is no such column, since no class is "
+            f"{k.title()}-shot. Monitor {' or '.join(map(repr, mine))}.")
+    of_shot = [(cb,k) for cb,k in of_shot if k in mine]
+    if not of_shot: return
+    n = _validation_counts(learn, len(first(mine.values()).mask))
+    if n is None: # the first value will tell
+        for cb,k in of_shot: mine[k]._watched = (*mine[k]._watched, cb)
+        return
+    empty = {k: 'the validation set has no' for k,o in mine.items() if not n[:len(o.mask)][o.mask.cpu()].any()}
+    watched = [cb for cb,k in of_shot if k in empty]
+    measured = sorted((k for k in mine if k not in empty), key=lambda k: k!='all')
+    if watched: _warn_of_nan(watched, empty, measured)
+
+_effects = dict(SaveModelCallback='saves the model of the last epoch, not the best',
+                EarlyStoppingCallback='stops after its patience', ReduceLROnPlateau='goes on reducing')
+
+def _warn_of_nan(trackers, empty, others):
+    "Tell which callbacks monitor a column of NaN, and what to monitor; models are saved nevertheless"
+    said = []
+    for cb in trackers:
+        classes = [o.__name__ for o in type(cb).__mro__]
+        effect = next((v for k,v in _effects.items() if k in classes), 'sees no improvement')
+        said.append(f"{type(cb).__name__} monitors {cb.monitor!r} and {effect}")
+        if isinstance(cb, SaveModelCallback) and not cb.at_end: cb.at_end = cb._saves_last = True
+    columns = dict.fromkeys(cb.monitor.removeprefix('valid_') for cb in trackers)
+    def why(k):
+        what = 'any class' if k=='all' else f'a {k.title()}-shot class'
+        return f"{empty[k]} image of {what}, so {k!r} is NaN"
+    instead = ' or '.join(map(repr, [*others, 'valid_loss']))
+    warn(f"{'. '.join(said)}: {'; '.join(map(why, columns))}. "
+        f"Monitor {instead} instead, or give such classes validation images.")
 
 def shot_accuracies(class_counts:Collection, # Training images of each class: `class_counts(dls)`
                     many:int=100, # Classes with more are 'many'

@@ -6,12 +6,15 @@
 __all__ = ['random_state', 'set_random_state', 'plain', 'UnreadableCheckpoint', 'ForeignCheckpoint', 'Checkpoint']
 
 # %% ../../nbs/experiments/00_checkpoint.ipynb #96e59b3f
-from fastai.basics import *
 import shutil
+from io import BytesIO
+from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.progress import CSVLogger, ShowGraphCallback
 from fastai.callback.schedule import ParamScheduler
-from fastai.callback.tracker import TrackerCallback
+from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.callback.training import GradientAccumulation
+from ..evaluation.metrics import _beginner_of_fit
 from ..reflective.ranks import Ranks
 from ..reflective.terms import LossTerms
 
@@ -38,7 +41,35 @@ def _drawing(dls):
     "The loaders with a generator of their own; of a distributed one, that which it wraps"
     return [o for o in (vars(dl).get('dl', dl) for dl in dls) if hasattr(o, 'rng')]
 
-# %% ../../nbs/experiments/00_checkpoint.ipynb #94d6746d
+# %% ../../nbs/experiments/00_checkpoint.ipynb #f6a3d899
+def _layers(dl):
+    "A loader, and the one that a distributed loader wraps"
+    return [dl] + ([vars(dl)['dl']] if 'dl' in vars(dl) else [])
+
+def _generators(dl):
+    "Generators of a PyTorch loader that somebody gave it"
+    found = [getattr(o, 'generator', None) for o in (dl, getattr(dl, 'sampler', None))]
+    return [o for o in found if isinstance(o, torch.Generator)]
+
+def _use_of(dl):
+    "How a loader was used so far: what another in its place has to be told"
+    rng = vars(dl)['rng'].getstate() if 'rng' in vars(dl) else None
+    res = dict(generators=[o.get_state() for o in _generators(dl)], rng=rng)
+    if not isinstance(dl, TfmdDL): return res
+    pipelines = {k: vars(dl)[k] for k in ('after_item','before_batch','after_batch') if k in vars(dl)}
+    res['splits'] = {k: o.split_idx for k,o in pipelines.items() if hasattr(o, 'split_idx')}
+    res['looked'] = hasattr(dl, '_n_inp') and hasattr(dl, '_types')
+    return res
+
+def _use_as(dl, use):
+    "Take up the use that `_use_of` told"
+    for o,state in zip(_generators(dl), use['generators']): o.set_state(state)
+    if use['rng'] and 'rng' in vars(dl): dl.rng.setstate(use['rng'])
+    for k,split in use.get('splits', {}).items():
+        if k in vars(dl): vars(dl)[k].split_idx = split
+    if use.get('looked') and not (hasattr(dl, '_n_inp') and hasattr(dl, '_types')): dl._one_pass()
+
+# %% ../../nbs/experiments/00_checkpoint.ipynb #37d6b2a3
 def plain(o:Any # Of dicts, lists, tuples, tensors and numbers
          ) -> Any: # The same in Python's own types
     "`o` with dicts, lists and tuples of Python's own types, whatever kind of them there was: all that `torch.load(weights_only=True)` gives back."
@@ -47,15 +78,258 @@ def plain(o:Any # Of dicts, lists, tuples, tensors and numbers
     if isinstance(o, (list,L)): return [plain(v) for v in o]
     return o.item() if isinstance(o, np.generic) else o.as_subclass(Tensor) if isinstance(o, Tensor) else o
 
+_kind_of_part = '__kind__'
+_plain_keys = (str, int, float, bool, type(None))
+_bases = (str, int, float)
+_compressed = {torch.sparse_csr: ('crow','col'), torch.sparse_csc: ('ccol','row'),
+               torch.sparse_bsr: ('crow','col'), torch.sparse_bsc: ('ccol','row')}
+_layouts = {str(o): o for o in _compressed}
+
+def _part(kind, **parts): return {_kind_of_part: kind, **parts}
+
+def _pack(o):
+    "`o` in types that `torch.load(weights_only=True)` gives back; what has none is left as it is"
+    if isinstance(o, np.generic): return _part('number', array=_pack_array(np.asarray(o)))
+    if isinstance(o, np.ndarray): return _pack_array(o)
+    if isinstance(o, Tensor): return _pack_tensor(o)
+    if isinstance(o, dict):
+        if _kind_of_part not in o and all(type(k) in _plain_keys for k in o): return {k: _pack(v) for k,v in o.items()}
+        return _part('dict', keys=[_pack(k) for k in o], values=[_pack(v) for v in o.values()])
+    if isinstance(o, tuple): return tuple(_pack(v) for v in o)
+    if isinstance(o, (list,L)): return _pack_list(o)
+    if isinstance(o, (set,frozenset)):
+        return _part('frozenset' if isinstance(o, frozenset) else 'set', items=[_pack(v) for v in o])
+    if isinstance(o, Path): return _part('path', path=str(o))
+    if isinstance(o, _bases) and not isinstance(o, (bool,Enum)): # not a subclass of them
+        base = next(t for t in _bases if isinstance(o, t))
+        return o if type(o) is base else ''.join(o) if base is str else base.__add__(o, 0)
+    return o
+
+def _pack_array(o):
+    if type(o) is not np.ndarray: return o
+    shape = list(o.shape)
+    if o.dtype.hasobject: return _part('objects', items=[_pack(v) for v in o.ravel().tolist()], shape=shape)
+    empty = not o.size*o.itemsize
+    data = torch.empty(0, dtype=torch.uint8) if empty else torch.frombuffer(bytearray(o.tobytes()), dtype=torch.uint8)
+    return _part('array', data=data, dtype=np.lib.format.dtype_to_descr(o.dtype), shape=shape)
+
+def _pack_list(o):
+    "A list; of many single numbers on the CPU, as the Recorder's losses are, one tensor"
+    def single(v):
+        if not isinstance(v, Tensor) or v.ndim or v.device.type!='cpu': return False
+        return v.layout==torch.strided and not v.is_quantized
+    if len(o)>1 and all(map(single, o)) and len({v.dtype for v in o})==1:
+        return _part('scalars', tensor=torch.stack([v.detach().as_subclass(Tensor) for v in o]))
+    return [_pack(v) for v in o]
+
+def _pack_tensor(o):
+    t = o.detach()
+    size = list(t.shape)
+    if t.layout==torch.sparse_coo:
+        indices,values = _pack_tensor(t._indices()),_pack_tensor(t._values())
+        return _part('sparse', indices=indices, values=values, size=size, coalesced=t.is_coalesced())
+    if t.layout in _compressed:
+        indices = [_pack_tensor(getattr(t, f'{k}_indices')()) for k in _compressed[t.layout]]
+        return _part('compressed', indices=indices, values=_pack_tensor(t.values()), size=size, layout=str(t.layout))
+    if t.layout!=torch.strided or t.is_nested: return o # says by itself that it can't be saved
+    if t.is_quantized and t.dtype in (torch.quint8, torch.qint8, torch.qint32): return _pack_quantized(t)
+    if type(t) is not Tensor: t = t.as_subclass(Tensor)
+    room = t.untyped_storage().nbytes()
+    return t.clone() if room>2*t.nbytes+4096 else t # a small part of something large
+
+def _pack_quantized(t):
+    ints = t.int_repr()
+    if t.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams):
+        scales,zeros,axis = t.q_per_channel_scales(),t.q_per_channel_zero_points(),t.q_per_channel_axis()
+        return _part('quantized', ints=ints, scales=scales, zeros=zeros, axis=axis)
+    return _part('quantized', ints=ints, scale=t.q_scale(), zero=t.q_zero_point())
+
+def _unpack(o):
+    "What `_pack` was given"
+    if isinstance(o, dict):
+        if _kind_of_part in o: return _unpack_part(o[_kind_of_part], o)
+        return {k: _unpack(v) for k,v in o.items()}
+    if isinstance(o, tuple): return tuple(_unpack(v) for v in o)
+    return [_unpack(v) for v in o] if isinstance(o, list) else o
+
+def _unpack_part(kind, o):
+    if kind=='array':
+        dtype = np.lib.format.descr_to_dtype(o['dtype'])
+        return np.frombuffer(o['data'].numpy().tobytes(), dtype=dtype).reshape(o['shape']).copy()
+    if kind=='number': return _unpack(o['array'])[()]
+    if kind=='objects':
+        res = np.empty(len(o['items']), dtype=object)
+        for i,v in enumerate(o['items']): res[i] = _unpack(v)
+        return res.reshape(o['shape'])
+    if kind=='dict': return dict(zip(map(_unpack, o['keys']), map(_unpack, o['values'])))
+    if kind=='set': return {_unpack(v) for v in o['items']}
+    if kind=='frozenset': return frozenset(_unpack(v) for v in o['items'])
+    if kind=='path': return Path(o['path'])
+    if kind=='scalars': return list(o['tensor'].unbind())
+    if kind=='sparse':
+        return torch.sparse_coo_tensor(o['indices'], o['values'], o['size'], is_coalesced=o['coalesced'])
+    if kind=='compressed':
+        return torch.sparse_compressed_tensor(*o['indices'], o['values'], o['size'], layout=_layouts[o['layout']])
+    if 'axis' in o: return torch._make_per_channel_quantized_tensor(o['ints'], o['scales'], o['zeros'], o['axis'])
+    return torch._make_per_tensor_quantized_tensor(o['ints'], o['scale'], o['zero'])
+
+def _through_file(o):
+    "What is read of `o` when it is written"
+    f = BytesIO()
+    torch.save(o, f)
+    f.seek(0)
+    return torch.load(f, map_location='cpu', weights_only=True)
+
+def _culprit(o, path=()):
+    "The smallest part of `o` that can't be written and read again: where it is, it, and the error; None if all can"
+    try: _through_file(o)
+    except Exception as e: error = e
+    else: return None
+    parts = o.items() if isinstance(o, dict) else enumerate(o) if isinstance(o, (list,tuple)) else ()
+    found = (_culprit(v, (*path,k)) for k,v in parts)
+    return next((f for f in found if f), (path, o, error))
+
+# %% ../../nbs/experiments/00_checkpoint.ipynb #b4cd39f1
+_optimizers = (Optimizer, OptimWrapper, torch.optim.Optimizer)
+
+def _kind_of(opt):
+    "What an optimizer does in a step, by name"
+    if isinstance(opt, Lookahead): return ['Lookahead', opt.k, opt.alpha, *_kind_of(opt.opt)]
+    if isinstance(opt, OptimWrapper): return [type(opt.opt).__name__]
+    steps = [getattr(o, 'func', o) for o in getattr(opt, 'cbs', ())]
+    return [type(opt).__name__, *(getattr(o, '__name__', type(o).__name__) for o in steps)]
+
+def _opt_state(opt):
+    "What an optimizer remembers; of fastai's also which tensors are not where their parameter is"
+    res = dict(opt.state_dict())
+    if isinstance(opt, OptimWrapper): return res
+    def aside(p, state): return [k for k,v in state.items() if isinstance(v, Tensor) and v.device!=p.device]
+    return {**res, 'aside': [aside(p, state) for p,_,state,_ in opt.all_params()]}
+
+def _load_opt_state(opt, kept):
+    "Go on with what `_opt_state` told"
+    kept = dict(kept)
+    aside = kept.pop('aside', None)
+    if isinstance(opt, OptimWrapper): return opt.load_state_dict(kept)
+    params = [p for p,*_ in opt.all_params()]
+    def placed(v, p): return v.to(p.device) if isinstance(v, Tensor) else v
+    aside = aside or [[] for _ in params]
+    kept['state'] = [{k: v if k in rest else placed(v, p) for k,v in o.items()}
+        for o,p,rest in zip(kept['state'], params, aside)]
+    kept['hypers'] = L(dict(o) for o in kept['hypers'])
+    if kept.get('slow_weights') is not None: # of Lookahead
+        groups = zip(kept['slow_weights'], opt.param_lists)
+        kept['slow_weights'] = L(L(placed(v, p) for v,p in zip(slow, pg)) for slow,pg in groups)
+    opt.load_state_dict(kept)
+
+def _corner(t):
+    "At most two numbers in each dimension of a tensor"
+    res = t.detach()[tuple(slice(2) for _ in t.shape)].clone()
+    return nn.Parameter(res, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else res
+
+def _whole(t):
+    res = t.detach().clone()
+    return nn.Parameter(res, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else res
+
+_step_hooks = ('_optimizer_step_pre_hooks','_optimizer_step_post_hooks')
+
+def _replica(opt, of):
+    "A copy of an optimizer, whose tensors are made from its own by `of`"
+    memo,found,seen = {},[],set()
+    def look(o):
+        if id(o) in seen: return
+        seen.add(id(o))
+        if isinstance(o, Tensor): memo[id(o)] = of(o)
+        elif isinstance(o, _optimizers):
+            memo[id(o)] = object.__new__(type(o)) # not by `__getstate__`: that of PyTorch's leaves attributes out
+            found.append(o)
+            look(vars(o))
+        elif isinstance(o, dict):
+            for k,v in o.items(): look(k); look(v)
+        elif isinstance(o, (list,tuple,set,L)):
+            for v in o: look(v)
+    look(opt)
+    for o in found:
+        hooks = {k: OrderedDict() for k in _step_hooks if k in vars(o)} # they are the user's
+        mine = {k: v for k,v in vars(o).items() if k!='step'} # what a scheduler puts in its place steps the original
+        vars(memo[id(o)]).update(deepcopy({**mine, **hooks}, memo))
+    return memo[id(opt)]
+
+def _tried_params(opt):
+    "Of each group two parameters of each number of dimensions: they stand for the others"
+    res = []
+    for pg in opt.param_lists:
+        for _,same in groupby(pg, lambda p: p.ndim).items(): res += same[:2]
+    return res
+
+def _try_steps(opt, n, as_grad):
+    "Steps with gradients that are the same every time"
+    for i in range(n):
+        for j,p in enumerate(_tried_params(opt)):
+            g = torch.arange(1, p.numel()+1, device=p.device, dtype=torch.float).view(p.shape)
+            p.grad = as_grad((torch.sin(g*(i+1)+j)/10).to(p.dtype))
+        opt.step()
+        opt.zero_grad()
+
+def _why_not_resumable(opt):
+    "Why an optimizer would not go on from a file as it would have without; None if it would"
+    state,trouble = random_state(),None
+    try:
+        for of,as_grad in ((_corner,noop), (_corner,Tensor.to_sparse), (_whole,noop)):
+            try:
+                a,b = _replica(opt, of),_replica(opt, of)
+                _try_steps(a, 4, as_grad)
+                break
+            except Exception as e: trouble = trouble or e
+        else: return f"a step of a copy of it fails ({type(trouble).__name__}: {trouble})"
+        pairs = list(zip(_tried_params(a), _tried_params(b)))
+        for p,q in pairs: q.data.copy_(p.data)
+        try: _load_opt_state(b, _unpack(_through_file(_pack(_opt_state(a)))))
+        except Exception as e: return f"what it remembers can't be saved and loaded ({type(e).__name__}: {e})"
+        began = random_state()
+        _try_steps(a, 9, as_grad)
+        set_random_state(began)
+        try: _try_steps(b, 9, as_grad)
+        except Exception as e: return f"it can't go on with what was loaded ({type(e).__name__}: {e})"
+        same = all(torch.allclose(p.detach(), q.detach(), rtol=0, atol=0, equal_nan=True) for p,q in pairs)
+        if same: return None
+        return "it steps differently after loading: its `state_dict` doesn't hold all that it remembers"
+    finally: set_random_state(state)
+
+# %% ../../nbs/experiments/00_checkpoint.ipynb #ef4aea97
+def _log_file(cb): return (cb.path/cb.fname).resolve()
+
+def _begin_of_log(cb):
+    "Where in its file the header is that a `CSVLogger` has just written"
+    cb.file.flush()
+    return _log_file(cb).read_bytes().rstrip(b'\r\n').rfind(b'\n')+1
+
+def _continue_log(cb, begin, rows):
+    "Put `rows`, with their header, at the end of a log in place of the header at `begin`; gives where they begin"
+    file = _log_file(cb)
+    before,after = file.read_bytes()[:begin],b''
+    if (at := before.rfind(rows))>=0: before,after = before[:at],before[at+len(rows):]
+    others = after.splitlines(keepends=True)
+    while others and not others[0].startswith(b'epoch,'): others.pop(0) # epochs that are done again
+    before += b''.join(others)
+    cb.file.close()
+    tmp = file.with_name(f'.{file.name}.{os.getpid()}')
+    tmp.write_bytes(before+rows)
+    os.replace(tmp, file)
+    cb.file = file.open('a')
+    return len(before)
+
+# %% ../../nbs/experiments/00_checkpoint.ipynb #94d6746d
 class UnreadableCheckpoint(ValueError): "There is a checkpoint, but it can't be read, or not all that it needs is there, or not on every rank; nor is the one before of any use."
 class ForeignCheckpoint(ValueError): "There is a checkpoint, but of another fit."
 
 class Checkpoint(Callback):
     "After each epoch keeps in a file what training needs to go on, and in another what it needed the last time; a fit that finds one goes on from there."
-    order,run_valid = 200,False
+    order,run_valid = math.inf,False # after all that others do at the end of an epoch
     _stateattrs = ('_others','_kept')
     _others = _kept = _refused = None
     seconds,_run,_ended,_lr = 0.,True,0,() # of earlier sittings; see `run`; how many fits it was in to their end; what this one was given
+    _done,_aside,_logs = 0,False,{} # epochs of this fit; are its events borrowed? where logs of this fit begin
     def __init__(self,
         file:str|Path, # Where; replaced as a whole. The one before is beside it, with `.older` behind its name; a second fit that this callback is in has `.next` there
         identity:Any=None, # Plain types that tell this fit from others: a file of another one is refused
@@ -71,20 +345,26 @@ class Checkpoint(Callback):
     def run(self, v): self.__dict__['_run'] = v
 
     def state(self) -> dict:
-        "Of everything, as plain types and tensors."
+        "Of everything, as types that `torch.load(weights_only=True)` gives back."
         learn,rec = self.learn,self.learn.recorder
-        return plain(dict(identity=self.identity, n_epoch=learn.n_epoch, about=self._about(),
-            done=learn.epoch+1, model=get_model(learn.model).state_dict(), opt=learn.opt.state_dict(),
+        return _pack(dict(identity=self.identity, n_epoch=learn.n_epoch, about=self._about(),
+            done=self._done, model=get_model(learn.model).state_dict(), opt=_opt_state(learn.opt),
+            loss=_loss_state(learn.loss_func), params=self._of_params(),
             ranks=self.ranks.objects(self._of_rank()), grads=self._grads(), fastai=self._of_fastai(), train_iter=learn.train_iter, seconds=self.seconds+time.time()-self._began,
             recorder=dict(lrs=rec.lrs, iters=rec.iters, losses=rec.losses, values=rec.values, smooth=(rec.smooth_loss.count, rec.smooth_loss.val)),
-            schedules=[cb.hps for cb in self._of(ParamScheduler)], callbacks={cb.name: cb.state_dict() for cb in self._with_state()}))
+            schedules=[cb.hps for cb in self._of(ParamScheduler)],
+            callbacks={k: cb.state_dict() for k,cb in self._with_state().items()},
+            logs={k: _log_file(cb).read_bytes()[self._logs[k]:]
+                for k,cb in self._loggers().items() if k in self._logs}))
 
     def _about(self):
         "What can be said of a fit without being told"
         learn = self.learn
         data = getattr(learn.dls.train, 'dataset', None)
         return plain(dict(model={k: list(v.shape) for k,v in get_model(learn.model).state_dict().items() if isinstance(v, Tensor)},
-            samples=len(data) if hasattr(data, '__len__') else None, optimizer=sorted(learn.opt.hypers[0]), schedule=self._schedule()))
+            samples=len(data) if hasattr(data, '__len__') else None,
+            optimizer=sorted(learn.opt.hypers[0]), schedule=self._schedule(),
+            kind=_kind_of(learn.opt), groups=[len(pg) for pg in learn.opt.param_lists]))
 
     def _schedule(self):
         "The learning rate that the fit was given, and all that is scheduled at five places of its course"
@@ -92,26 +372,75 @@ class Checkpoint(Callback):
         return {k: [[float(f'{o:.6g}') for o in np.atleast_1d(v)] for v in vs] for k,vs in scheds.items()}
 
     # An accumulated step may reach over the end of an epoch, and fastai's own callbacks remember things that they keep in no file
-    def _of_rank(self): return dict(random=random_state(self.learn.dls.loaders), split={k: g for cb in self._of(LossTerms) for k,g in cb.grads_by_name().items()})
+    def _of_rank(self):
+        split = {k: g for cb in self._of(LossTerms) for k,g in cb.grads_by_name().items()}
+        use = {k: [_use_of(o) for o in _layers(dl)] for k,dl in self._loaders().items()}
+        return dict(random=random_state(), split=split, use=use)
     def _grads(self): return {k: p.grad for k,p in get_model(self.learn.model).named_parameters() if p.grad is not None and p.grad.any()}
+    def _of_params(self):
+        "Which parameters learn, and which have a gradient of zeros, which is another thing for an optimizer than none"
+        named = dict(get_model(self.learn.model).named_parameters())
+        return dict(frozen_idx=self.learn.opt.frozen_idx, learn=[k for k,p in named.items() if p.requires_grad],
+            zeros=[k for k,p in named.items() if p.grad is not None and not p.grad.any()])
     def _of_fastai(self):
-        res = {cb.name: {k: vars(cb)[k] for k in names if k in vars(cb)} for cls,names in _remembered.items() for cb in self._of(cls)}
-        return {**res, **{cb.name: self.learn.scaler.state_dict() for cb in self._of(MixedPrecision)}}
+        res = {}
+        for cls,names in _remembered.items():
+            for key,cb in self._named(cls).items():
+                res.setdefault(key, {}).update({k: vars(cb)[k] for k in names if k in vars(cb)})
+        return {**res, **{key: self.learn.scaler.state_dict() for key in self._named(MixedPrecision)}}
 
-    def _of(self, cls): return [cb for cb in self.learn.cbs if isinstance(cb, cls)]
-    def _with_state(self): return [cb for cb in self.learn.cbs if hasattr(cb, 'state_dict') and hasattr(cb, 'load_state_dict')]
+    def _named(self, cls=Callback):
+        "Callbacks of a class by name; a second one of a name, as two `SaveModelCallback` are, has `.2` behind it"
+        res,seen = {},Counter()
+        for cb in self.learn.cbs:
+            seen[cb.name] += 1
+            if isinstance(cb, cls): res[cb.name if seen[cb.name]==1 else f'{cb.name}.{seen[cb.name]}'] = cb
+        return res
+    def _of(self, cls): return list(self._named(cls).values())
+    def _loggers(self): return self._named(CSVLogger)
+    def _with_state(self):
+        return {k: cb for k,cb in self._named().items() if hasattr(cb, 'state_dict') and hasattr(cb, 'load_state_dict')}
+    def _loaders(self):
+        "The learner's by number, and those that callbacks hold by their name"
+        held = {f'{name}.{k}': v for name,cb in self._named().items()
+            for k,v in vars(cb).items() if isinstance(v, DataLoader)}
+        return {**{str(i): dl for i,dl in enumerate(self.learn.dls.loaders)}, **held}
 
     def save(self):
-        "Replace the file by the present state."
+        "Replace the file by the present state, if that loads; raises `TypeError` that names what does not."
         state = self.state() # all ranks have a share in it
         if self.ranks.rank: return
         self.current.parent.mkdir(parents=True, exist_ok=True)
         tmp = self.current.with_name(f'.{self.current.name}.{os.getpid()}')
-        with open(tmp, 'wb') as f: torch.save(state, f); f.flush(); os.fsync(f.fileno())
+        self._write(state, tmp)
         aside = _behind(self.current, '.refused') if self._refused else self.older # never over the one that is of use
         if self.current.exists(): os.replace(self.current, aside)
         self._refused = False
         os.replace(tmp, self.current)
+
+    def _write(self, state, tmp):
+        "Write `state`, and see that it loads"
+        try:
+            with open(tmp, 'wb') as f:
+                torch.save(state, f)
+                f.flush()
+                os.fsync(f.fileno())
+            torch.load(tmp, map_location='cpu', weights_only=True)
+        except Exception as e:
+            tmp.unlink(missing_ok=True)
+            if (found := _culprit(state)) is None: raise # the disk is full, say
+            path,o,error = found
+            kind,reason = f'{type(o).__module__}.{type(o).__qualname__}',str(error).partition('\n')[0]
+            raise TypeError(f"{self._place(path)} is of a type that a checkpoint can't hold, {kind} "
+                f"({type(error).__name__}: {reason}). Nothing was written. Let it be numbers, strings, arrays or "
+                "tensors, or lists and dicts of them; or fit without `Checkpoint`.") from e
+
+    def _place(self, path):
+        "In words, where in the state something is"
+        path = [k for k in path if k not in ('keys','values','items') or path[:2]==('recorder','values')]
+        if path[:2]!=['recorder','values'] or len(path)<4: return f"Of what is to be saved, {'/'.join(map(str, path))}"
+        names = list(self.learn.recorder.metric_names[1:])
+        return f"The value of {names[path[3]] if path[3]<len(names) else f'column {path[3]}'!r} in epoch {path[2]}"
 
     @property
     def beside(self) -> Path:
@@ -160,26 +489,37 @@ class Checkpoint(Callback):
         "What `f` holds; refuses, with the reason, what this fit can't go on from"
         try: kept = torch.load(f, map_location='cpu', weights_only=True)
         except Exception as e: raise UnreadableCheckpoint(f"{f} is no checkpoint that can be read ({type(e).__name__}).") from e
+        kept = _unpack(kept)
         if not isinstance(kept, dict) or 'identity' not in kept: raise ForeignCheckpoint(f"{f} is no checkpoint of this package.")
         if (kept['identity'],kept['n_epoch'])!=(self.identity,self.learn.n_epoch): raise ForeignCheckpoint(
             f"{f} is the checkpoint of another fit than this: "
             f"{_differences(dict(epochs=kept['n_epoch'], identity=kept['identity']), dict(epochs=self.learn.n_epoch, identity=self.identity))}.")
         about,was = self._about(),kept.get('about', {})
         if (other := [k for k,v in about.items() if was.get(k, v)!=v]): raise ForeignCheckpoint(
-            f"{f} is the checkpoint of another fit: of another {' and another '.join(dict(samples='number of training samples').get(k, k) for k in other)}"
+            f"{f} is the checkpoint of another fit: of another {' and another '.join(_called.get(k, k) for k in other)}"
             f"{_other_schedule(was['schedule'], about['schedule']) if 'schedule' in other else ''}.")
         if (n := len(kept['ranks']))!=self.ranks.size: raise ForeignCheckpoint(f"{f} is of {n} processes, and here are {self.ranks.size}: start as many.")
-        for cb in self._with_state():
-            if not hasattr(cb, 'check_state') or self._next or cb.name not in kept['callbacks']: continue
-            try: cb.check_state(kept['callbacks'][cb.name])
+        for name,cb in self._with_state().items():
+            if not hasattr(cb, 'check_state') or self._next or name not in kept['callbacks']: continue
+            try: cb.check_state(kept['callbacks'][name])
             except ValueError as e: raise UnreadableCheckpoint(str(e)) from e
         return kept
 
     def before_fit(self):
-        self.seconds,self._began = 0.,time.time()
-        self._lr = [o['lr'] for o in self.learn.opt.hypers]
+        learn = _beginner_of_fit(self.learn)
+        self._aside = learn is None
+        if self._aside: return # `learn.tta` and `with learn:` borrow the events of a fit
+        if learn is not self.learn: self.learn = learn # this callback was given to another learner since
+        self.seconds,self._began,self._done = 0.,time.time(),0
+        self._others = self._kept = self._refused = None # of a fit that crashed
+        self._lr = [o['lr'] for o in learn.opt.hypers]
+        if (why := _why_not_resumable(learn.opt)): raise ValueError(
+            f"This fit could not be resumed with its optimizer, {' '.join(map(str, _kind_of(learn.opt)))}: {why}. "
+            "Take another optimizer, or fit without `Checkpoint`.")
+        self._logs = {k: _begin_of_log(cb) for k,cb in self._loggers().items()}
         self._kept = self._found()
-        if self._kept is not None: self._others,self.learn.cbs = self.learn.cbs,L(self) # nobody else hears of epochs that are done
+        if self._kept is None: return
+        self._others,learn.cbs = learn.cbs,L(self) # no other callback hears of epochs that are done
 
     def _found(self):
         "What there is to go on with, the same on all ranks; None for a fit that begins"
@@ -197,42 +537,65 @@ class Checkpoint(Callback):
         return kept
 
     def before_epoch(self):
-        if self._kept is not None: raise CancelEpochException
+        if self._kept is not None and not self._aside: raise CancelEpochException
 
     def after_epoch(self):
+        if self._aside: return
+        self._done += 1 # not `learn.epoch`, which is 0 after a callback has validated
         if self._kept is not None:
-            if self.epoch+1<self._kept['done']: return
+            if self._done<self._kept['done']: return
             self._resume()
-            if self._next and self.epoch+1<self.n_epoch: raise CancelFitException # it had been stopped there
-        elif (self.epoch+1)%self.every==0 or self.epoch+1==self.n_epoch: self.save()
+            if self._next and self._done<self.learn.n_epoch: raise CancelFitException # it had been stopped there
+        elif self._done%self.every==0 or self._done==self.learn.n_epoch: self.save()
 
     def _resume(self):
         learn,kept = self.learn,self._kept
         self.after_cancel_fit()
-        get_model(learn.model).load_state_dict(kept['model'])
-        learn.opt.load_state_dict(_to_params(kept['opt'], learn.opt))
-        rec,was = learn.recorder,kept['recorder']
+        model = get_model(learn.model)
+        model.load_state_dict(kept['model'])
+        _load_loss_state(learn.loss_func, kept.get('loss', {}))
+        _load_opt_state(learn.opt, kept['opt'])
+        self._resume_recorder(kept)
+        for cb,hps in zip(self._of(ParamScheduler), kept['schedules']): cb.hps = hps
+        for name,cb in self._with_state().items():
+            if name not in kept['callbacks'] or self._next and hasattr(cb, 'check_state'): continue
+            cb.load_state_dict(kept['callbacks'][name], learn)
+        self._resume_params(kept)
+        for cls in _remembered:
+            for name,cb in self._named(cls).items(): vars(cb).update(kept['fastai'].get(name, {}))
+        for name in self._named(MixedPrecision): learn.scaler.load_state_dict(kept['fastai'][name])
+        for name,cb in self._loggers().items():
+            if name not in kept.get('logs', {}) or self.ranks.rank: continue
+            self._logs[name] = _continue_log(cb, self._logs[name], kept['logs'][name])
+        mine = kept['ranks'][self.ranks.rank]
+        for cb in self._of(LossTerms): cb.take_back(mine['split'])
+        loaders = self._loaders()
+        for name,uses in mine.get('use', {}).items():
+            for dl,use in zip(_layers(loaders[name]) if name in loaders else [], uses): _use_as(dl, use)
+        set_random_state(mine['random'], learn.dls.loaders) # last: what was done here has drawn some
+
+    def _resume_recorder(self, kept):
+        learn,rec,was = self.learn,self.learn.recorder,kept['recorder']
         rec.lrs,rec.iters,rec.losses,rec.values = was['lrs'],was['iters'],was['losses'],[L(o) for o in was['values']]
         rec.smooth_loss.count,rec.smooth_loss.val = was['smooth']
         if rec.values: learn.final_record = rec.values[-1]
         learn.train_iter,self.seconds = kept['train_iter'],kept['seconds']
-        for cb,hps in zip(self._of(ParamScheduler), kept['schedules']): cb.hps = hps
-        for cb in self._with_state():
-            if cb.name in kept['callbacks'] and not (self._next and hasattr(cb, 'check_state')): cb.load_state_dict(kept['callbacks'][cb.name], learn)
-        for name,p in get_model(learn.model).named_parameters():
+
+    def _resume_params(self, kept):
+        was = kept.get('params', {})
+        if was: self.learn.opt.frozen_idx = was['frozen_idx']
+        for name,p in get_model(self.learn.model).named_parameters():
+            if was: p.requires_grad_(name in was['learn'])
             if name in kept['grads']: p.grad = kept['grads'][name].to(p)
-        for cls in _remembered:
-            for cb in self._of(cls): vars(cb).update(kept['fastai'].get(cb.name, {}))
-        for cb in self._of(MixedPrecision): learn.scaler.load_state_dict(kept['fastai'][cb.name])
-        mine = kept['ranks'][self.ranks.rank]
-        for cb in self._of(LossTerms): cb.take_back(mine['split'])
-        set_random_state(mine['random'], learn.dls.loaders)
+            elif name in was.get('zeros', ()): p.grad = torch.zeros_like(p)
 
     def after_cancel_fit(self):
         if self._others is not None: self.learn.cbs = self._others
         self._others = self._kept = None
 
-    def after_fit(self): self._ended += 1
+    def after_fit(self):
+        if not self._aside: self._ended += 1
+        self._aside = False
 
 def _differences(was, now):
     "What differs between two records, in words; further in where both have a record"
@@ -250,9 +613,23 @@ def _other_schedule(was, now):
 
 def _behind(file, s): return file.with_name(file.name+s)
 
-_remembered = {TrackerCallback: ('best','new_best','wait'), GradientAccumulation: ('count',)}
+_called = dict(samples='number of training samples', kind='kind of optimizer', groups='division into parameter groups')
+_remembered = {TrackerCallback: ('best','new_best','wait'), SaveModelCallback: ('last_saved_path',),
+               GradientAccumulation: ('count',), ShowGraphCallback: ('nb_batches',)}
 
-def _to_params(sd, opt):
-    "`sd` with its tensors where the parameters are"
-    devices = [p.device for p,*_ in opt.all_params()]
-    return dict(state=[{k: v.to(d) if isinstance(v, Tensor) else v for k,v in o.items()} for o,d in zip(sd['state'], devices)], hypers=L(sd['hypers']))
+def _loss_module(loss):
+    "The module of a loss function, which may have learnt something; fastai's keep it as `func`"
+    return next((o for o in (loss, getattr(loss, 'func', None)) if isinstance(o, nn.Module)), None)
+
+def _loss_state(loss):
+    module = _loss_module(loss)
+    return {} if module is None else module.state_dict()
+
+def _load_loss_state(loss, state):
+    "Take back what `_loss_state` gave; a buffer may have been None at first"
+    for name,value in state.items():
+        path,_,last = name.rpartition('.')
+        owner = _loss_module(loss).get_submodule(path)
+        now = getattr(owner, last)
+        if isinstance(now, Tensor) and now.shape==value.shape: now.data.copy_(value)
+        else: setattr(owner, last, value)

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from fastai.basics import *
 from ..data.imbalance import eval_view
 from .heads import head_of, replace_head, HeadOnly, EvenClasses
-from .method import Stage, check_trained
+from .method import Stage, check_trained, renew_optimizer
 from ..reflective.features import HeadInput
 
 # %% ../../nbs/methods/09_decouple.ipynb #0c49b085
@@ -21,6 +21,7 @@ def new_head(learn:Learner, # Its net is changed in place
     "Put a new linear head on a learner's net."
     check_trained(learn, 'cRT')
     replace_head(learn.model, lambda old: nn.Linear(old.in_features, old.out_features))
+    renew_optimizer(learn)
 
 def alone_and_even(counts:Collection # Training images of each class; not looked at
                   ) -> list:
@@ -47,6 +48,7 @@ def scaled_head(learn:Learner, # Its net is changed in place
     "Put a scale for each class on a learner's head."
     check_trained(learn, 'LWS')
     replace_head(learn.model, ScaledHead)
+    renew_optimizer(learn)
 
 def _scales(net): return [m.scale for m in net.modules() if isinstance(m, ScaledHead)]
 def scales_alone_and_even(counts:Collection # Training images of each class; not looked at
@@ -84,6 +86,7 @@ def tau_normed(learn:Learner, # With validation images of two classes or more; i
     if y.unique().numel()<2: raise ValueError("tau-norm: tau is chosen on validation images, and there are none of two classes or more. "
         "Give the learner some, or take a tau: `TauNormHead(head, tau=1.)`.")
     replace_head(learn.model, TauNormHead)
+    renew_optimizer(learn)
     mine = head_of(learn.model)[1]
     def score(tau):
         mine.tau.fill_(tau)
@@ -147,5 +150,6 @@ def mean_head(learn:Learner, # Trained; its net is changed in place
     check_trained(learn, 'NCM')
     means,n = class_means(learn, head_of(learn.model)[1].out_features)
     replace_head(learn.model, lambda old: MeanHead(means, n>0))
+    renew_optimizer(learn)
 
 ncm = Stage('the nearest class mean', mean_head)

@@ -14,6 +14,7 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from ..reflective.ranks import Ranks
 from ..reflective.terms import LossTerms
+from .identity import data_changes, data_listing
 
 # %% ../../nbs/experiments/00_checkpoint.ipynb #7115e724
 def random_state(dls:Iterable=() # Loaders whose generators belong to it
@@ -53,8 +54,8 @@ class ForeignCheckpoint(ValueError): "There is a checkpoint, but of another fit.
 class Checkpoint(Callback):
     "After each epoch keeps in a file what training needs to go on, and in another what it needed the last time; a fit that finds one goes on from there."
     order,run_valid = 200,False
-    _stateattrs = ('_others','_kept')
-    _others = _kept = _refused = None
+    _stateattrs = ('_others','_kept','_data')
+    _others = _kept = _refused = _data = None
     seconds,_run,_ended,_lr = 0.,True,0,() # of earlier sittings; see `run`; how many fits it was in to their end; what this one was given
     def __init__(self,
         file:str|Path, # Where; replaced as a whole. The one before is beside it, with `.older` behind its name; a second fit that this callback is in has `.next` there
@@ -73,7 +74,7 @@ class Checkpoint(Callback):
     def state(self) -> dict:
         "Of everything, as plain types and tensors."
         learn,rec = self.learn,self.learn.recorder
-        return plain(dict(identity=self.identity, n_epoch=learn.n_epoch, about=self._about(),
+        return plain(dict(identity=self.identity, n_epoch=learn.n_epoch, about=self._about(), data=self._data,
             done=learn.epoch+1, model=get_model(learn.model).state_dict(), opt=learn.opt.state_dict(),
             ranks=self.ranks.objects(self._of_rank()), grads=self._grads(), fastai=self._of_fastai(), train_iter=learn.train_iter, seconds=self.seconds+time.time()-self._began,
             recorder=dict(lrs=rec.lrs, iters=rec.iters, losses=rec.losses, values=rec.values, smooth=(rec.smooth_loss.count, rec.smooth_loss.val)),
@@ -165,9 +166,11 @@ class Checkpoint(Callback):
             f"{f} is the checkpoint of another fit than this: "
             f"{_differences(dict(epochs=kept['n_epoch'], identity=kept['identity']), dict(epochs=self.learn.n_epoch, identity=self.identity))}.")
         about,was = self._about(),kept.get('about', {})
+        other_data = data_changes(kept.get('data'), self._data)
         if (other := [k for k,v in about.items() if was.get(k, v)!=v]): raise ForeignCheckpoint(
             f"{f} is the checkpoint of another fit: of another {' and another '.join(dict(samples='number of training samples').get(k, k) for k in other)}"
-            f"{_other_schedule(was['schedule'], about['schedule']) if 'schedule' in other else ''}.")
+            f"{_other_schedule(was['schedule'], about['schedule']) if 'schedule' in other else ''}{other_data and ': '+other_data}.")
+        if other_data: raise ForeignCheckpoint(f"{f} is the checkpoint of a fit on other data: {other_data}.")
         if (n := len(kept['ranks']))!=self.ranks.size: raise ForeignCheckpoint(f"{f} is of {n} processes, and here are {self.ranks.size}: start as many.")
         for cb in self._with_state():
             if not hasattr(cb, 'check_state') or self._next or cb.name not in kept['callbacks']: continue
@@ -178,6 +181,7 @@ class Checkpoint(Callback):
     def before_fit(self):
         self.seconds,self._began = 0.,time.time()
         self._lr = [o['lr'] for o in self.learn.opt.hypers]
+        self._data = data_listing(self.learn.dls)
         self._kept = self._found()
         if self._kept is not None: self._others,self.learn.cbs = self.learn.cbs,L(self) # nobody else hears of epochs that are done
 

@@ -247,7 +247,7 @@ def data_changes(was:dict|None, # A listing of earlier, or None if there is none
     said = _class_changes(was['classes'], now['classes']) if was['classes'] and now['classes'] else []
     if said: return said[0]
     old,new = ({k: _Items(o, listing['classes']) for k,o in listing['items'].items()} for listing in (was, now))
-    for k,b in new.items():
+    for k in new:
         if k in old: said += _item_changes(k, old, new)
     return '; '.join(said)
 

@@ -159,7 +159,7 @@ def finish(todo:Todo, # What to compute
            send:Callable=noop, # Called with messages
            command:str|None=None # That started the comparison
           ) -> dict: # The result
-    "Compute one run, or the rest of it, and write its result; nothing is left behind but that."
+    "Compute one run, or the rest of it, and write its result; nothing else is left behind; raises `RuntimeError` if the data changed meanwhile."
     file,name = run_file(folder, todo.run),todo.run.name
     cp = work_folder(folder)/f'{name}-{hash_of(todo.identity)}.pt' # not that of other code or data
     def train(): return train_run(todo.run.settings, bar=False, test=todo.identity['test'], checkpoint=cp, cbs=Tell(send))[0]

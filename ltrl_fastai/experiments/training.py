@@ -282,6 +282,16 @@ def train_run(settings:RunSettings, # What to train
               worlds:bool=False # Measure in all worlds of SADE's evaluation? A method that looks at unlabelled images does so anew in each
              ) -> tuple[dict, ShotReport]: # The result, and the report it was made from
     "Train once, read the test set once."
+    with _cudnn_flags_kept(): return _train_run(settings, bar, test, checkpoint, cbs, worlds)
+
+@contextlib.contextmanager
+def _cudnn_flags_kept():
+    "`set_seed(reproducible=True)` sets them for the whole process"
+    flags = torch.backends.cudnn.deterministic,torch.backends.cudnn.benchmark
+    try: yield
+    finally: torch.backends.cudnn.deterministic,torch.backends.cudnn.benchmark = flags
+
+def _train_run(settings, bar, test, checkpoint, cbs, worlds):
     start,method,hists,kept = time.time(),methods[settings.method],[],[]
     learn = settings.learner()
     data = listing_summary(data_listing(learn.dls))

@@ -45,3 +45,8 @@ from ltrl_fastai.evaluation.diagnosis import *
 from ltrl_fastai.evaluation.pictures import *
 from ltrl_fastai.experiments.checkpoint import Checkpoint as Checkpoint # `as` says to type checkers that it is handed on
 from ltrl_fastai.experiments.recipes import Recipe as Recipe, recipe as recipe, recipes as recipes
+# Left out, since a star import must shadow nothing and bring no everyday word: import these by name, from their modules.
+del fastai_path # noqa: F821 - fastai has another
+del follow, interval, locate, smooth # noqa: F821
+del as_listed, dealt, did_you_mean, few_of, flat_val, read_csv, shrink, where_to_put, with_targets # noqa: F821
+del alone_and_even, scales_alone_and_even, shifted_and_even # noqa: F821

@@ -17,6 +17,7 @@ from fastai.callback.training import GradientAccumulation
 from ..evaluation.metrics import _beginner_of_fit
 from ..reflective.ranks import Ranks
 from ..reflective.terms import LossTerms
+from .identity import data_changes, data_listing
 
 # %% ../../nbs/experiments/00_checkpoint.ipynb #7115e724
 def random_state(dls:Iterable=() # Loaders whose generators belong to it
@@ -326,8 +327,8 @@ class ForeignCheckpoint(ValueError): "There is a checkpoint, but of another fit.
 class Checkpoint(Callback):
     "After each epoch keeps in a file what training needs to go on, and in another what it needed the last time; a fit that finds one goes on from there."
     order,run_valid = math.inf,False # after all that others do at the end of an epoch
-    _stateattrs = ('_others','_kept')
-    _others = _kept = _refused = None
+    _stateattrs = ('_others','_kept','_data')
+    _others = _kept = _refused = _data = None
     seconds,_run,_ended,_lr = 0.,True,0,() # of earlier sittings; see `run`; how many fits it was in to their end; what this one was given
     _done,_aside,_logs = 0,False,{} # epochs of this fit; are its events borrowed? where logs of this fit begin
     def __init__(self,
@@ -348,7 +349,7 @@ class Checkpoint(Callback):
         "Of everything, as types that `torch.load(weights_only=True)` gives back."
         learn,rec = self.learn,self.learn.recorder
         return _pack(dict(identity=self.identity, n_epoch=learn.n_epoch, about=self._about(),
-            done=self._done, model=get_model(learn.model).state_dict(), opt=_opt_state(learn.opt),
+            data=self._data, done=self._done, model=get_model(learn.model).state_dict(), opt=_opt_state(learn.opt),
             loss=_loss_state(learn.loss_func), params=self._of_params(),
             ranks=self.ranks.objects(self._of_rank()), grads=self._grads(), fastai=self._of_fastai(), train_iter=learn.train_iter, seconds=self.seconds+time.time()-self._began,
             recorder=dict(lrs=rec.lrs, iters=rec.iters, losses=rec.losses, values=rec.values, smooth=(rec.smooth_loss.count, rec.smooth_loss.val)),
@@ -495,9 +496,11 @@ class Checkpoint(Callback):
             f"{f} is the checkpoint of another fit than this: "
             f"{_differences(dict(epochs=kept['n_epoch'], identity=kept['identity']), dict(epochs=self.learn.n_epoch, identity=self.identity))}.")
         about,was = self._about(),kept.get('about', {})
+        other_data = data_changes(kept.get('data'), self._data)
         if (other := [k for k,v in about.items() if was.get(k, v)!=v]): raise ForeignCheckpoint(
             f"{f} is the checkpoint of another fit: of another {' and another '.join(_called.get(k, k) for k in other)}"
-            f"{_other_schedule(was['schedule'], about['schedule']) if 'schedule' in other else ''}.")
+            f"{_other_schedule(was['schedule'], about['schedule']) if 'schedule' in other else ''}{other_data and ': '+other_data}.")
+        if other_data: raise ForeignCheckpoint(f"{f} is the checkpoint of a fit on other data: {other_data}.")
         if (n := len(kept['ranks']))!=self.ranks.size: raise ForeignCheckpoint(f"{f} is of {n} processes, and here are {self.ranks.size}: start as many.")
         for name,cb in self._with_state().items():
             if not hasattr(cb, 'check_state') or self._next or name not in kept['callbacks']: continue
@@ -513,6 +516,7 @@ class Checkpoint(Callback):
         self.seconds,self._began,self._done = 0.,time.time(),0
         self._others = self._kept = self._refused = None # of a fit that crashed
         self._lr = [o['lr'] for o in learn.opt.hypers]
+        self._data = data_listing(learn.dls)
         if (why := _why_not_resumable(learn.opt)): raise ValueError(
             f"This fit could not be resumed with its optimizer, {' '.join(map(str, _kind_of(learn.opt)))}: {why}. "
             "Take another optimizer, or fit without `Checkpoint`.")

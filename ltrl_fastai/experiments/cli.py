@@ -6,12 +6,31 @@
 __all__ = ['app', 'fail', 'train', 'recipes', 'run', 'compare', 'report', 'methods', 'datasets', 'bench', 'main']
 
 # %% ../../nbs/experiments/07_cli.ipynb #8e3d40f7
-import typer, typer.core, json, os, warnings
+import contextlib, typer, typer.core, json, os, warnings
 from pathlib import Path
 from typing import Annotated
 
 # %% ../../nbs/experiments/07_cli.ipynb #2e58f64d
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, # All commands of `ltrl`
+class _Commands(typer.core.TyperGroup):
+    "Refuses options and arguments that are empty, of all commands: an empty path would be the current folder"
+    def parse_args(self, ctx, args):
+        command = self.commands.get(args[0]) if args else None
+        for i,o in enumerate(args[1:], 1):
+            name,eq,value = o.partition('=') if o.startswith('--') else ('','',o)
+            if value.strip() or name and not eq: continue
+            name = name or self._name_of(command, args, i)
+            remedy = "Give one, or leave the option out." if name.startswith('-') else "Give one."
+            fail(f"{name}: expected a value, got an empty text {value!r}. {remedy}")
+        return super().parse_args(ctx, args)
+
+    def _name_of(self, command, args, i):
+        "The option that argument `i` belongs to, or what it is the argument for"
+        params = getattr(command, 'params', [])
+        takes = {o for p in params if not getattr(p, 'is_flag', False) for o in p.opts}
+        if args[i-1] in takes: return args[i-1]
+        return next((p.name.upper() for p in params if p.param_type_name=='argument'), f'argument {i}')
+
+app = typer.Typer(cls=_Commands, add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, # All commands of `ltrl`
     help="Long-tailed recognition by Reflective Learning, on fastai.")
 
 @app.callback()
@@ -68,7 +87,8 @@ def train(
       ltrl train --dataset path/to/folder --epochs 30
     """
     _quiet()
-    from ltrl_fastai.experiments.training import RunSettings, keep_freed_memory, train_run, write_json, label_of
+    from ltrl_fastai.experiments.identity import data_listing
+    from ltrl_fastai.experiments.training import RunSettings, alone_in, keep_freed_memory, train_run, write_json, label_of
     from ltrl_fastai.evaluation.pictures import draw_report
     from ltrl_fastai.reflective.learning import ReflectiveLearning
     from ltrl_fastai.experiments.checkpoint import Checkpoint, ForeignCheckpoint, UnreadableCheckpoint
@@ -79,6 +99,7 @@ def train(
                   n_max=n_max, n_valid=n_valid, size=size, seed=seed, data_seed=data_seed, data=str(data) if data else None)
     refl = dict(**{k: v for k,v in dict(kr=kr, ks=ks, kc=kc).items() if v is not None}, preset=preset)
     runs = ([None] if rl is False else []) + ([refl] if rl is not False else []) + ([None] if rl is None else [])
+    alone = contextlib.ExitStack() # until the command ends
     try:
         if rl is not False and not any(map(ReflectiveLearning(**refl).is_on, ('kr','ks','kc'))): raise ValueError(
             "--no-kr: nothing of Reflective Learning is left, so there is nothing to compare. Add --ks or --kc, or train without it: --no-rl.")
@@ -86,7 +107,10 @@ def train(
         out = out or Path('ltrl-runs')/_name(todo[0], both=rl is None)
         settings = _identity(todo)
         kept = [Checkpoint(out/f'.fit-{i}.pt') for i in range(2)]
-        if _ready(out, kept, settings, resume, force, ['worlds']*worlds): return typer.echo(f"Nothing to go on with: {out/'result.json'} is complete.")
+        _check_folder(out)
+        alone.enter_context(alone_in(out))
+        if _ready(out, kept, settings, lambda: data_listing(todo[0].dls()), resume, force, ['worlds']*worlds):
+            return typer.echo(f"Nothing to go on with: {out/'result.json'} is complete.")
         for o in todo[0].check(worlds): typer.echo(f"Note: {o}")
     except (ValueError, TypeError, OSError) as e: fail(e)
     results = []
@@ -94,7 +118,8 @@ def train(
         factor = 'as it is' if s.imbalance_factor is None else f'imbalance factor {s.imbalance_factor:g}'
         typer.echo(f"\n{s.dataset}, {factor}, {s.net}, {label_of(s)}, {s.epochs} epochs, seed {s.seed}{', going on' if _begun([cp]) else ''}")
         try: results.append(train_run(s, bar=True, checkpoint=cp.file, worlds=worlds))
-        except (ForeignCheckpoint, UnreadableCheckpoint, FloatingPointError) as e: fail(e)
+        except (ForeignCheckpoint, UnreadableCheckpoint) as e: fail(f"{e} {_anew}")
+        except FloatingPointError as e: fail(e)
         except KeyboardInterrupt: _interrupted(cp)
         results[0][0]['identity'] = settings
         write_json(results[0][0], out/'result.json') # a run that is done is kept, whatever becomes of the next
@@ -125,6 +150,8 @@ def _interrupted(cp):
     typer.echo("\nInterrupted. " + ("The same command with --resume goes on after the last whole epoch." if _begun([cp]) else "No epoch was done."), err=True)
     raise typer.Exit(130)
 
+_anew = "On the command line, --force instead of --resume starts anew."
+
 def _begun(kept): return any(o.file.exists() or o.older.exists() for o in kept)
 
 def _name(s, both):
@@ -140,23 +167,29 @@ def _identity(todo) -> list:
     import dataclasses
     return json.loads(json.dumps([{k: v for k,v in dataclasses.asdict(s).items() if k!='data'} for s in todo]))
 
-def _ready(out, kept, settings, resume, force, wanted=()) -> bool:
-    "Make the output folder ready for a run. Is what is there complete already, with all that is wanted of it and nothing to go on with?"
+def _ready(out, kept, settings, data, resume, force, wanted=()) -> bool:
+    "Make the folder ready for a run. Is what is there complete, with all that is wanted of it and nothing to go on with?"
     complete = resume and not _begun(kept) and (out/'result.json').exists()
-    _check_out(out, settings, force and not complete)
+    _check_out(out, settings, data, force and not complete)
     complete = complete and set(wanted)<=set(json.loads((out/'result.json').read_text()))
     if force and not resume: [o.remove() for o in kept]
-    if _begun(kept) and not resume: raise ValueError(f"--out: {out} holds an interrupted run. Add --resume to go on with it, or --force to start anew.")
+    if _begun(kept) and not resume: raise ValueError(
+        f"--out: {out} holds an interrupted run. Add --resume to go on with it, or --force to start anew.")
     return complete
 
-def _check_out(out, settings, force):
+def _check_folder(out):
     if out.exists() and not out.is_dir(): raise NotADirectoryError(f"--out: {out} is a file, where a folder was expected.")
-    out.mkdir(parents=True, exist_ok=True)
-    old = out/'result.json'
+
+def _check_out(out, settings, data, force):
+    "Raise `ValueError` if a result is there that is not of these settings and these data; `data` gives their listing"
+    from ltrl_fastai.experiments.identity import summary_changes
+    old,remedy = out/'result.json',"Choose another folder, or add --force to replace it."
     if not old.exists() or force: return
-    try: kept = json.loads(old.read_text()).get('identity')
-    except ValueError: raise ValueError(f"--out: {old} is not a result of `ltrl train`. Choose another folder, or add --force to replace it.") from None
-    if kept!=settings: raise ValueError(f"--out: {old} holds the result of other settings. Choose another folder, or add --force to replace it.")
+    try: kept = json.loads(old.read_text())
+    except ValueError: kept = None
+    if not isinstance(kept, dict): raise ValueError(f"--out: {old} is not a result of `ltrl train`. {remedy}")
+    if kept.get('identity')!=settings: raise ValueError(f"--out: {old} holds the result of other settings. {remedy}")
+    if (other := summary_changes(kept, data())): raise ValueError(f"--out: {old} holds the result of other data: {other}. {remedy}")
 
 def _next(s, rl):
     if s.dataset=='digits-lt': return ("Digits show that it runs; what it gains they are too few to tell. "
@@ -210,11 +243,13 @@ def run(
       ltrl run 'table1/BSCE+RL/100' --budget 0.1 --seed 1 --out runs/t1-seed1
     """
     _quiet()
-    from ltrl_fastai.experiments.training import keep_freed_memory, train_run, write_json, label_of
+    from ltrl_fastai.experiments.identity import data_listing
+    from ltrl_fastai.experiments.training import alone_in, keep_freed_memory, train_run, write_json, label_of
     from ltrl_fastai.evaluation.pictures import draw_report
     from ltrl_fastai.experiments.recipes import recipe, changed_by, beside, caveat
     from ltrl_fastai.experiments.checkpoint import Checkpoint, ForeignCheckpoint, UnreadableCheckpoint
     keep_freed_memory()
+    alone = contextlib.ExitStack() # until the command ends
     try:
         r = recipe(name)
         over,changed = changed_by(r, [*(set_ or []), *([f'preset={preset}'] if preset else [])])
@@ -222,14 +257,18 @@ def run(
         mark,settings = r.mark(budget, changed),_identity([s])
         out = out or Path('ltrl-runs')/_recipe_folder(r, mark, seed)
         kept = Checkpoint(out/'.fit-0.pt')
-        if _ready(out, [kept], settings, resume, force): return typer.echo(f"Nothing to go on with: {out/'result.json'} is complete.")
+        _check_folder(out)
+        alone.enter_context(alone_in(out))
+        if _ready(out, [kept], settings, lambda: data_listing(s.dls()), resume, force):
+            return typer.echo(f"Nothing to go on with: {out/'result.json'} is complete.")
         notes = [*r.notes, *s.check()]
     except (ValueError, TypeError, OSError, ImportError) as e: fail(e)
     factor = '' if s.imbalance_factor is None else f', imbalance factor {s.imbalance_factor:g}'
     typer.echo(f"{r.name}: {s.dataset}{factor}, {s.net}, {label_of(s)}, {s.epochs} epochs ({s.schedule}), seed {s.seed}{', going on' if _begun([kept]) else ''}")
     for o in notes: typer.echo(f"Note: {o}")
     try: res,rep = train_run(s, bar=True, checkpoint=kept.file)
-    except (ForeignCheckpoint, UnreadableCheckpoint, FloatingPointError) as e: fail(e)
+    except (ForeignCheckpoint, UnreadableCheckpoint) as e: fail(f"{e} {_anew}")
+    except FloatingPointError as e: fail(e)
     except KeyboardInterrupt: _interrupted(kept)
     res.update(recipe=mark, identity=settings)
     write_json(res, out/'result.json')
@@ -246,7 +285,11 @@ def _recipe_folder(r, mark, seed):
     return '-'.join(words)
 
 # %% ../../nbs/experiments/07_cli.ipynb #d738781d
-def _listed(s): return [o.strip() for o in s.split(',') if o.strip()]
+def _listed(name, s):
+    "The parts of a list that was typed; raises `ValueError` if there are none"
+    res = [o.strip() for o in s.split(',') if o.strip()]
+    if not res: raise ValueError(f"{name}: expected one or several with commas between them, got {s!r}.")
+    return res
 
 class _Compare(typer.core.TyperCommand):
     "Says where options of `ltrl train` are to be found"
@@ -297,8 +340,11 @@ def compare(
         common = dict(protocols[one_of('protocol', protocol, protocols)]) if protocol else {}
         if dataset: common['dataset'] = dataset
         if data: common['data'] = str(data)
-        ways = variants(rl, _listed(ablate or ''), [parse_setting(o, many=True) for o in sweep or []], [parse_setting(o) for o in set_ or []], grid)
-        plan = make_plan(_listed(methods), ways, parse_seeds(seeds), _numbers('--imbalance-factor', imbalance_factor) or [None], redraw, **common)
+        parts = [] if ablate is None else _listed('--ablate', ablate)
+        sweeps,fixed = [parse_setting(o, many=True) for o in sweep or []],[parse_setting(o) for o in set_ or []]
+        factors = [None] if imbalance_factor is None else _numbers('--imbalance-factor', imbalance_factor)
+        ways = variants(rl, parts, sweeps, fixed, grid)
+        plan = make_plan(_listed('--methods', methods), ways, parse_seeds(seeds), factors, redraw, **common)
         if out.exists() and not out.is_dir(): raise NotADirectoryError(f"--out: {out} is a file, where a folder was expected.")
         if jobs is not None and jobs<1: raise ValueError(f"--jobs: expected at least 1, got {jobs}")
         once = {json.dumps({**r.partner, 'seed': 0, 'lr': 0}, sort_keys=True): r for r in plan}
@@ -322,7 +368,7 @@ def compare(
     if error: raise typer.Exit(1)
 
 def _numbers(name, s):
-    try: return [float(o) for o in _listed(s or '')]
+    try: return [float(o) for o in _listed(name, s)]
     except ValueError: raise ValueError(f"{name}: expected numbers with commas between them, got {s!r}") from None
 
 def _quiet():
@@ -331,8 +377,9 @@ def _quiet():
     warnings.filterwarnings('ignore', category=DataNote) # said as notes
     import matplotlib; matplotlib.use('Agg')
 
-def _report(folder, write=True):
-    from ltrl_fastai.experiments.summary import load_results, result_folders, runs_table, summarise, markdown, recipe_table, write_summary
+def _report(folder, write=True, classes=False):
+    from ltrl_fastai.experiments.summary import (class_markdown, load_results, markdown, recipe_table, result_folders,
+        runs_table, summarise, write_summary)
     if write:
         typer.echo(markdown(write_summary(load_results(folder), folder)))
         typer.echo(f"Written: {folder/'summary.md'}, summary.csv, runs.csv and summary.png.")
@@ -345,6 +392,9 @@ def _report(folder, write=True):
             typer.echo(f"## {o}\n\n{e}\n")
             continue
         made += [r for r in results if 'recipe' in r]
+        if classes:
+            typer.echo(f"## {o}\n\n{class_markdown(results)}")
+            continue
         if (others := [r for r in results if 'recipe' not in r]): typer.echo(f"## {o}\n\n{markdown(summarise(runs_table(others)))}")
     if made: typer.echo(recipe_table(made))
 
@@ -352,11 +402,12 @@ def _report(folder, write=True):
 def report(
     folder:Annotated[Path, typer.Argument(help="What `ltrl compare`, `ltrl train` or `ltrl run` wrote to `--out`, or a folder of such folders.")],
     evidence:Annotated[Path|None, _opt(_where, "JSON file to write instead: a row for each protocol, method and kind of Reflective Learning below the folder.")]=None,
+    classes:Annotated[bool, _opt(_where, "The accuracy of every class instead, by name.", '--classes')]=False,
 ):
     "Show results again, beside what the slides report: of the recipe, or of the same method and imbalance factor. Nothing is trained."
     _quiet()
     try:
-        if not evidence: return _report(folder, write=False)
+        if not evidence: return _report(folder, write=False, classes=classes)
         from ltrl_fastai.experiments.summary import evidence as rows
         from ltrl_fastai.experiments.training import write_json
         write_json(found := rows(folder), evidence)
@@ -417,7 +468,7 @@ def bench(
     from ltrl_fastai.experiments.training import command, keep_freed_memory, one_of, versions, write_json
     import platform, torch
     try:
-        chosen = [one_of('--only', o, parts) for o in _listed(only)]
+        chosen = [one_of('--only', o, parts) for o in _listed('--only', only)]
         if out and out.is_dir(): raise IsADirectoryError(f"--out: {out} is a folder, where a file was expected.")
         if device=='cuda' and not torch.cuda.is_available(): raise ValueError("--device: there is no CUDA device here.")
         kept = keep_freed_memory()

@@ -51,11 +51,16 @@ def parse_setting(s:str # 'name=value' or, with `many`, 'name=value,value,...'
                   , many:bool=False # A list of values?
                  ) -> tuple: # ((part, name), value or values)
     "`tau=2` as something to set, `tau=1,2,4` as something to sweep over; raises `ValueError` if there is no value."
-    name,eq,values = s.partition('=')
-    if not eq or not values: raise ValueError(f"{s!r}: expected {'name=value,value,...' if many else 'name=value'}, such as {'tau=1,2,4' if many else 'tau=2'}")
+    name,_,values = s.partition('=')
+    typed = [o.strip() for o in (values.split(',') if many else [values])]
+    if not any(typed):
+        form,example = ('name=value,value,...','tau=1,2,4') if many else ('name=value','tau=2')
+        raise ValueError(f"{s!r}: expected {form}, such as {example}")
     where = resolve(name.strip())
-    res = [parse_value(o.strip()) for o in (values.split(',') if many else [values])]
-    for o in res: check_type(name.strip(), o, _kind(where), where[0] is None)
+    res = [parse_value(o) for o in typed]
+    for o in res:
+        check_type(name.strip(), o, _kind(where), where[0] is None)
+        if o=='': raise ValueError(f"{name.strip()}: expected values with commas between them, got {values!r}.")
     return where,(res if many else res[0])
 
 def _kind(where):

@@ -8,16 +8,17 @@ __all__ = ['code_hash', 'code_identity', 'data_identity', 'Identities', 'run_fil
 
 # %% ../../nbs/experiments/03_runner.ipynb #e7c55ef0
 from fastai.basics import *
-import ast, contextlib, dataclasses, hashlib, importlib.metadata, inspect, multiprocessing, shutil, signal, threading, traceback
+import ast, contextlib, dataclasses, hashlib, importlib.metadata, inspect, multiprocessing, pickle, shutil, signal, threading, traceback
 from multiprocessing.connection import wait
 import filelock
-from ..data.lists import ImageFileDataLoaders
 from .plan import PlannedRun, hash_of
 from .checkpoint import UnreadableCheckpoint
+from .identity import data_changes, data_listing, listing_digest
 from .training import RunSettings, keep_freed_memory, train_run, write_json
 
 # %% ../../nbs/experiments/03_runner.ipynb #6534b907
-_passed = 'reflective data methods evaluation/metrics.py evaluation/report.py evaluation/diagnosis.py experiments/training.py experiments/checkpoint.py'.split()
+_passed = ('reflective data methods evaluation/metrics.py evaluation/report.py evaluation/diagnosis.py '
+           'experiments/training.py experiments/checkpoint.py experiments/identity.py').split()
 
 def code_hash(source:str # Of a Python file
              ) -> str:
@@ -38,26 +39,23 @@ def code_identity() -> dict:
 
 def data_identity(settings:RunSettings # Of the run
                  ) -> str: # Sixteen hexadecimal digits
-    "A hash of all that a run is trained, validated and tested on."
-    h,dls = hashlib.sha256(),settings.dls()
-    if isinstance(dls, ImageFileDataLoaders): # of their lists: nobody wants to wait for all pixels of ImageNet
-        h.update('\n'.join(dls.listing()).encode(errors='surrogateescape'))
-        return h.hexdigest()[:16]
-    for dl in dls.loaders:
-        for o in (dl.dataset.x, dl.dataset.targets): h.update(repr((o.dtype, tuple(o.shape))).encode()); h.update(o.cpu().contiguous().numpy())
-    return h.hexdigest()[:16]
+    "A hash of all that a run is trained, validated and tested on, class names included: see `data_listing`."
+    return listing_digest(data_listing(settings.dls()))
 
 _data_fields = 'dataset imbalance_factor data_seed n_max n_valid size data'.split()
 
 class Identities:
-    "The identity of each run of a plan; data that several of them share are read once."
-    def __init__(self): self.data = {}
+    "The identity of each run of a plan; data that several of them share are read once, and kept as `listings` by digest."
+    def __init__(self): self.data,self.listings = {},{}
     def __call__(self, run:PlannedRun, # Of the plan
                  test:bool, # Does it read the test set?
                  threads:int=1 # That it is computed on
                 ) -> dict: # Of plain types
         key = tuple(getattr(run.settings, k) for k in _data_fields)
-        if key not in self.data: self.data[key] = data_identity(run.settings)
+        if key not in self.data:
+            listing = data_listing(run.settings.dls())
+            self.data[key] = listing_digest(listing)
+            self.listings[self.data[key]] = listing
         return dict(settings=run.identity, data=self.data[key], code=code_identity(), test=test, device=default_device().type, threads=threads)
 
 # %% ../../nbs/experiments/03_runner.ipynb #908db053
@@ -72,16 +70,43 @@ def work_folder(folder:Path # Of the comparison
     "Where checkpoints of runs that are not finished are kept."
     return Path(folder)/'.unfinished'
 
+def _listing_file(folder, digest): return Path(folder)/'.data'/f'{digest}.pt'
+
+def _keep_listings(folder, listings):
+    "So that a later start can name what has changed"
+    for digest,listing in listings.items():
+        file = _listing_file(folder, digest)
+        if file.exists(): continue
+        file.parent.mkdir(exist_ok=True)
+        tmp = file.with_name(f'.{file.name}.{os.getpid()}')
+        torch.save(listing, tmp)
+        os.replace(tmp, file)
+
+def _data_said(folder, old, listing):
+    "What differs between the data of an earlier result and those of today; empty if their listing is not there any more"
+    file = _listing_file(folder, old)
+    if not file.exists(): return '' # of an earlier version
+    try: kept = torch.load(file, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        return f'{file}, which tells what they were, can not be read: {type(e).__name__}'
+    return data_changes(kept, listing)
+
 def why_again(old:dict, # The identity that a result was made of
-              new:dict # That of the planned run
+              new:dict, # That of the planned run
+              data:str='' # What differs between the data, if that is known
              ) -> str: # Empty if nothing changed
     "What is different, for people."
     if not isinstance(old, dict): return 'it does not say what it was made of'
     code,was = new['code'],old.get('code', {})
-    return ', '.join((['settings changed'] if old.get('settings')!=new['settings'] else []) + (['the data changed'] if old.get('data')!=new['data'] else []) +
-        [f"{'the code' if k=='ltrl' else k} changed" + ('' if k=='ltrl' else f" ({was.get(k)} to {v})") for k,v in code.items() if was.get(k)!=v] +
-        [f"the {k} changed ({old[k]} to {new[k]})" for k in ('device','threads') if k in old and old[k]!=new[k]] +
-        (['it has not read the test set' if new['test'] else 'it has read the test set'] if old.get('test')!=new['test'] else []))
+    said = []
+    if old.get('settings')!=new['settings']: said.append('settings changed')
+    if old.get('data')!=new['data']: said.append(f'the data changed ({data})' if data else 'the data changed')
+    for k,v in code.items():
+        if was.get(k)==v: continue
+        said.append('the code changed' if k=='ltrl' else f'{k} changed ({was.get(k)} to {v})')
+    said += [f"the {k} changed ({old[k]} to {new[k]})" for k in ('device','threads') if k in old and old[k]!=new[k]]
+    if old.get('test')!=new['test']: said.append('it has not read the test set' if new['test'] else 'it has read the test set')
+    return ', '.join(said)
 
 def read_result(file:Path # See `run_file`
                ) -> dict|None:
@@ -104,13 +129,17 @@ class Todo:
 def look(plan:list, # Of `PlannedRun`
          folder:Path, # Of the comparison
          test:bool=True, # Is the test set to be read?
-         threads:int=1 # Of each run
+         threads:int=1, # Of each run
+         identities:Identities|None=None # What is known of the data; default: they are read
         ) -> list: # Of `Todo`
     "What is there of a plan, and what is not."
-    ident,res = Identities(),[]
+    ident,res = identities or Identities(),[]
     for run in plan:
         new,old = ident(run, test, threads),read_result(run_file(folder, run))
-        why = '' if old is None else why_again(old.get('identity'), new)
+        was = old.get('identity') if old else None
+        other = isinstance(was, dict) and was.get('data')!=new['data']
+        said = _data_said(folder, was.get('data'), ident.listings[new['data']]) if other else ''
+        why = '' if old is None else why_again(was, new, said)
         res.append(Todo(run, new, why, old is not None and not why))
     return res
 
@@ -130,7 +159,7 @@ def finish(todo:Todo, # What to compute
            send:Callable=noop, # Called with messages
            command:str|None=None # That started the comparison
           ) -> dict: # The result
-    "Compute one run, or the rest of it, and write its result; nothing is left behind but that."
+    "Compute one run, or the rest of it, and write its result; nothing else is left behind; raises `RuntimeError` if the data changed meanwhile."
     file,name = run_file(folder, todo.run),todo.run.name
     cp = work_folder(folder)/f'{name}-{hash_of(todo.identity)}.pt' # not that of other code or data
     def train(): return train_run(todo.run.settings, bar=False, test=todo.identity['test'], checkpoint=cp, cbs=Tell(send))[0]
@@ -145,6 +174,8 @@ def finish(todo:Todo, # What to compute
         _remove(work_folder(folder).glob(f'*{cp.name}*'))
         raise
     finally: torch.set_num_threads(before)
+    if res['data']['digest']!=todo.identity['data']: raise RuntimeError("The data changed after the comparison had begun, "
+        "so that this run belongs to no other. The same command computes it anew, of the data that are there now.")
     res = dict(group=todo.run.group, variant=todo.run.variant, **res, identity=todo.identity)
     if command: res['command'] = command
     write_json(res, file)
@@ -204,14 +235,19 @@ def run_plan(plan:list, # Of `PlannedRun`
     except filelock.Timeout: raise RuntimeError(f"{folder}: another process is computing runs in this folder. Wait for it, or choose another folder.") from None
     with lock:
         jobs = jobs or default_jobs()
-        todo = look(plan, folder, test, max(1, cores()//jobs))
-        if about is not None: write_json({**about, 'runs': [o.name for o in plan], 'made_of': [hash_of(o.identity) for o in todo]}, folder/'compare.json')
+        identities = Identities()
+        todo = look(plan, folder, test, max(1, cores()//jobs), identities)
+        _keep_listings(folder, identities.listings)
+        made_of = [hash_of(o.identity) for o in todo]
+        if about is not None: write_json({**about, 'runs': [o.name for o in plan], 'made_of': made_of}, folder/'compare.json')
         for o in todo:
             if o.done: watch('known', o)
             elif o.why: watch('again', o, o.why)
         missing = [o for o in todo if not o.done]
         failed = _run_workers(missing, folder, min(jobs, len(missing)), watch, command) if missing else {}
-        if failed: raise Failed(f"{len(failed)} of {len(plan)} runs failed; the others are kept. " + ' '.join(f"{n}: {e.rstrip('.')}." for n,e in list(failed.items())[:3]))
+        if failed:
+            said = ' '.join(f"{n}: {e.rstrip('.')}." for n,e in list(failed.items())[:3])
+            raise Failed(f"{len(failed)} of {len(plan)} runs failed; the others are kept. {said}")
         return [read_result(run_file(folder, o.run)) for o in todo]
 
 def _run_workers(missing, folder, jobs, watch, command):

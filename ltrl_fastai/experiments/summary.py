@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['shots', 'result_folders', 'load_results', 'runs_table', 'summarise', 'slides_row', 'show_gain', 'text_table',
-           'markdown', 'recipe_table', 'evidence', 'plot_gains', 'write_summary']
+           'markdown', 'recipe_table', 'class_table', 'class_markdown', 'evidence', 'plot_gains', 'write_summary']
 
 # %% ../../nbs/experiments/05_summary.ipynb #ae5bec50
 from fastai.basics import *
@@ -158,6 +158,33 @@ def _beside(accs, reported):
     m = np.mean([math.nan if o is None else o for o in accs])
     if reported is None: return _num(m)
     return f"{_num(m)} ({reported:.1f}{'' if math.isnan(m) else f', {m-reported:+.1f}'})"
+
+# %% ../../nbs/experiments/05_summary.ipynb #5b402a4d
+def class_table(results:list # As `load_results` gives
+               ) -> pd.DataFrame: # `group`, `variant`, `runs`, `class`, `images` (of training) and `accuracy` (percent, mean over runs)
+    "A row for each class of each variant."
+    rows = []
+    for o in results:
+        names = o.get('classes') or [f'class {i}' for i in range(len(o['per_class']))]
+        for name,n,accuracy in zip(names, o['class_counts'], o['per_class']):
+            rows.append({'group': o['group'], 'variant': o['variant'], 'class': name, 'images': n,
+                         'accuracy': math.nan if accuracy is None else accuracy})
+    same = ['group','variant','class']
+    res = pd.DataFrame(rows).groupby(same, sort=False).agg(runs=('accuracy','size'), images=('images','mean'), accuracy=('accuracy','mean'))
+    res = res.reset_index()
+    whole = (res.images%1==0).all() # not if each seed has images of its own
+    return res[['group','variant','runs','class','images','accuracy']].astype({'images': int} if whole else {})
+
+def class_markdown(results:list # As `load_results` gives
+                  ) -> str:
+    "Accuracy of every class, largest first: a table for each data set and method, with a column for each variant."
+    out = []
+    for group,g in class_table(results).groupby('group', sort=False):
+        cells = {k: o.set_index('class').accuracy for k,o in g.groupby('variant', sort=False)}
+        images = g.groupby('class', sort=False).images.mean().sort_values(ascending=False, kind='stable')
+        rows = [{'class': k, 'images': f'{n:g}', **{v: _num(o.get(k, math.nan)) for v,o in cells.items()}} for k,n in images.items()]
+        out += [f'### {group}', '', text_table(rows), '']
+    return '\n'.join(out)+'\nAccuracy of each class in percent, mean over runs; images are those of training.\n'
 
 # %% ../../nbs/experiments/05_summary.ipynb #9b62cda4
 _beds = dict(frozen='P1', overfit='P2o', underfit='P2u')

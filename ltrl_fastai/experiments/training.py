@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['datasets', 'schedules', 'spec_of', 'one_of', 'check_type', 'RunSettings', 'keep_freed_memory', 'versions', 'command',
-           'write_json', 'write_text', 'history', 'train_run', 'stage_file', 'label_of']
+           'alone_in', 'write_json', 'write_text', 'history', 'train_run', 'stage_file', 'label_of']
 
 # %% ../../nbs/experiments/01_training.ipynb #c0ea3bfe
 from collections.abc import Collection
 from fastai.vision.all import *
-import contextlib, dataclasses, importlib.metadata, math, platform, shlex
+import contextlib, dataclasses, hashlib, importlib.metadata, math, platform, shlex, tempfile
+import filelock
+try: import fcntl
+except ImportError: fcntl = None # Windows
 from ..data.imbalance import check_imbalance_factor, eval_view
 from ..data.benchmarks import digits_lt, cifar10_lt, cifar100_lt
 from ..data.frozen import cifar100_frozen_lt
@@ -26,6 +29,7 @@ from ..evaluation.diagnosis import Diagnosis, diagnosis_of
 from ..reflective.functional import did_you_mean
 from ..reflective.learning import ReflectiveLearning
 from .checkpoint import Checkpoint, plain
+from .identity import data_listing, listing_summary
 
 # %% ../../nbs/experiments/01_training.ipynb #a70625ff
 datasets = { # By name: the function that makes loaders, defaults of `RunSettings`, and which other settings the function takes
@@ -43,6 +47,9 @@ def spec_of(dataset:str # A name in `datasets`, or a folder or CSV file
            ) -> dict: # How to make it, its defaults, and what else it takes
     "What there is to know of a data set; raises `ValueError` or `FileNotFoundError` if there is none."
     if dataset in datasets: return datasets[dataset]
+    if not dataset.strip(): raise ValueError(
+        f"dataset: expected {', '.join(datasets)}, or a path to your own images, got {dataset!r}. "
+        "For the current folder, give '.'.")
     if (p := Path(dataset).expanduser()).exists() or p.suffix=='.csv' or len(p.parts)>1:
         if not (p.is_dir() or p.is_file() and p.suffix.lower()=='.csv'): raise FileNotFoundError(
             f"dataset: expected {', '.join(datasets)}, a folder of images or a CSV file, and {p} is {'neither' if p.exists() else 'not there'}.")
@@ -109,7 +116,11 @@ class RunSettings:
     reflective:dict|None=None # Arguments of `ReflectiveLearning`; None trains without it
 
     def __post_init__(self):
-        for f in dataclasses.fields(self): check_type(f.name, getattr(self, f.name), f.type)
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            check_type(f.name, value, f.type)
+            if isinstance(value, str) and not value.strip() and f.name!='dataset': raise ValueError(
+                f"{f.name}: expected a text that is not empty, got {value!r}. Leave it out for the default.")
         spec = spec_of(self.dataset)
         one_of('method', self.method, methods); one_of('schedule', self.schedule, schedules)
         for k,v in {**spec['defaults'], 'wd': 5e-4, 'nesterov': True, **methods[self.method].defaults}.items():
@@ -188,6 +199,40 @@ def command() -> str:
     name = Path(sys.argv[0]).name
     return shlex.join([*(['python','-m','ltrl_fastai'] if name=='__main__.py' else [name]), *sys.argv[1:]])
 
+@contextlib.contextmanager
+def alone_in(folder:str|Path, # It is made if it is not there
+             patience:float=3. # Seconds to wait for another process: one that was killed may take a moment to end
+            ) -> Iterator:
+    "Keep other processes out of a folder, in a `with` statement; raises `BlockingIOError` if one is in it."
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    until = time.time()+patience
+    with contextlib.ExitStack() as stack:
+        while not _locked(folder, stack):
+            if time.time()>=until: raise BlockingIOError(f"{folder}: another process is training in this folder. "
+                "Wait for it, or choose another folder.")
+            time.sleep(.05)
+        yield folder
+
+def _locked(folder, stack):
+    "Lock the folder itself, so that no file is left behind; the system unlocks it when its holder dies"
+    if fcntl is None:
+        name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        lock = filelock.FileLock(Path(tempfile.gettempdir())/f'ltrl-{name}.lock')
+        try: stack.enter_context(lock.acquire(timeout=0))
+        except filelock.Timeout: return False
+        return True
+    fd = os.open(folder, os.O_RDONLY)
+    try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return False
+    except BaseException:
+        os.close(fd)
+        raise
+    stack.callback(os.close, fd)
+    return True
+
 def write_json(o:Any, # Of plain types; no NaN
                path:Path # Replaced as a whole, or not at all
               ):
@@ -243,8 +288,19 @@ def train_run(settings:RunSettings, # What to train
               worlds:bool=False # Measure in all worlds of SADE's evaluation? A method that looks at unlabelled images does so anew in each
              ) -> tuple[dict, ShotReport]: # The result, and the report it was made from
     "Train once, read the test set once."
+    with _cudnn_flags_kept(): return _train_run(settings, bar, test, checkpoint, cbs, worlds)
+
+@contextlib.contextmanager
+def _cudnn_flags_kept():
+    "`set_seed(reproducible=True)` sets them for the whole process"
+    flags = torch.backends.cudnn.deterministic,torch.backends.cudnn.benchmark
+    try: yield
+    finally: torch.backends.cudnn.deterministic,torch.backends.cudnn.benchmark = flags
+
+def _train_run(settings, bar, test, checkpoint, cbs, worlds):
     start,method,hists,kept = time.time(),methods[settings.method],[],[]
     learn = settings.learner()
+    data = listing_summary(data_listing(learn.dls))
     if not test: learn.dls.loaders = learn.dls.loaders[:2] # so that no stage looks at it
     with contextlib.ExitStack() as stack:
         if not bar: stack.enter_context(learn.no_bar()); stack.enter_context(learn.no_logging())
@@ -266,10 +322,12 @@ def train_run(settings:RunSettings, # What to train
         reflective=None if rl is None else dict(preset=rl.preset, **rl.config), seed=settings.seed, epochs=settings.epochs,
         **(dict(accuracy=_percent(report.accuracy)) if test else {}), valid_accuracy=_percent(valid.accuracy),
         train_accuracy=_plain(100*train.hits.sum().item()/train.totals.sum().item()),
-        per_class=[_plain(v) for v in (report or valid).per_class], class_counts=valid.counts.tolist(), history=hists[0], **look,
+        classes=(report or valid).vocab, per_class=[_plain(v) for v in (report or valid).per_class],
+        class_counts=valid.counts.tolist(), history=hists[0], **look,
         **(dict(worlds=[dict(order=o, factor=f, accuracy=_plain(v)) for (o,f),v in table.iloc[0].items()]) if worlds else {}),
         **(dict(stages=[dict(about=s.about, history=h) for s,h in zip(method.then, hists[1:])]) if method.then else {}),
-        seconds=round(time.time()-start+sum(cb.seconds for cb in kept), 1), versions=versions(), command=command(),
+        seconds=round(time.time()-start+sum(cb.seconds for cb in kept), 1), data=data,
+        versions=versions(), command=command(),
         settings={k: v for k,v in dataclasses.asdict(settings).items() if k not in ('reflective','data')})
     return res,report or valid
 

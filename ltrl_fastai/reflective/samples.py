@@ -7,23 +7,18 @@ __all__ = ['WithIds', 'carries_ids', 'check_loader', 'epoch_ids', 'SampleIds']
 
 # %% ../../nbs/reflective/02_samples.ipynb #00ffd07b
 from fastai.basics import *
-from torch.utils.data._utils.collate import default_collate_fn_map
+import importlib.metadata
 from .ranks import Ranks
 
 # %% ../../nbs/reflective/02_samples.ipynb #57acbece
-class _Id(int):
-    "The id of an item"
-
 class _Ids(Tensor):
-    "Those of a batch: on a device they still tell what they were on the host, so that nobody waits to read them"
+    "The id of an item, or those of a batch: on a device they keep what they were on the host, so that reading never waits"
     def to(self, *args, **kwargs):
         if self.device.type=='cpu' and not any(isinstance(o, bool) for o in args): kwargs['non_blocking'] = True # there is no hurry, and they stay as they are
         res = super().to(*args, **kwargs)
         if res.device!=self.device: res.on_host = getattr(self, 'on_host', self.as_subclass(Tensor))
         return res
     def __deepcopy__(self, memo): return self.clone()
-
-default_collate_fn_map[_Id] = lambda batch, *, collate_fn_map=None: torch.tensor(batch).as_subclass(_Ids)
 
 class WithIds:
     "A dataset whose items bring their index as last, for loaders that keep no order: `torch.utils.data.DataLoader(WithIds(ds))`; raises `TypeError` if it has no length or index."
@@ -34,7 +29,7 @@ class WithIds:
                 f"dataset: expected one with __len__ and __getitem__, got {type(dataset).__name__}: without an index an item has no id.")
         self.dataset = dataset
     def __len__(self): return len(self.dataset)
-    def __getitem__(self, i:int): return *self.dataset[i],_Id(i)
+    def __getitem__(self, i:int): return *self.dataset[i],torch.tensor(i).as_subclass(_Ids) # PyTorch's collation stacks tensors of a subclass to such a one
     def __getitems__(self, ids:list): return [self[i] for i in ids] # that of `dataset` knows no ids
     def __getattr__(self, k):
         if k=='dataset': raise AttributeError(k) # while it is being unpickled
@@ -62,11 +57,20 @@ def check_loader(dl:DataLoader # The training `DataLoader`
 
 def epoch_ids(dl:DataLoader # A `DataLoader` that is being iterated
              ) -> list: # Dataset ids, in the order in which this process meets them
-    "The order that `dl` drew for the running epoch; raises `ValueError` if it is no sequence."
+    "The order that `dl` drew for the running epoch; raises `ValueError` if it is no sequence, `RuntimeError` if this fastai keeps none."
     ids = getattr(dl, '_DataLoader__idxs', None)
+    if ids is None: _no_order(dl)
     if not (hasattr(ids, '__len__') and hasattr(ids, '__getitem__')): raise ValueError(_wrong_loader.format(
         what=f"`{type(dl).__name__}.get_idxs` gave a {type(ids).__name__}, which can be read only once, where a list or another sequence was expected"))
     return [int(i) for i in ids]
+
+def _no_order(dl):
+    "Say whose fault it is that there is no order"
+    if '_DataLoader__idxs' in DataLoader.__iter__.__code__.co_names: raise ValueError(_wrong_loader.format(
+        what=f"`{type(dl).__name__}` does not keep the order that it draws, as it is iterated in its own way"))
+    raise RuntimeError(f"This version of fastai ({importlib.metadata.version('fastai')}) no longer has `DataLoader.__idxs`, from which "
+        "`ltrl_fastai.reflective.samples.epoch_ids` reads the order of an epoch. Nothing is wrong with your loaders: use fastai 2.8.x "
+        "(`pip install 'fastai>=2.8.9,<2.9'`), wrap the dataset in `WithIds`, or train without it: `ReflectiveLearning(kr=False)`.")
 
 # %% ../../nbs/reflective/02_samples.ipynb #1f2823f4
 def shuffle_fn(self, idxs): return list(type(self).shuffle_fn(self, idxs))

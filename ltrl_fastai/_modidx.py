@@ -227,6 +227,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'ltrl_fastai.data.own._folders_in': ('data/own.html#_folders_in', 'ltrl_fastai/data/own.py'),
                                       'ltrl_fastai.data.own._header_of': ('data/own.html#_header_of', 'ltrl_fastai/data/own.py'),
                                       'ltrl_fastai.data.own._located': ('data/own.html#_located', 'ltrl_fastai/data/own.py'),
+                                      'ltrl_fastai.data.own._moved': ('data/own.html#_moved', 'ltrl_fastai/data/own.py'),
                                       'ltrl_fastai.data.own._other_files': ('data/own.html#_other_files', 'ltrl_fastai/data/own.py'),
                                       'ltrl_fastai.data.own._own_lists': ('data/own.html#_own_lists', 'ltrl_fastai/data/own.py'),
                                       'ltrl_fastai.data.own._read_folder': ('data/own.html#_read_folder', 'ltrl_fastai/data/own.py'),

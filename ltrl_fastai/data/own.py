@@ -74,17 +74,26 @@ def _read_folder(path):
     files = {k: sorted(get_image_files(inside[k])) for k in _splits if k in inside}
     if not files['train']: raise ValueError(f"{inside['train']}: expected a folder of images for each class, found no image.{_other_files(inside['train'])}")
     for k,fs in files.items(): _check_bare(k, inside[k], fs)
-    def class_of(f, k): return f.parent.relative_to(inside[k]).as_posix()
-    classes = sorted({class_of(f, 'train') for f in files['train']})
+    folders = {k: [f.parent.relative_to(inside[k]).as_posix() for f in fs] for k,fs in files.items()}
+    classes = sorted(set(folders['train']))
     named = sorted(zip(short_names(classes), classes))
     at = {o: i for i,(_,o) in enumerate(named)}
-    for k,fs in files.items():
-        new = sorted({class_of(f, k) for f in fs}-set(at))
-        if new: raise ValueError(f"{inside[k]}: no training image is of class {few_of(new)}. A class is the path below {inside['train'].name} and {inside[k].name}, "
-            f"and there are {few_of(classes)}.")
+    for k in folders:
+        moved = _moved(set(folders[k])-set(at), set(folders[k]), classes, inside[k], inside['train'])
+        notes += [f"{inside[k].name}/{a} is taken for {inside['train'].name}/{b}, the only class of that name." for a,b in sorted(moved.items())]
+        folders[k] = [moved.get(o, o) for o in folders[k]]
     for k,folder in inside.items(): notes += _empty_folders(folder, path, files[k])
-    lists = {k: ImageList(inside[k], [str(f.relative_to(path)) for f in fs], [at[class_of(f, k)] for f in fs]) for k,fs in files.items() if fs}
+    lists = {k: ImageList(inside[k], [str(f.relative_to(path)) for f in fs], [at[o] for o in folders[k]]) for k,fs in files.items() if fs}
     return {k: _located(o, path) for k,o in lists.items()},[o for o,_ in named],notes
+
+def _moved(new, there, classes, folder, train):
+    "The training class of each class that a split has elsewhere: the only one of that name in both; else raises `ValueError`"
+    def alike(o, among): return [c for c in among if Path(c).name==Path(o).name]
+    moved = {o: alike(o, classes)[0] for o in new if len(alike(o, classes))==len(alike(o, there))==1}
+    lost = sorted(new-set(moved))
+    if lost: raise ValueError(f"{folder}: no training image is of class {few_of(lost)}. A class is the path below {train.name} and {folder.name}, "
+        f"and there are {few_of(sorted({c for o in lost for c in alike(o, classes)}) or classes)}.")
+    return moved
 
 def _empty_folders(folder, root, files):
     "A note of folders in which a class was expected"

@@ -225,7 +225,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'ltrl_fastai.data.lists.class_names': ('data/lists.html#class_names', 'ltrl_fastai/data/lists.py'),
                                         'ltrl_fastai.data.lists.compare_published': ( 'data/lists.html#compare_published',
                                                                                       'ltrl_fastai/data/lists.py'),
-                                        'ltrl_fastai.data.lists.few_of': ('data/lists.html#few_of', 'ltrl_fastai/data/lists.py'),
                                         'ltrl_fastai.data.lists.find_lists': ('data/lists.html#find_lists', 'ltrl_fastai/data/lists.py'),
                                         'ltrl_fastai.data.lists.flat_val': ('data/lists.html#flat_val', 'ltrl_fastai/data/lists.py'),
                                         'ltrl_fastai.data.lists.flat_val256': ('data/lists.html#flat_val256', 'ltrl_fastai/data/lists.py'),

@@ -55,10 +55,11 @@ def without_images(counts:Iterable, # Images of each class in a split
     "A note that names the classes without images in a split."
     bare = [name for name,n in zip(vocab, counts) if not n]
     if not bare: return []
-    return [f"No {what} image of {len(bare)} of {len(vocab)} classes: {few_of(bare, 10)}. Their accuracy is not measured there."]
+    return [f"No {what} image of {len(bare)} of {len(vocab)} classes: {few_of(bare, 10)}. "
+            "Their accuracy is not measured there."]
 
 def _hold_back(y, idx, n_valid, seed):
-    "Of each class that is in training as a whole: which images validate instead, a fifth of the class at most and none of a class of one or two"
+    "Images to validate on, of each class that training takes as a whole: a fifth at most"
     there,drawn = np.bincount(y),np.bincount(y[idx], minlength=int(y.max())+1)
     spare = np.where((drawn==there) & (there>2), np.minimum(np.maximum(there//5, 1), n_valid), 0)
     return np.array(long_tail_indices(y, spare.tolist(), seed), dtype=int),spare
@@ -69,7 +70,7 @@ def long_tailed(train:tuple, # uint8 images `(N, C, H, W)` or floating point fea
                 imbalance_factor:float, # Largest over smallest class
                 n_max:int|None=None, # Images of the largest class; default: as many as the smallest class of `train` has
                 n_valid:int=20, # Validation images of each class, at most
-                keep_train:bool=False, # Leave the training set as the profile says, even if classes then have no validation image
+                keep_train:bool=False, # Keep the training set as published, if classes lack validation images or not
                 profile:str='exp', # See `imbalanced_counts`
                 data_seed:int=0, # Of the draw
                 bs:int=128, # Batch size
@@ -88,7 +89,8 @@ def long_tailed(train:tuple, # uint8 images `(N, C, H, W)` or floating point fea
         held,spare = _hold_back(y.numpy(), idx, n_valid, data_seed)
         idx = np.setdiff1d(idx, held)
         taken = [f'{n} images of class {vocab[i]}' for i,n in enumerate(spare) if n]
-        if taken: notes.append(f"{few_of(taken)} were taken out of training for validation, since the profile takes all images of the class: "
+        if taken: notes.append(
+            f"{few_of(taken)} were taken out of training for validation, since the profile takes all of them: "
             f"{len(idx):,} of {len(idx)+len(held):,} training images are left. `keep_train=True` leaves all in.")
     rest = np.setdiff1d(np.arange(len(y)), idx)
     if not len(rest): raise ValueError(f"n_max: the long-tailed training set takes all {len(y)} images, and none is left for validation. "
@@ -144,9 +146,13 @@ def _pixels(f):
 def _check_class_folders(files, path):
     "Refuse two folders of one name, whose images would be taken for one class"
     at = {}
-    for folder in sorted({f.parent for f in files}): at.setdefault(folder.name, []).append(str(folder.relative_to(path)))
+    for folder in sorted({f.parent for f in files}):
+        at.setdefault(folder.name, []).append(str(folder.relative_to(path)))
     twice = first(o for o in at.values() if len(o)>1)
-    if twice: raise ValueError(f"{path}: two folders have the name of one class, {' and '.join(twice)}. Rename one, or move their images into one.")
+    if twice:
+        raise ValueError(
+            f"{path}: two folders have the name of one class, {' and '.join(twice)}. Rename one, or move their "
+            "images into one.")
 
 def _folder_tensors(path:Path) -> tuple: # images, targets, vocab
     "Decode all images below `path`, whose classes are their parents' names; kept in a file beside it"
@@ -156,10 +162,13 @@ def _folder_tensors(path:Path) -> tuple: # images, targets, vocab
     vocab = sorted({f.parent.name for f in files})
     cache = path.parent/f'.{path.name}-uint8.pt'
     listing = '\n'.join(file_state(f, path) for f in files)
-    if (kept := load_whole(cache)) and kept.get('format')==_tensor_format and kept['listing']==listing: return kept['x'],kept['y'],vocab
+    kept = load_whole(cache) or {}
+    if kept.get('format')==_tensor_format and kept['listing']==listing: return kept['x'],kept['y'],vocab
     x = in_parallel(_pixels, files, 'decoding images')
     broken = [f'{f} ({o})' for f,o in zip(files, x) if isinstance(o, str)]
-    if broken: raise UnreadableImage(f"{len(broken)} of {len(files)} images can't be read: {few_of(broken)}. Replace or remove them.")
+    if broken:
+        raise UnreadableImage(
+            f"{len(broken)} of {len(files)} images can't be read: {few_of(broken)}. Replace or remove them.")
     if len({o.shape for o in x})>1: raise ValueError(
         f"{path}: expected images of one size, got {sorted({o.shape for o in x})[:3]}. Resize them first, or use a fastai DataBlock.")
     x = torch.from_numpy(np.stack(x)).permute(0,3,1,2).contiguous()
@@ -210,7 +219,7 @@ def cifar100_lt(imbalance_factor:float=100, # Largest over smallest class
                 tfms:dict|None=None, # Arguments of `small_image_tfms`; default: pad-crop 4 and flip
                 **kwargs # Passed on to `long_tailed`
                ) -> LongTailDataLoaders: # Images `(3, 32, 32)`, 100 classes
-    "CIFAR-100-LT with the published profile (Cao et al. 2019): 10,847 training images at a factor of 100, 20 of them held out unless `keep_train=True`; 10,000 test images."
+    "CIFAR-100-LT (Cao et al. 2019): 10,847 training images at a factor of 100, less 20 unless `keep_train`."
     return _cifar_lt(100, imbalance_factor, path, n_valid, data_seed, bs, tfms, **kwargs)
 
 def cifar10_lt(imbalance_factor:float=100, # Largest over smallest class
@@ -221,5 +230,5 @@ def cifar10_lt(imbalance_factor:float=100, # Largest over smallest class
                tfms:dict|None=None, # Arguments of `small_image_tfms`; default: pad-crop 4 and flip
                **kwargs # Passed on to `long_tailed`
               ) -> LongTailDataLoaders: # Images `(3, 32, 32)`, 10 classes
-    "CIFAR-10-LT with the published profile (Cao et al. 2019): 12,406 training images at a factor of 100, 20 of them held out unless `keep_train=True`; 10,000 test images."
+    "CIFAR-10-LT (Cao et al. 2019): 12,406 training images at a factor of 100, less 20 unless `keep_train`."
     return _cifar_lt(10, imbalance_factor, path, n_valid, data_seed, bs, tfms, **kwargs)

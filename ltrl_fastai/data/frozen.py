@@ -8,7 +8,7 @@ __all__ = ['frozen_features', 'Lite0', 'default_features', 'cifar100_frozen_lt',
 # %% ../../nbs/data/03_frozen.ipynb #4dba3bc1
 from fastai.vision.all import *
 import dis, functools, hashlib, inspect, math, types, warnings
-from collections.abc import Set as AbstractSet
+from collections.abc import Iterator, Set as AbstractSet
 from pathlib import PurePath
 from .benchmarks import DataNote, LongTailDataLoaders, load_cifar, long_tailed
 from .fast import FeatureTensors, tensor_dataloaders
@@ -17,8 +17,11 @@ from .own import _own_lists, common_size
 
 # %% ../../nbs/data/03_frozen.ipynb #f8aea50e
 _feature_format = 2 # Of the files: another one when they are made in another way
-_no_part = {'__dict__','__weakref__','__doc__','__module__','__qualname__','__annotations__','__annotate__','__firstlineno__','__static_attributes__','__abstractmethods__',
-            '_abc_impl','__parameters__','__orig_bases__','__slots__','__annotations_cache__','__annotate_func__','__classcell__'}
+_no_part = set("""__dict__ __weakref__ __doc__ __module__ __qualname__ __annotations__ __annotate__ __annotate_func__
+    __annotations_cache__ __firstlineno__ __static_attributes__ __abstractmethods__ _abc_impl __parameters__ __orig_bases__ __slots__
+    __classcell__""".split())
+_in_c = (types.BuiltinFunctionType,types.MethodDescriptorType,types.WrapperDescriptorType,types.MethodWrapperType,
+         types.GetSetDescriptorType,types.MemberDescriptorType)
 _writing = {'append','extend','add','update','insert','appendleft','write'}
 
 def _hash(*parts):
@@ -44,30 +47,31 @@ def _names_of(code):
             if kind in ('GLOBAL','NAME') and do=='LOAD': read.add(step.argval)
             if kind not in ('GLOBAL','NAME','DEREF','CLASSDEREF','ATTR') or do not in ('LOAD','STORE'): continue
             name = kind=='ATTR',step.argval
-            written = do=='STORE' or after is not None and after.opname in ('LOAD_ATTR','LOAD_METHOD') and after.argval in _writing
+            method = after.argval if after is not None and after.opname in ('LOAD_ATTR','LOAD_METHOD') else None
             loads[name] += do=='LOAD'
-            writes[name] += math.inf if do=='STORE' else written
+            writes[name] += math.inf if do=='STORE' else method in _writing
     only = [o for o,n in writes.items() if n and n>=loads[o]]
     return read,{o for attr,o in only if not attr},{o for attr,o in only if attr}
 
 def _by_name(o):
     "Module, name and version of a function or class of an installed package; None for others, whose code counts"
-    if isinstance(o, (types.BuiltinFunctionType,types.MethodDescriptorType,types.WrapperDescriptorType,types.MethodWrapperType,types.GetSetDescriptorType,types.MemberDescriptorType)):
-        return str(getattr(o, '__module__', None)),o.__qualname__
+    if isinstance(o, _in_c): return str(getattr(o, '__module__', None)),o.__qualname__
     if not isinstance(o, (type,types.FunctionType)): return None
     top = (o.__module__ or '').split('.')[0]
     found = sys.modules.get(o.__module__)
     for part in o.__qualname__.split('.'): found = getattr(found, part, None)
     file = getattr(sys.modules.get(top), '__file__', None)
-    installed = top in sys.stdlib_module_names and top!='__main__' or file and {'site-packages','dist-packages'} & set(Path(file).parts)
-    return (o.__module__,o.__qualname__,getattr(sys.modules.get(top), '__version__', '')) if found is o and installed else None
+    below = {'site-packages','dist-packages'} & set(Path(file).parts) if file else None
+    if found is not o or not (below or top in sys.stdlib_module_names): return None
+    return o.__module__,o.__qualname__,getattr(sys.modules[top], '__version__', '')
 
 class _Digest:
     "Digests of the content of objects: of their values, code and weights, not of where they are in memory"
     def __init__(self): self.done,self.doing = {},[]
 
     def __call__(self, o):
-        if o is None or isinstance(o, (bool,int,float,complex,str,bytes,PurePath)): return _hash(type(o).__name__, repr(o))
+        plain = o is None or isinstance(o, (bool,int,float,complex,str,bytes,PurePath))
+        if plain: return _hash(type(o).__name__, repr(o))
         if id(o) in self.done: return self.done[id(o)][0]
         if id(o) in self.doing: return _hash('within itself', len(self.doing)-self.doing.index(id(o)))
         self.doing.append(id(o))
@@ -82,14 +86,17 @@ class _Digest:
         if isinstance(o, Tensor):
             data = o.detach().cpu().contiguous()
             return ['tensor', o.dtype, tuple(o.shape), data.reshape(-1).view(torch.uint8).numpy().tobytes()]
-        if isinstance(o, np.ndarray) and o.dtype!=object: return ['array', o.dtype, o.shape, np.ascontiguousarray(o).tobytes()]
+        if isinstance(o, np.ndarray) and o.dtype!=object:
+            return ['array', o.dtype, o.shape, np.ascontiguousarray(o).tobytes()]
         if isinstance(o, types.ModuleType): return ['module', o.__name__, getattr(o, '__version__', '')]
         if isinstance(o, types.CodeType): return ['code', o.co_code, o.co_names, *map(self, o.co_consts)]
         if isinstance(o, types.FunctionType): return self.function(o)
         if isinstance(o, types.MethodType): return ['method', self(o.__func__), self(o.__self__)]
         if isinstance(o, (staticmethod,classmethod)): return [type(o).__name__, self(o.__func__)]
         if isinstance(o, property): return ['property', *map(self, (o.fget, o.fset))]
-        if isinstance(o, type): return ['class', o.__qualname__, *map(self, o.__bases__), *self.values({k: v for k,v in vars(o).items() if k not in _no_part})]
+        if isinstance(o, type):
+            own = {k: v for k,v in vars(o).items() if k not in _no_part}
+            return ['class', o.__qualname__, *map(self, o.__bases__), *self.values(own)]
         if isinstance(o, functools.partial): return ['partial', self(o.func), self(o.args), self(o.keywords)]
         if isinstance(o, dict): return [self(type(o)), *(self(v) for kv in o.items() for v in kv)]
         if isinstance(o, AbstractSet): return [self(type(o)), *sorted(map(self, o))]
@@ -101,21 +108,28 @@ class _Digest:
     def function(self, o):
         read,written,_ = _names_of(o.__code__)
         globals_ = {k: o.__globals__[k] for k in sorted(read-written) if k in o.__globals__}
-        cells = {k: c.cell_contents for k,c in zip(o.__code__.co_freevars, o.__closure__ or ()) if k not in written and not _is_empty(c)}
-        return ['function', self(o.__code__), self(o.__defaults__), self(o.__kwdefaults__), *self.values(globals_), *self.values(cells)]
+        free = {k: c for k,c in zip(o.__code__.co_freevars, o.__closure__ or ()) if k not in written}
+        cells = {k: c.cell_contents for k,c in free.items() if not _is_empty(c)}
+        given = [self(o.__code__), self(o.__defaults__), self(o.__kwdefaults__)]
+        return ['function', *given, *self.values(globals_), *self.values(cells)]
 
     def instance(self, o):
         if hasattr(o, '__dict__'):
-            calls = [f for f in (getattr(type(o), k, None) for k in ('__call__','forward')) if isinstance(f, types.FunctionType)]
-            written = set().union(*(_names_of(f.__code__)[2] for f in calls if not _by_name(f)))
+            calls = [getattr(type(o), k, None) for k in ('__call__','forward')]
+            calls = [f for f in calls if isinstance(f, types.FunctionType) and not _by_name(f)]
+            written = set().union(*(_names_of(f.__code__)[2] for f in calls))
             return ['instance', self(type(o)), *self.values({k: v for k,v in vars(o).items() if k not in written})]
         try: reduced = o.__reduce_ex__(4)
-        except Exception as e: raise TypeError(f"extract: it holds a {type(o).__name__}, of which can't be told what is in it ({e}), so its features can't be told from those of another. "
+        except Exception as e:
+            raise TypeError(
+                f"extract: it holds a {type(o).__name__}, of which can't be told what is in it ({e}), so its features "
+                "can't be told from those of another. "
             "Give `key`: a text that changes whenever the extractor does.") from e
-        return ['reduced', self(type(o)), reduced if isinstance(reduced, str) else self(tuple(v for v in reduced if not inspect.isgenerator(v)))]
+        if isinstance(reduced, tuple): reduced = tuple(list(v) if isinstance(v, Iterator) else v for v in reduced)
+        return ['reduced', self(type(o)), self(reduced)]
 
 def _is_empty(cell):
-    try: cell.cell_contents
+    try: _ = cell.cell_contents
     except ValueError: return True
     return False
 
@@ -132,7 +146,10 @@ def _folder_for(folder, name):
 def _extracted(extract, images, bs):
     "Features `(N, D)` float16 of images"
     with torch.inference_mode(): feats = torch.cat([extract(o).half().cpu() for o in images.split(bs)])
-    if feats.ndim!=2 or len(feats)!=len(images): raise ValueError(f"extract: expected features (B, D) of images (B, C, H, W), got shape {tuple(feats.shape)} of {len(images)} images.")
+    if feats.ndim!=2 or len(feats)!=len(images):
+        raise ValueError(
+            f"extract: expected features (B, D) of images (B, C, H, W), got shape {tuple(feats.shape)} of "
+            f"{len(images)} images.")
     return feats
 
 def frozen_features(images:Tensor, # `(N, C, H, W)` uint8
@@ -141,9 +158,9 @@ def frozen_features(images:Tensor, # `(N, C, H, W)` uint8
                     chunk:int=2500, # Images a file
                     bs:int=16, # Images at a time: on a CPU, few are fastest
                     echo:Callable=noop, # Called with a line of text after each file
-                    key:str|None=None # What tells `extract` from others; default: a digest of its class, arguments, code and weights
+                    key:str|None=None # What tells `extract` from others; default: its code, arguments and weights
                    ) -> Tensor: # `(N, D)` float16
-    "Features of all images, from files where they are there, else computed and kept; raises `ValueError` if `extract` gives anything else."
+    "Features of all images, from files or computed and kept; raises `ValueError` if `extract` gives anything else."
     folder = _folder_for(folder, _hash(_feature_format, _key_of(extract, key), _Digest()(images))[:16])
     res = []
     for start in range(0, len(images), chunk):
@@ -241,11 +258,11 @@ def _file_features(files, root, file, make, size, method, chunk, bs, echo):
     return torch.stack([known[s] for s in states])
 
 def frozen_loaders(path:str|Path, # A folder or a CSV file: see `own_images`
-                   extract:Callable=Lite0, # Features `(B, D)` of images `(B, 3, H, W)` uint8, or what makes such a function: a class, or `partial(Lite0, 96)`
-                   size:int|None=None, # Pixels of a side that images are brought to; default: the extractor's `size`, else 224, and for small images of one size their own
+                   extract:Callable=Lite0, # See `frozen_features`; or what makes one: `partial(Lite0, 96)`
+                   size:int|None=None, # Pixels of a side; default: the extractor's `size` or 224, and small images as they are
                    method:str='squish', # How: 'squish' (the whole image in a square), 'crop' (the middle) or 'pad'
                    bs:int=128, # Batch size
-                   n_valid:int|None=None, # Validation images of each class, at most, where they are drawn; default: a fifth
+                   n_valid:int|None=None, # Validation images of each class, at most; see `own_images`
                    data_seed:int=0, # Of their draw
                    path_col:str|None=None, label_col:str|None=None, split_col:str|None=None, # See `read_csv`
                    check:bool=True, # Read all images beforehand, to find broken ones?
@@ -255,22 +272,28 @@ def frozen_loaders(path:str|Path, # A folder or a CSV file: see `own_images`
                    key:str|None=None, # See `frozen_features`
                    echo:Callable=noop, # Called with a line of text after each chunk
                    device:str|torch.device|None=None # Default: fastai's
-                  ) -> LongTailDataLoaders: # Features `(D,)`; class names in `vocab`; without `test`, if there is no such split
-    "A folder of images or a CSV file as features of a frozen net, computed once; raises `ValueError` if `method` is unknown, `ImportError` without the extra 'frozen'."
+                  ) -> LongTailDataLoaders: # Features `(D,)`; without `test`, if there is no such split
+    "Images of your own as features of a frozen net, computed once; raises `ValueError` if `method` is unknown."
     if method not in _methods: raise ValueError(f"method: expected one of {', '.join(_methods)}, got {method!r}.")
     path = Path(path).expanduser()
-    lists,vocab,notes,skipped = _own_lists(path, n_valid, data_seed, check, skip_broken, path_col, label_col, split_col)
+    lists,vocab,notes,skipped = _own_lists(path, n_valid, data_seed, check, skip_broken, (path_col,label_col,split_col))
     files = [f for o in lists.values() for f in o.files]
     make = _made(extract)
-    if size is None and common_size(files) is None: size = getattr(make, 'size', None) if isinstance(getattr(make, 'size', None), int) else 224
+    if size is None and common_size(files) is None:
+        own = getattr(make, 'size', None)
+        size = own if isinstance(own, int) else 224
     name = f"{_name_of(extract)}-{_hash(_feature_format, _key_of(make, key), size, method)[:16]}"
     root = Path(lists['train'].root).absolute()
     kept = _folder_for(folder or default_features(), name)/f"{path.stem}-{_hash(root)[:8]}.pt"
     feats = dict(zip(files, _file_features(files, root, kept, make, size, method, chunk, 16, echo)))
-    ds = [FeatureTensors(torch.stack([feats[f] for f in o.files]), o.labels, vocab) for k in ('train','valid','test') if (o := lists.get(k))]
+    parts = [lists[k] for k in ('train','valid','test') if k in lists]
+    ds = [FeatureTensors(torch.stack([feats[f] for f in o.files]), o.labels, vocab) for o in parts]
     n = len(ds[0])
-    dls:LongTailDataLoaders = tensor_dataloaders(*ds, bs=min(bs, n), device=device, cls=LongTailDataLoaders, drop_last=n>bs and n%bs==1) # BatchNorm can't train on a single row
+    alone = n>bs and n%bs==1 # BatchNorm can't train on a single row
+    cls,bs = LongTailDataLoaders,min(bs, n)
+    dls:LongTailDataLoaders = tensor_dataloaders(*ds, bs=bs, device=device, cls=cls, drop_last=alone)
     counts = np.bincount(lists['train'].labels, minlength=len(vocab))
-    dls.name,dls.notes,dls.skipped,dls.imbalance_factor = path.stem,notes,skipped,round(float(counts.max()/counts.min()), 4)
+    dls.name,dls.notes,dls.skipped = path.stem,notes,skipped
+    dls.imbalance_factor = round(float(counts.max()/counts.min()), 4)
     for o in notes: warnings.warn(o, DataNote, stacklevel=2)
     return dls

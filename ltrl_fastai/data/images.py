@@ -23,19 +23,22 @@ def _eight_bit(im, kind):
         return PIL.Image.fromarray(((levels+128)//257).astype(np.uint8)).convert('RGB')
     if im.mode=='F' or im.mode.startswith('I'):
         what = 'floating point' if im.mode=='F' else 'signed or 32-bit'
-        raise ValueError(f"its pixels are {what} numbers, whose range is not known; save it with 8 bits a channel, or as 16-bit PNG")
+        raise ValueError(
+            f"its pixels are {what} numbers, whose range is not known; save it with 8 bits a channel, or as 16-bit PNG")
     return im.convert('RGB')
 
-def open_image(source:Path|str|Tensor|ndarray|bytes|PIL.Image.Image # Path of an image file, or what else `PILImage.create` takes
+def open_image(source:Path|str|Tensor|ndarray|bytes|PIL.Image.Image # File, or what else `PILImage.create` takes
               ) -> PILImage: # RGB
-    "An image as 8-bit RGB: 16 bits are scaled by 257, not clipped; raises `UnreadableImage` that names a file that can't be read."
+    "An image as 8-bit RGB, 16 bits divided by 257; raises `UnreadableImage` that names a file that can't be read."
     if not isinstance(source, (str,Path,bytes)): return PILImage.create(source)
     try:
         with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as im:
             im.load()
             return PILImage(_eight_bit(im, im.format))
     except FileNotFoundError: raise
-    except Exception as e: raise UnreadableImage(f"{'The image' if isinstance(source, bytes) else source} can't be read: {_reason(e)}.") from e
+    except Exception as e:
+        raise UnreadableImage(
+            f"{'The image' if isinstance(source, bytes) else source} can't be read: {_reason(e)}.") from e
 
 def _reason(e):
     "What is wrong with an image, in few words"
@@ -103,7 +106,7 @@ def broken_images(files:list, # Paths of images
                   kept:Path|None=None, # File that remembers which were seen whole
                   at_least:int=1000 # Images that have to be read before `kept` is written
                  ) -> dict: # What is wrong with each file that can't be read
-    "Read all images, several at a time, and tell which are broken: truncated, no image, or of pixels that `open_image` refuses."
+    "Read all images, and tell which are broken: truncated, no image, or of pixels that `open_image` refuses."
     root = Path(kept).parent if kept else Path('.').absolute()
     def state(f):
         try: return file_state(f, root)

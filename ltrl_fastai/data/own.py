@@ -9,7 +9,8 @@ __all__ = ['short_names', 'read_folder', 'read_csv', 'common_size', 'own_images'
 from fastai.vision.all import *
 import csv, PIL.Image
 from .benchmarks import few_of, without_images
-from .lists import ImageList, ImageFileDataLoaders, broken_note, check_images, check_lists, hold_out, image_dataloaders, leave_out_broken, text_of
+from .lists import ImageList, ImageFileDataLoaders, check_images, check_lists, hold_out, image_dataloaders
+from .lists import broken_note, leave_out_broken, text_of
 
 # %% ../../nbs/data/05_own.ipynb #a0e79f09
 _splits = dict(train=('train','training'), valid=('valid','val','validation','dev'), test=('test','testing'))
@@ -25,7 +26,7 @@ def _other_files(folder):
     endings = Counter(Path(f).suffix or f.name for f in get_files(folder))
     if not endings: return ''
     ending,n = endings.most_common(1)[0]
-    return f" There are {n} files that end in {ending}, which is no ending of an image." if ending.startswith('.') else ''
+    return f" There are {n} files that end in {ending}, as images do not." if ending.startswith('.') else ''
 
 def _split_folders(path):
     "The folder of each split, and a note of those that are none; a folder of classes is all training"
@@ -34,45 +35,67 @@ def _split_folders(path):
     others = [o for o in inside if not _split_of(o.name) and get_image_files(o)] if named else []
     if not named: return dict(train=path),[]
     splits = dict(named)
-    beside = f"{few_of([o.name for o in others])} lie{'s' if len(others)==1 else ''} beside {'it' if len(named)==1 else 'them'}"
+    lie,them = 'lies' if len(others)==1 else 'lie','it' if len(named)==1 else 'them'
+    beside = f"{few_of([o.name for o in others])} {lie} beside {them}"
     if others and set(splits)=={'train'}:
         train = splits['train']
-        if not any(get_image_files(o) for o in _folders_in(train)): return dict(train=path),[] # a class that is called so
-        raise ValueError(f"{train}: it holds folders of classes as the training part does, and {beside}. Expected the parts `train`, `valid` and `test` alone, or classes alone. "
-            f"If it is the training part: give {train} as the data set, or move the others elsewhere. If it is a class: rename it.")
-    if 'train' not in splits or len(splits)<len(named): raise ValueError(f"{path}: expected a folder `train`, and one each for `valid` and `test` or none, "
-        f"got {', '.join(o.name for _,o in named)}{f', and {beside}' if others else ''}. If one of them is a class: rename it, or give a CSV file.")
-    return splits,[f"{few_of([o.name for o in others], 10)}: no part of the data set, left out; its parts are {', '.join(o.name for o in splits.values())}."] if others else []
+        is_class = not any(get_image_files(o) for o in _folders_in(train))
+        if is_class: return dict(train=path),[]
+        raise ValueError(
+            f"{train}: it holds folders of classes as the training part does, and {beside}. Expected the parts "
+            "`train`, `valid` and `test` alone, or classes alone. "
+            f"If it is the training part: give {train} as the data set, or move the others elsewhere. If it is a "
+            "class: rename it.")
+    if 'train' not in splits or len(splits)<len(named):
+        raise ValueError(
+            f"{path}: expected a folder `train`, and one each for `valid` and `test` or none, "
+        f"got {', '.join(o.name for _,o in named)}{f', and {beside}' if others else ''}. If one of them is a class: "
+        "rename it, or give a CSV file.")
+    if not others: return splits,[]
+    return splits,[f"{few_of([o.name for o in others], 10)}: no part of the data set, left out; "
+                   f"its parts are {', '.join(o.name for o in splits.values())}."]
 
 def _check_bare(split, folder, files):
     "Refuse images that are in no folder of a class"
     bare = [f for f in files if f.parent==folder]
     if not bare: return
-    if split=='train': raise ValueError(f"{bare[0]} is in no folder of a class. Expected {folder.name}/class/{bare[0].name}. "
+    if split=='train':
+        raise ValueError(
+            f"{bare[0]} is in no folder of a class. Expected {folder.name}/class/{bare[0].name}. "
         "For labels in a file: give the CSV file instead of the folder.")
-    raise ValueError(f"{folder}: {len(bare)} images are in no folder of a class, so that their labels are not known. Expected {folder.name}/class/{bare[0].name}. "
-        "If they have no labels, move the folder elsewhere: a trained learner predicts them with `learn.get_preds(dl=learn.dls.test_dl(files))`. For labels in a file: give a CSV file.")
+    raise ValueError(
+        f"{folder}: {len(bare)} images are in no folder of a class, so that their labels are not known. Expected "
+        f"{folder.name}/class/{bare[0].name}. "
+        "If they have no labels, move the folder elsewhere: a trained learner predicts them with "
+        "`learn.get_preds(dl=learn.dls.test_dl(files))`. For labels in a file: give a CSV file.")
 
 def short_names(paths:list # Of classes: folders, with `/` between
                ) -> list: # Of `str`, in the same order
     "The shortest ends of paths that tell them apart."
     parts = [o.split('/') for o in paths]
     counts = [Counter('/'.join(o[-n:]) for o in parts) for n in range(1, max(map(len, parts))+1)]
-    def short(o): return first('/'.join(o[-n:]) for n in range(1, len(o)+1) if counts[n-1]['/'.join(o[-n:])]==1 or n==len(o))
+    def short(o):
+        ends = ['/'.join(o[-n:]) for n in range(1, len(o)+1)]
+        return first(end for end,count in zip(ends, counts) if count[end]==1 or end==ends[-1])
     return [short(o) for o in parts]
 
 def read_folder(path:Path # With a folder for each class, or with `train`, `valid` and `test` that are so
                ) -> tuple: # `ImageList` by split, and class names
-    "List the images of a folder, whose classes are paths of folders; raises `ValueError` if they are in no folders, or it can't be told what is a class."
+    "List the images of a folder; raises `ValueError` if they are in no folders, or it can't be told what is a class."
     lists,vocab,_ = _read_folder(path)
     return lists,vocab
 
 def _read_folder(path):
     path = Path(path)
-    if not path.is_dir(): raise ValueError(f"{path}: expected a folder, and it is {'a file' if path.exists() else 'not there'}.")
+    if not path.is_dir():
+        raise ValueError(
+            f"{path}: expected a folder, and it is {'a file' if path.exists() else 'not there'}.")
     inside,notes = _split_folders(path)
     files = {k: sorted(get_image_files(inside[k])) for k in _splits if k in inside}
-    if not files['train']: raise ValueError(f"{inside['train']}: expected a folder of images for each class, found no image.{_other_files(inside['train'])}")
+    if not files['train']:
+        raise ValueError(
+            f"{inside['train']}: expected a folder of images for each class, found no "
+            f"image.{_other_files(inside['train'])}")
     for k,fs in files.items(): _check_bare(k, inside[k], fs)
     folders = {k: [f.parent.relative_to(inside[k]).as_posix() for f in fs] for k,fs in files.items()}
     classes = sorted(set(folders['train']))
@@ -80,18 +103,25 @@ def _read_folder(path):
     at = {o: i for i,(_,o) in enumerate(named)}
     for k in folders:
         moved = _moved(set(folders[k])-set(at), set(folders[k]), classes, inside[k], inside['train'])
-        notes += [f"{inside[k].name}/{a} is taken for {inside['train'].name}/{b}, the only class of that name." for a,b in sorted(moved.items())]
+        notes += [f"{inside[k].name}/{a} is taken for {inside['train'].name}/{b}, the only class of that name."
+                  for a,b in sorted(moved.items())]
         folders[k] = [moved.get(o, o) for o in folders[k]]
     for k,folder in inside.items(): notes += _empty_folders(folder, path, files[k])
-    lists = {k: ImageList(inside[k], [str(f.relative_to(path)) for f in fs], [at[o] for o in folders[k]]) for k,fs in files.items() if fs}
-    return {k: _located(o, path) for k,o in lists.items()},[o for o,_ in named],notes
+    lists = {}
+    for k,fs in files.items():
+        paths = [str(f.relative_to(path)) for f in fs]
+        if fs: lists[k] = _located(ImageList(inside[k], paths, [at[o] for o in folders[k]]), path)
+    return lists,[o for o,_ in named],notes
 
 def _moved(new, there, classes, folder, train):
-    "The training class of each class that a split has elsewhere: the only one of that name in both; else raises `ValueError`"
+    "The training class of each class that a split has elsewhere: the only one of that name in both"
     def alike(o, among): return [c for c in among if Path(c).name==Path(o).name]
     moved = {o: alike(o, classes)[0] for o in new if len(alike(o, classes))==len(alike(o, there))==1}
     lost = sorted(new-set(moved))
-    if lost: raise ValueError(f"{folder}: no training image is of class {few_of(lost)}. A class is the path below {train.name} and {folder.name}, "
+    if lost:
+        raise ValueError(
+            f"{folder}: no training image is of class {few_of(lost)}. A class is the path below {train.name} and "
+            f"{folder.name}, "
         f"and there are {few_of(sorted({c for o in lost for c in alike(o, classes)}) or classes)}.")
     return moved
 
@@ -103,7 +133,8 @@ def _empty_folders(folder, root, files):
         visible = [o for o in sorted(inside) if not o.startswith('.')]
         bare += [Path(at, o).relative_to(root).as_posix() for o in visible if Path(at, o) not in full]
         inside[:] = [o for o in visible if Path(at, o) in full]
-    return [f"No image in {len(bare)} folder{'s' if len(bare)>1 else ''}, left out: {few_of(sorted(bare), 10)}."] if bare else []
+    if not bare: return []
+    return [f"No image in {len(bare)} folder{'s' if len(bare)>1 else ''}, left out: {few_of(sorted(bare), 10)}."]
 
 def _located(o, root):
     o.root,o.files = str(root),[os.path.join(root, p) for p in o.paths]
@@ -132,12 +163,17 @@ def _records(text, file):
         begin = reader.line_num
         try: values = next(reader)
         except StopIteration: return
-        except csv.Error as e: raise ValueError(f"{file}:{begin+1}: this line can't be read as CSV ({e}): most likely a quote in it is not closed. {remedy}") from None
+        except csv.Error as e:
+            raise ValueError(
+                f"{file}:{begin+1}: this line can't be read as CSV ({e}): most likely a quote in it is not "
+                f"closed. {remedy}") from None
         columns = columns or len(values)
         span = lines[begin:reader.line_num]
         swallowed = any(len(o.split(','))>=max(columns, 2) for o in span[1:]) # by a quote that a later line closes
         if sum(o.count('"') for o in span)%2 or swallowed: raise ValueError(
-            f"{file}:{begin+1}: a quote in this line is not closed{f' before line {reader.line_num}' if len(span)>1 else ', or not opened'}: {span[0].strip()!r}. {remedy}")
+            f"{file}:{begin+1}: a quote in this line is not "
+            f"closed{f' before line {reader.line_num}' if len(span)>1 else ', or not opened'}: {span[0].strip()!r}. "
+            f"{remedy}")
         if values: yield begin+1,values
 
 def _header_of(records, file):
@@ -145,9 +181,14 @@ def _header_of(records, file):
     line,header = next(records, (1,[]))
     if not header: raise ValueError(f"{file}: expected a header and a line for each image, and it is empty.")
     twice = [o for o,n in Counter(o.strip() for o in header).items() if o and n>1]
-    if twice: raise ValueError(f"{file}:{line}: column {twice[0]!r} is there twice. Each name is expected once: rename or remove one.")
+    if twice:
+        raise ValueError(
+            f"{file}:{line}: column {twice[0]!r} is there twice. Each name is expected once: rename or remove one.")
     other = first(o for o in ';\t|' if len(header)==1 and o in header[0])
-    if other: raise ValueError(f"{file}:{line}: expected columns separated by ',', and they are separated by {other!r}: {header[0]!r}. Save the file with commas.")
+    if other:
+        raise ValueError(
+            f"{file}:{line}: expected columns separated by ',', and they are separated by {other!r}: {header[0]!r}. "
+            "Save the file with commas.")
     return header
 
 _true,_false = ('true','t','yes','y','1','1.0'),('false','f','no','n','0','0.0')
@@ -158,16 +199,19 @@ def _split_word(word, column, where):
     res = ('valid' if word in _true else 'train' if word in _false else None) if flag else _split_of(word)
     if res: return res
     number = not flag and re.fullmatch(r'-?\d+(\.\d*)?', word)
-    remedy = (" This looks like the number of a fold, and which of them is for validation is not said: make a column `is_valid` with True or False of it; "
-        "or rename the column, and validation images are drawn.") if number else ''
-    raise ValueError(f"{where}: expected {'True or False' if flag else 'train, valid or test'} as {column}, got {word!r}.{remedy}")
+    remedy = (" This looks like the number of a fold, and which of them is for validation is not said: make a column "
+        "`is_valid` with True or False of it; or rename the column, and validation images are drawn.") if number else ''
+    raise ValueError(
+        f"{where}: expected {'True or False' if flag else 'train, valid or test'} as {column}, got {word!r}.{remedy}")
 
 def read_csv(file:Path, # With a header
              path_col:str|None=None, label_col:str|None=None, split_col:str|None=None # Names of columns; default: those that are usual
             ) -> tuple: # `ImageList` by split, and class names
     "List the images of a CSV file; raises `ValueError` with the line that is broken."
     file = Path(file)
-    if not file.is_file(): raise ValueError(f"{file}: expected a CSV file, and it is {'a folder' if file.exists() else 'not there'}.")
+    if not file.is_file():
+        raise ValueError(
+            f"{file}: expected a CSV file, and it is {'a folder' if file.exists() else 'not there'}.")
     records = _records(text_of(file), file)
     header = _header_of(records, file)
     given = dict(path=path_col, label=label_col, split=split_col)
@@ -176,21 +220,29 @@ def read_csv(file:Path, # With a header
     rows = []
     for line,values in records:
         where = f'{file}:{line}'
-        if len(values)!=len(header): raise ValueError(f"{where}: expected {len(header)} values ({', '.join(header)}), got {len(values)}: {', '.join(values)!r}. "
+        if len(values)!=len(header):
+            raise ValueError(
+                f"{where}: expected {len(header)} values ({', '.join(header)}), got {len(values)}: "
+                f"{', '.join(values)!r}. "
             "Write a value for each column; one with a comma in it is put between quotes.")
         path,label = [values[at[k]].strip() for k in ('path','label')]
-        if not path or not label: raise ValueError(f"{where}: expected a path and a label, got {path!r} and {label!r}. Fill them in, or remove the line.")
+        if not path or not label:
+            raise ValueError(
+                f"{where}: expected a path and a label, got {path!r} and {label!r}. Fill them in, or remove the line.")
         split = 'train' if cols['split'] is None else _split_word(values[at['split']], cols['split'], where)
         rows.append((split, path, label, line))
     vocab = sorted({o[2] for o in rows if o[0]=='train'})
     if not vocab: raise ValueError(f"{file}: expected a line for each training image, found none.")
     index = {o: i for i,o in enumerate(vocab)}
     for split,_,label,line in rows:
-        if label not in index: raise ValueError(f"{file}:{line}: class {label!r} is in {split}, but no training image is of it.")
+        if label not in index:
+            raise ValueError(
+                f"{file}:{line}: class {label!r} is in {split}, but no training image is of it.")
     lists = {}
     for k in _splits:
         mine = [o for o in rows if o[0]==k]
-        if mine: lists[k] = _located(ImageList(file, [o[1] for o in mine], [index[o[2]] for o in mine], [o[3] for o in mine]), file.parent)
+        paths,labels,lines = [o[1] for o in mine],[index[o[2]] for o in mine],[o[3] for o in mine]
+        if mine: lists[k] = _located(ImageList(file, paths, labels, lines), file.parent)
     return lists,vocab
 
 # %% ../../nbs/data/05_own.ipynb #d1dd1ed5
@@ -207,13 +259,13 @@ def common_size(files:list # Paths of images
         res = w
     return res
 
-def _own_lists(path, n_valid=None, data_seed=0, check=True, skip_broken=False, path_col=None, label_col=None, split_col=None):
-    "Lists, class names, notes and left-out files of a folder or a CSV file, with validation images drawn where there are none"
+def _own_lists(path, n_valid, data_seed, check, skip_broken, columns):
+    "Lists, class names, notes and left-out files of a folder or a CSV file, with a validation part"
     path = Path(path).expanduser()
     if not path.exists(): raise FileNotFoundError(
         f"There is no folder or file {path}. Expected a folder with a folder of images for each class, or a CSV file with columns path and label.")
     if path.is_file() and path.suffix.lower()!='.csv': raise ValueError(f"{path}: expected a folder, or a file that ends in .csv.")
-    lists,vocab,notes = _read_folder(path) if path.is_dir() else (*read_csv(path, path_col, label_col, split_col),[])
+    lists,vocab,notes = _read_folder(path) if path.is_dir() else (*read_csv(path, *columns),[])
     if len(vocab)<2: raise ValueError(f"{path}: expected two classes or more, got {vocab[0]!r} alone.")
     check_lists(lists)
     if path.is_file(): check_images(lists)
@@ -237,10 +289,12 @@ def own_images(path:str|Path, # A folder or a CSV file
                data_seed:int=0, # Of their draw
                path_col:str|None=None, label_col:str|None=None, split_col:str|None=None, # See `read_csv`
                check:bool=True, # Read all images beforehand, to find broken ones?
-               skip_broken:bool=False, # Leave broken images out? They are named in `notes` and in `skipped`; default: an error
+               skip_broken:bool=False, # Leave broken images out, named in `notes` and `skipped`? Default: an error
                **kwargs # Passed on to `image_dataloaders`
               ) -> ImageFileDataLoaders: # Without `test`, if there is no such split
-    "A folder of images or a CSV file as loaders; what its user should know is in `notes`; raises an error that says what is wrong with folder, file or images."
-    lists,vocab,notes,skipped = _own_lists(path, n_valid, data_seed, check, skip_broken, path_col, label_col, split_col)
+    "A folder of images or a CSV file as loaders; what its user should know is in `notes`; errors say what is wrong."
+    lists,vocab,notes,skipped = _own_lists(path, n_valid, data_seed, check, skip_broken, (path_col,label_col,split_col))
     own = None if size else common_size([f for o in lists.values() for f in o.files])
-    return image_dataloaders(lists, vocab, bs=bs, size=size or own or 224, small=bool(own), name=Path(path).expanduser().stem, notes=notes, skipped=skipped, **kwargs)
+    name = Path(path).expanduser().stem
+    return image_dataloaders(lists, vocab, bs=bs, size=size or own or 224, small=bool(own), name=name, notes=notes,
+                             skipped=skipped, **kwargs)

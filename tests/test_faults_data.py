@@ -736,3 +736,253 @@ def test_fault_18_pairs_and_data_sets_of_fastai():
     [[0], [1], [1]], torch.tensor([[0], [1], [1]]), np.array([False, True, True])], ids=str)
 def test_fault_18_class_indices_are_counted_as_before(targets):
     assert class_counts(Labelled(targets)).tolist() == [1, 2] and dataset_targets(Labelled(targets)) == [0, 1, 1]
+
+
+# Variants that were thought of after the mending
+
+def test_fault_07_variants_links_spaces_and_other_letters(tmp_path):
+    folders(tmp_path/'train', {'cold drinks/Äpfel saft': 3, 'warm drinks/Äpfel saft': 3, 'tea': 3})
+    (tmp_path/'train/linked').symlink_to(tmp_path/'train/tea')
+    _, vocab = read_folder(tmp_path)
+    assert vocab == ['cold drinks/Äpfel saft', 'linked', 'tea', 'warm drinks/Äpfel saft']
+
+
+def test_fault_07_variants_validation_part_of_its_own_without_one_class(tmp_path):
+    folders(tmp_path/'Training', nested)
+    folders(tmp_path/'dev', {'c/church/indoor': 2, 'a/apartment/outdoor': 1})
+    lists, vocab = read_folder(tmp_path)
+    assert [vocab[y] for y in lists['valid'].labels] == ['apartment/outdoor', 'indoor', 'indoor']
+    with pytest.warns(DataNote, match='No validation image of 2 of 4 classes: bar, church/outdoor'):
+        own_images(tmp_path, **small)
+
+
+def test_fault_07_variants_sessions_within_classes(tmp_path):
+    "Folders of one name below each class are classes of their own, and none is merged"
+    _, vocab = read_folder(folders(tmp_path, {'cat/2020': 2, 'dog/2020': 2, 'dog/2021': 1}))
+    assert vocab == ['2021', 'cat/2020', 'dog/2020']
+
+
+def test_fault_08_variants_old_line_ends(tmp_path):
+    file = table(tmp_path, hundred())
+    file.write_bytes(file.read_bytes().replace(b'\n', b'\r'))
+    assert len(read_csv(file)[0]['train']) == 100
+    file.write_bytes(file.read_bytes().replace(b'\r050.png,', b'\r050.png,"'))
+    with pytest.raises(ValueError, match=r'images\.csv:52: .*quote'): read_csv(file)
+
+
+def test_fault_08_variants_spaces_beside_quotes(tmp_path):
+    assert read_csv(table(tmp_path, ['0.png, "bee"', '1.png,bee', '"2.png", ant'], make=False))[1] == ['ant', 'bee']
+
+
+def test_fault_08_variants_a_broken_header(tmp_path):
+    file = table(tmp_path, hundred(), '"path,label', make=False)
+    with pytest.raises(ValueError, match=r'images\.csv:1: .*quote'): read_csv(file)
+    with pytest.raises(ValueError, match=r'images\.csv:1: expected columns .*tab|images\.csv:1: .*\\t'):
+        read_csv(table(tmp_path, ['0.png\tbee'], 'path\tlabel', make=False))
+
+
+def png_of_16_bit(file, levels):
+    "An RGB file of 16 bits a channel, which Pillow can't write"
+    import struct
+    import zlib
+    height, width, _ = levels.shape
+    raw = b''.join(b'\0'+row.astype('>u2').tobytes() for row in levels)
+    def chunk(kind, data): return struct.pack('>I', len(data))+kind+data+struct.pack('>I', zlib.crc32(kind+data))
+    head = struct.pack('>IIBBBBB', width, height, 16, 2, 0, 0, 0)
+    file.write_bytes(b'\x89PNG\r\n\x1a\n'+chunk(b'IHDR', head)+chunk(b'IDAT', zlib.compress(raw))+chunk(b'IEND', b''))
+
+
+def test_fault_10_variants_colours_of_16_bit(tmp_path):
+    from ltrl_fastai.all import open_image
+    levels = rng.randint(0, 65536, (6, 5, 3))
+    png_of_16_bit(tmp_path/'x.png', levels)
+    got = np.asarray(open_image(tmp_path/'x.png')).astype(int)
+    assert np.abs(got-levels/257).max() <= 1
+
+
+def test_fault_10_variants_a_learner_predicts_on_16_bit(tmp_path):
+    from fastai.vision.all import Learner
+    from ltrl_fastai.all import CifarResNet
+    for name, base in dict(a=0, b=30000).items():
+        (tmp_path/name).mkdir()
+        for i in range(5): Image.fromarray(np.full((8, 8), base+500*i, np.uint16)).save(tmp_path/name/f'{i}.png')
+    dls = own_images(tmp_path, bs=4, device='cpu')
+    learn = Learner(dls, CifarResNet(2, depth=8))
+    x = dls.test_dl([tmp_path/'b/4.png']).one_batch()[0][0]
+    red = x[0, 0, 0]*.229+.485
+    assert round(float(red)*255) == round(32000/257)
+    with learn.no_bar(): assert learn.predict(tmp_path/'b/4.png')[0] in 'ab'
+
+
+def test_fault_10_variants_frames_and_transparency(tmp_path):
+    from ltrl_fastai.all import open_image
+    frames = [Image.new('RGB', (8, 8), (60*i, 0, 0)) for i in range(3)]
+    frames[1].save(tmp_path/'x.gif', save_all=True, append_images=frames[2:])
+    assert np.asarray(open_image(tmp_path/'x.gif'))[0, 0].tolist() == [60, 0, 0]
+    palette = Image.new('RGB', (8, 8), (10, 20, 30)).quantize(4)
+    palette.save(tmp_path/'x.png', transparency=0)
+    assert np.asarray(open_image(tmp_path/'x.png'))[0, 0].tolist() == [10, 20, 30]
+    assert np.asarray(open_image((tmp_path/'x.png').read_bytes()))[0, 0].tolist() == [10, 20, 30]
+
+
+def test_fault_12_variants_weights_changed_in_place(tmp_path):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    def extract(o): return net(o.float())
+    first = features(extract, tmp_path)
+    with torch.no_grad(): net[1].bias += 1
+    assert torch.allclose(features(extract, tmp_path).float(), first.float()+1, atol=.2)
+    with torch.no_grad(): net[1].bias -= 1
+
+
+def test_fault_12_variants_counters_are_no_part_of_an_extractor(tmp_path):
+    class Counting(Scaled):
+        calls = 0
+        def __call__(self, x):
+            self.calls += 1
+            return super().__call__(x)
+    extract = Counting()
+    for _ in range(2): features(extract, tmp_path)
+    assert extract.calls == 1
+
+
+def test_fault_12_variants_class_attributes_and_inherited_code(tmp_path):
+    for power in (1, 2):
+        class Base:
+            factor = power
+            def __call__(self, x): return x.float().mean((2, 3))*self.factor
+        class Derived(Base): pass
+        x = torch.arange(60, dtype=torch.uint8).view(5, 3, 2, 2)
+        assert torch.equal(features(Derived(), tmp_path).float(), power*x.float().mean((2, 3)))
+
+
+def test_fault_12_variants_what_can_not_be_told_asks_for_a_key(tmp_path):
+    import threading
+    extract = Scaled(2)
+    extract.lock = threading.Lock()
+    with pytest.raises(TypeError, match='it holds a lock.*Give `key`'): features(extract, tmp_path)
+    assert torch.equal(features(extract, tmp_path, key='two'), features(Scaled(2), tmp_path/'other'))
+
+
+def test_fault_12_variants_another_process_finds_them(tmp_path):
+    import subprocess
+    import sys
+    code = ("import sys, torch; from functools import partial; from ltrl_fastai.all import frozen_features, Lite0\n"
+            "torch.manual_seed(0); x = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)\n"
+            "scale = {'b', 'a', 'c'}\n"
+            "net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 2))\n"
+            "said = []\n"
+            "for e in (Lite0(32), net, lambda o: net(o.float())*len(scale)):\n"
+            "    f = (lambda f: lambda o: f(o.float()))(e) if e is net else e\n"
+            "    frozen_features(x, f, sys.argv[1], echo=said.append)\n"
+            "print(len(said))")
+    command = [sys.executable, '-c', code, str(tmp_path)]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(2)]
+    assert [r.stdout.strip() for r in runs] == ['3', '0']
+
+
+def test_fault_12_variants_frozen_loaders_of_bad_requests(shades, tmp_path):
+    from ltrl_fastai.all import frozen_loaders
+    with pytest.raises(ValueError, match='method: expected one of squish'):
+        frozen_loaders(shades, Scaled, method='stretch')
+    with pytest.raises(ValueError, match=r'extract: expected features \(B, D\)'):
+        frozen_loaders(shades, lambda x: x.float(), folder=tmp_path/'kept')
+    (shades/'train/dark/0.png').write_bytes(b'x')
+    with pytest.raises(ValueError, match=r'1 of \d+ images can.t be read: .*dark/0\.png'):
+        frozen_loaders(shades, Scaled(), folder=tmp_path/'kept')
+    dls = frozen_loaders(shades, Scaled(), folder=tmp_path/'kept', skip_broken=True, device='cpu')
+    assert len(dls.skipped) == 1
+    assert [len(o.dataset) for o in dls.loaders][2] == 8
+
+
+@pytest.mark.parametrize('profile', ['exp', 'pareto', 'step'])
+@pytest.mark.parametrize('factor', [1, 2, 10])
+@pytest.mark.parametrize('n_valid', [1, 5, 100])
+def test_fault_14_variants_every_class_is_validated_and_nothing_is_in_two_parts(profile, factor, n_valid):
+    from ltrl_fastai.all import long_tailed
+    train, c = balanced()
+    dls = long_tailed(train, train, list('abcde'), factor, n_valid=n_valid, profile=profile, device='cpu')
+    valid = class_counts(dls.valid_ds, 5)
+    a, b = lists_of(dls)
+    assert valid.min() > 0
+    assert valid.max() <= n_valid
+    assert not a & b
+
+
+def test_fault_14_variants_features_and_a_class_of_two():
+    from ltrl_fastai.all import long_tailed
+    x, y = torch.rand(10, 4), torch.tensor([0]*2+[1]*8)
+    with pytest.warns(DataNote, match='No validation image of 1 of 2 classes: a'):
+        dls = long_tailed((x, y), (x, y), ['a', 'b'], 1, device='cpu')
+    assert class_counts(dls).tolist() == [2, 2]
+
+
+def test_fault_14_variants_held_out_classes_of_lists_are_told(tmp_path):
+    from ltrl_fastai.data.lists import inaturalist18
+    lines = [f'train_val2018/{c}/{i}.png {y}' for y, (c, n) in enumerate(dict(p=4, q=2).items()) for i in range(n)]
+    tests = [f'train_val2018/{c}/t.png {y}' for y, c in enumerate('pq')]
+    for line in lines+tests: picture(tmp_path/line.split()[0])
+    (tmp_path/'iNaturalist18_train.txt').write_text('\n'.join(lines))
+    (tmp_path/'iNaturalist18_val.txt').write_text('\n'.join(tests))
+    with pytest.warns(DataNote, match='No validation image of 1 of 2 classes'): inaturalist18(tmp_path, **small)
+
+
+def test_fault_16_variants_a_folder_and_an_empty_file_in_a_csv_file(photos):
+    (photos/'ant/folder.jpg').mkdir()
+    (photos/'ant/empty.jpg').write_bytes(b'')
+    rows = [f'{f.relative_to(photos)},{f.parent.name}' for f in sorted(photos.rglob('*.jpg'))]
+    (photos/'x.csv').write_text('\n'.join(['path,label', *rows])+'\n')
+    with pytest.raises(ValueError, match=r'2 of 28 images can.t be read: .*empty\.jpg.*folder\.jpg'):
+        own_images(photos/'x.csv', **small)
+
+
+def test_fault_16_variants_in_lists(tmp_path):
+    from ltrl_fastai.data.lists import imagenet_lt, list_sets
+    for split, name in list_sets['imagenet-lt']['lists'].items():
+        lines = [f'{split}/n0/{i}.jpg 0' for i in range(4)]+[f'{split}/n1/{i}.jpg 1' for i in range(3)]
+        for line in lines: picture(tmp_path/line.split()[0])
+        (tmp_path/name).write_text('\n'.join(lines))
+    cut(tmp_path/'train/n0/2.jpg')
+    with pytest.raises(ValueError, match=r'1 of 21 images can.t be read: .*ImageNet_LT_train\.txt:3: train/n0/2\.jpg'):
+        imagenet_lt(tmp_path, **small)
+    assert len(imagenet_lt(tmp_path, skip_broken=True, **small).train_ds) == 6
+    assert len(imagenet_lt(tmp_path, check=False, **small).train_ds) == 7
+
+
+def test_fault_16_variants_workers_name_the_file(photos):
+    dls = own_images(cut(photos/'ant/3.jpg').parent.parent, check=False, num_workers=1, **small)
+    with pytest.raises(ValueError, match=r'ant/3\.jpg can.t be read'):
+        for dl in dls.loaders: list(dl)
+
+
+def test_fault_17_variants_bytes_of_no_encoding(tmp_path):
+    (tmp_path/'a.csv').write_bytes(b'path,label\n0.png,b\x81e\n')
+    with pytest.raises(ValueError, match=r'a\.csv:2: .*0x81'): read_csv(tmp_path/'a.csv')
+    (tmp_path/'a.csv').write_bytes(codecs.BOM_UTF16_LE+'path,label\n'.encode('utf-16-le')+b'\x00\xd8')
+    with pytest.raises(ValueError, match=r'a\.csv: .*utf-16'): read_csv(tmp_path/'a.csv')
+    (tmp_path/'a.csv').write_bytes(b'\x89PNG\r\n\x1a\n\0\0\0')
+    with pytest.raises(ValueError, match=r'a\.csv: expected UTF-8'): read_csv(tmp_path/'a.csv')
+
+
+def test_fault_17_variants_words_of_splits(tmp_path):
+    rows = [f'{o},{w}' for o, w in zip(words, ['Train', ' VAL ', 'training', 'Test', 'dev', 'train']*2)]
+    lists, _ = read_csv(table(tmp_path, rows, 'path,label,set'))
+    assert {k: len(o) for k, o in lists.items()} == dict(train=6, valid=4, test=2)
+
+
+def test_fault_17_variants_a_class_called_test_beside_others(tmp_path):
+    with pytest.raises(ValueError, match='a folder `train`.*got test, and bus, car lie beside it.*class: rename'):
+        read_folder(folders(tmp_path, dict(bus=3, car=3, test=3)))
+
+
+def test_fault_17_variants_a_missing_flag(tmp_path):
+    file = table(tmp_path, [f'{o},{"" if i == 3 else "no"}' for i, o in enumerate(words)], 'path,label,is_valid')
+    with pytest.raises(ValueError, match=r"images\.csv:5: expected True or False as is_valid, got ''"): read_csv(file)
+
+
+def test_fault_18_variants():
+    numbers = [(torch.zeros(2), .25*i) for i in range(4)]
+    with pytest.raises(TypeError, match='floating.*0.0'): class_counts(torch.utils.data.Subset(numbers, [1, 2]))
+    with pytest.raises(TypeError, match="text.*'1'"): class_counts(Labelled(np.array(['1', 2], dtype=object)))
+    with pytest.raises(TypeError, match='no single class indices'): class_counts(Labelled(torch.eye(3)))
+    with pytest.raises(ValueError, match='no items to count'): class_counts(Labelled([]))
+    assert class_counts(Labelled(np.array([0, 1, 1], dtype=object))).tolist() == [1, 2]

@@ -34,7 +34,7 @@ def open_image(source:Path|str|Tensor|ndarray|bytes|PIL.Image.Image # File, or w
     try:
         with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as im:
             im.load()
-            return PILImage(_eight_bit(im, im.format))
+            return PILImage.create(_eight_bit(im, im.format))
     except FileNotFoundError: raise
     except Exception as e:
         raise UnreadableImage(

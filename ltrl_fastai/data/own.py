@@ -156,7 +156,7 @@ def _column(kind, header, given, file):
 def _records(text, file):
     "Number of the line and values of each record of a CSV file; refuses quotes that are not closed"
     lines = list(io.StringIO(text, newline=''))
-    reader = csv.reader(lines, strict=True)
+    reader = csv.reader(lines, strict=True, skipinitialspace=True)
     remedy = "Close it; a quote inside of a value is written twice, in a value between quotes."
     columns = None
     while True:

@@ -591,6 +591,53 @@ def test_fault_16_what_was_seen_whole_is_remembered_until_it_changes(photos, mon
     assert list(images.broken_images(files, kept, at_least=1)) == [photos/'cat/0.jpg'] and len(read) == 27
 
 
+def command(monkeypatch, *args):
+    from ltrl_fastai.experiments.cli import app
+    from typer.testing import CliRunner
+    monkeypatch.setenv('LTRL_CHECK_IMAGES', '1')
+    return CliRunner().invoke(app, [str(o) for o in args])
+
+
+quick = ('--net', 'resnet8', '--size', '16', '--epochs', '1', '--no-rl', '--out', 'out')
+
+
+def test_fault_16_the_command_line_names_them(photos, monkeypatch):
+    monkeypatch.chdir(break_two(photos))
+    said = command(monkeypatch, 'train', '--dataset', photos, *quick)
+    assert said.exit_code == 2
+    assert said.output.startswith("Error: 2 of 26 images can't be read")
+    assert said.output.count('\n') == 1
+    said = command(monkeypatch, 'compare', '--dataset', photos, '--out', 'all', '--seeds', '1')
+    assert said.exit_code == 2
+    assert said.output.startswith("Error: 2 of 26 images can't be read")
+
+
+def test_fault_16_the_command_line_leaves_them_out(photos, monkeypatch):
+    import json
+    monkeypatch.chdir(break_two(photos))
+    said = command(monkeypatch, 'train', '--dataset', photos, *quick, '--skip-broken')
+    assert said.exit_code == 0, said.output
+    assert "Note: 2 images can't be read and are left out: " in said.output
+    result = json.loads((photos/'out/result.json').read_text())
+    assert sorted(result['skipped']) == ['ant/3.jpg', 'bee/5.jpg']
+    assert sum(result['class_counts']) == 20
+
+
+def test_fault_16_the_command_line_does_not_look(photos, monkeypatch):
+    from ltrl_fastai.data import lists
+    monkeypatch.setattr(lists, 'broken_images', lambda *args: 1/0)
+    monkeypatch.chdir(photos)
+    said = command(monkeypatch, 'train', '--dataset', photos, *quick, '--no-check')
+    assert said.exit_code == 0, said.output
+    assert command(monkeypatch, 'train', '--skip-broken').exit_code == 2
+    for i in range(12): cut(photos/f'ant/{i}.jpg')
+    said = command(monkeypatch, 'train', '--dataset', photos, *quick, '--no-check', '--force')
+    assert said.exit_code == 2
+    assert 'ant/' in said.output.splitlines()[-1]
+    assert "can't be read" in said.output.splitlines()[-1]
+    assert 'Traceback' not in said.output
+
+
 # 17: files of other programs
 
 words = [f'{i}.png,{"ant" if i % 2 else "bee"}' for i in range(12)]
@@ -866,18 +913,19 @@ def test_fault_12_variants_what_can_not_be_told_asks_for_a_key(tmp_path):
 def test_fault_12_variants_another_process_finds_them(tmp_path):
     import subprocess
     import sys
-    code = ("import sys, torch; from functools import partial; from ltrl_fastai.all import frozen_features, Lite0\n"
+    code = ("import sys, torch; from ltrl_fastai.all import frozen_features, Lite0\n"
             "torch.manual_seed(0); x = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)\n"
-            "scale = {'b', 'a', 'c'}\n"
+            "letters = {'b', 'a', 'c'}\n"
             "net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 2))\n"
             "said = []\n"
-            "for e in (Lite0(32), net, lambda o: net(o.float())*len(scale)):\n"
-            "    f = (lambda f: lambda o: f(o.float()))(e) if e is net else e\n"
-            "    frozen_features(x, f, sys.argv[1], echo=said.append)\n"
+            "for e in (Lite0(32), lambda o: net(o.float())*len(letters)):\n"
+            f"    frozen_features(x, e, {str(tmp_path)!r}, echo=said.append)\n"
             "print(len(said))")
-    command = [sys.executable, '-c', code, str(tmp_path)]
-    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(2)]
-    assert [r.stdout.strip() for r in runs] == ['3', '0']
+    space = dict(__name__='__main__')
+    exec(code, space)
+    again = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert len(space['said']) == 2
+    assert again.stdout.strip() == '0'
 
 
 def test_fault_12_variants_frozen_loaders_of_bad_requests(shades, tmp_path):

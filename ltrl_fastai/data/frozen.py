@@ -265,7 +265,7 @@ def frozen_loaders(path:str|Path, # A folder or a CSV file: see `own_images`
                    n_valid:int|None=None, # Validation images of each class, at most; see `own_images`
                    data_seed:int=0, # Of their draw
                    path_col:str|None=None, label_col:str|None=None, split_col:str|None=None, # See `read_csv`
-                   check:bool=True, # Read all images beforehand, to find broken ones?
+                   check:bool|None=None, # Read all images beforehand, to find broken ones? Default: see `wants_check`
                    skip_broken:bool=False, # Leave broken images out?
                    folder:str|Path|None=None, # Where features are kept; default: `default_features`
                    chunk:int=1000, # Images between two writes of the file

@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 import codecs, torchvision, warnings
 from .imbalance import long_tail_indices
 from .benchmarks import DataNote, LongTailDataLoaders, few_of, without_images
-from .images import UnreadableImage, broken_images, open_image
+from .images import UnreadableImage, broken_images, open_image, wants_check
 from .fast import BatchAug, pad_crop, random_flip, chunkwise
 
 # %% ../../nbs/data/04_lists.ipynb #d54b221f
@@ -407,10 +407,11 @@ def read_lists(name:str, # In `list_sets`
     else: vocab = [str(names[i]) for i in range(n)]
     return lists,vocab,roots
 
-def _list_dls(name, path, n_valid=None, data_seed=0, check=True, skip_broken=False, **kwargs):
+def _list_dls(name, path, n_valid=None, data_seed=0, check=None, skip_broken=False, **kwargs):
     lists,vocab,roots = read_lists(name, path)
     check_images(lists, roots)
-    lists,skipped = leave_out_broken(lists, vocab, skip_broken) if check or skip_broken else (lists,[])
+    skipped = []
+    if skip_broken or wants_check(check): lists,skipped = leave_out_broken(lists, vocab, skip_broken)
     notes = [*compare_published(name, lists), *broken_note(skipped, lists['train'].root)]
     if 'valid' not in lists:
         train,valid = hold_out(lists['train'].labels, n_valid=n_valid, seed=data_seed)

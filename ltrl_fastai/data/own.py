@@ -9,6 +9,7 @@ __all__ = ['short_names', 'read_folder', 'read_csv', 'common_size', 'own_images'
 from fastai.vision.all import *
 import csv, PIL.Image
 from .benchmarks import few_of, without_images
+from .images import wants_check
 from .lists import ImageList, ImageFileDataLoaders, check_images, check_lists, hold_out, image_dataloaders
 from .lists import broken_note, leave_out_broken, text_of
 
@@ -270,7 +271,7 @@ def _own_lists(path, n_valid, data_seed, check, skip_broken, columns):
     check_lists(lists)
     if path.is_file(): check_images(lists)
     skipped = []
-    if check or skip_broken:
+    if skip_broken or wants_check(check):
         lists,skipped = leave_out_broken(lists, vocab, skip_broken)
         notes += broken_note(skipped, lists['train'].root)
     if 'valid' not in lists:
@@ -288,7 +289,7 @@ def own_images(path:str|Path, # A folder or a CSV file
                n_valid:int|None=None, # Validation images of each class, at most, where they are drawn; default: a fifth
                data_seed:int=0, # Of their draw
                path_col:str|None=None, label_col:str|None=None, split_col:str|None=None, # See `read_csv`
-               check:bool=True, # Read all images beforehand, to find broken ones?
+               check:bool|None=None, # Read all images beforehand, to find broken ones? Default: see `wants_check`
                skip_broken:bool=False, # Leave broken images out, named in `notes` and `skipped`? Default: an error
                **kwargs # Passed on to `image_dataloaders`
               ) -> ImageFileDataLoaders: # Without `test`, if there is no such split

@@ -20,8 +20,6 @@ def _split_of(word): return first(k for k,words in _splits.items() if str(word).
 
 def _folders_in(path): return sorted(o for o in path.iterdir() if o.is_dir() and not o.name.startswith('.'))
 
-def _bare_images(folder): return [f for f in get_image_files(folder, recurse=False)]
-
 def _other_files(folder):
     "What is in a folder without images, in words"
     endings = Counter(Path(f).suffix or f.name for f in get_files(folder))

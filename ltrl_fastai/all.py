@@ -11,6 +11,7 @@ from ltrl_fastai.reflective.summary import *
 from ltrl_fastai.reflective.correction import *
 from ltrl_fastai.reflective.learning import *
 from ltrl_fastai.data.imbalance import *
+from ltrl_fastai.data.images import *
 from ltrl_fastai.data.fast import *
 from ltrl_fastai.data.benchmarks import *
 from ltrl_fastai.data.frozen import *

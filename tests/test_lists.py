@@ -357,8 +357,8 @@ def test_a_csv_file(tmp_path):
 csv_faults = {
     'no label': ('blue/20.jpg,,train', 'images.csv:22: expected a path and a label'),
     'another split': ('blue/20.jpg,blue,eval', "images.csv:22: expected train, valid or test as split, got 'eval'"),
-    'too many': ('blue/20.jpg,blue,train,x', 'images.csv:22: more values'),
-    'too few': ('blue/20.jpg,blue', "images.csv:22: expected train, valid or test as split, got ''"),
+    'too many': ('blue/20.jpg,blue,train,x', r'images.csv:22: expected 3 values \(image, label, split\), got 4'),
+    'too few': ('blue/20.jpg,blue', r'images.csv:22: expected 3 values \(image, label, split\), got 2'),
     'twice': ('blue/19.jpg,blue,train', 'images.csv:22: blue/19.jpg is listed in .*images.csv:21 too. Each'),
     'in training and in test': ('blue/19.jpg,blue,test', "images.csv:22: .*can't be in test"),
     'missing': ('blue/x.jpg,blue,train', '1 of 50 images in train .*images.csv:22: blue/x.jpg'),
@@ -581,7 +581,7 @@ def test_a_broken_image_of_ones_own_is_named(tmp_path):
     from ltrl_fastai.all import own_images
     for i in range(8): (tmp_path/f'{i%2}').mkdir(exist_ok=True); Image.new('RGB', (8, 8)).save(tmp_path/f'{i%2}/{i}.png')
     (tmp_path/'1/half.png').write_bytes(b'half a download')
-    with pytest.raises(ValueError, match='half.png: expected an image.*verify_images'): own_images(tmp_path)
+    with pytest.raises(ValueError, match='1 of 9 images can.t be read: .*half.png .it is no image.*--skip-broken'): own_images(tmp_path)
 
 
 def test_a_folder_without_images_is_said(tmp_path):

@@ -92,7 +92,7 @@ def LongTailSplitter(splitter:Callable, # Splits items into train and validation
 # %% ../../nbs/data/00_imbalance.ipynb #dbe2d8ca
 def dataset_targets(ds:Any # A fastai `Datasets`, `TabularPandas`, torchvision dataset, `Subset`, or anything with `targets`
                    ) -> list: # Of integers
-    "Class indices of all items of `ds`, without reading the inputs; raises `TypeError` if they can't be had so."
+    "Class indices of all items of `ds`, inputs unread; raises `TypeError` if it has none or they are no whole numbers."
     if getattr(ds, 'targets', None) is not None: res = ds.targets
     elif isinstance(ds, torch.utils.data.Subset): y = dataset_targets(ds.dataset); res = [y[i] for i in ds.indices]
     elif hasattr(ds, 'tls') and len(ds.tls)>1: res = [o for o in ds.tls[-1]]
@@ -100,9 +100,26 @@ def dataset_targets(ds:Any # A fastai `Datasets`, `TabularPandas`, torchvision d
     elif isinstance(ds, (list,L)) and len(ds) and is_listy(ds[0]): res = [o[-1] for o in ds]
     else: raise TypeError(f"Where a {type(ds).__name__} keeps its targets is not known. Give it an attribute `targets` (a list of class indices), "
         "or count by hand: `torch.bincount(targets, minlength=n_classes)`.")
-    if len(res) and np.ndim(res[0])>0 and np.size(res[0])>1: raise TypeError(f"The targets of this {type(ds).__name__} are no single class indices (the first is {res[0]}): "
-        "counting classes is for single-label data.")
-    return [int(o) for o in res]
+    return _class_indices(res, type(ds).__name__)
+
+def _class_indices(targets, kind):
+    "Targets as Python integers; raises `TypeError` that names the first that is no class index"
+    if isinstance(targets, Tensor): targets = targets.detach().cpu().numpy()
+    head = first(targets)
+    if np.ndim(head)>0 and np.size(head)>1: raise TypeError(
+        f"The targets of this {kind} are no single class indices (the first is {head}): counting classes is for "
+        "single-label data.")
+    if isinstance(targets, np.ndarray) and targets.dtype.kind in 'iub': return [int(o) for o in targets.ravel()]
+    return [_class_index(o, kind) for o in targets]
+
+def _class_index(o, kind):
+    value = o.item() if isinstance(o, (Tensor,np.ndarray,np.generic)) else o[0] if is_listy(o) and len(o)==1 else o
+    if isinstance(value, (int,np.integer)): return int(value)
+    what = {float: 'floating point numbers', str: 'texts'}.get(type(value), f'of type {type(value).__name__}')
+    remedy = {float: "Classes of a regression can't be counted. If they are class indices, make them integers.",
+              str: "Map them to class indices first: `[vocab.index(o) for o in targets]`."}
+    raise TypeError(f"targets: expected class indices, whole numbers from 0 on, and those of this {kind} are {what}: "
+        f"one is {value!r}. {remedy.get(type(value), '')}".strip())
 
 def eval_view(ds:Any # A training set: fastai `Datasets`, or anything with a `split_idx`
              ) -> Any: # Of the same kind
@@ -128,7 +145,7 @@ def check_counts(class_counts:Collection # Training images of each class: a list
 def class_counts(dls:Any, # `DataLoaders`, or a dataset
                  n_classes:int|None=None # Number of classes; default: what `dls` says, else the largest index + 1
                 ) -> Tensor: # `(C,)` int64
-    "Training images of each class of `dls`; classes without any count 0; raises `TypeError` for a learner, `ValueError` if there are no items, or an index is out of range."
+    "Training images of each class; raises `TypeError` or `ValueError` if targets are no class indices in range."
     if isinstance(dls, Learner): raise TypeError("class_counts: expected DataLoaders or a dataset, got a Learner: `class_counts(learn.dls)`.")
     ds = dls.train_ds if isinstance(dls, DataLoaders) else dls
     y = torch.tensor(dataset_targets(ds), dtype=torch.long)

@@ -65,6 +65,8 @@ def train(
     cut:Annotated[int|None, _opt(_how, "Pixels of a side of Cutout's square, for small images: 16 is usual for CIFAR. Default: none.")]=None,
     size:Annotated[int|None, _opt(_how, "Pixels of a side. Default: digits and CIFAR as they are, photographs 224, small images of your own as they are.")]=None,
     n_valid:Annotated[int|None, _opt(_how, "Validation images of each class, at most. Default: 10 for digits, 20 for CIFAR, 1 for iNaturalist, a fifth of your own.")]=None,
+    check:Annotated[bool, _opt(_how, "Read all images of your own beforehand, to find broken ones, or begin at once.", '--check/--no-check')]=True,
+    skip_broken:Annotated[bool, _opt(_how, "Leave out images that can't be read; the result names them. Default: an error.", '--skip-broken')]=False,
     worlds:Annotated[bool, _opt(_how, "Measure in other worlds too: classes as frequent as in training (forward), all alike, the other way round (backward).", '--worlds')]=False,
     seed:Annotated[int, _opt(_how, "Of weights, batches and augmentation. The same seed gives the same numbers on the same machine.")]=0,
     data_seed:Annotated[int, _opt(_how, "Of the choice of training images.")]=0,
@@ -91,12 +93,15 @@ def train(
     from ltrl_fastai.experiments.training import RunSettings, alone_in, keep_freed_memory, train_run, write_json, label_of
     from ltrl_fastai.evaluation.pictures import draw_report
     from ltrl_fastai.reflective.learning import ReflectiveLearning
+    from ltrl_fastai.data.images import UnreadableImage
     from ltrl_fastai.experiments.checkpoint import Checkpoint, ForeignCheckpoint, UnreadableCheckpoint
     keep_freed_memory()
+    _check_images(check)
     if rl is False and ({kr,ks,kc}!={None} or preset!='default'): fail(ValueError(
         "--no-rl trains without Reflective Learning, so its parts and preset can't be chosen. Leave out --no-rl."))
     common = dict(dataset=dataset, imbalance_factor=imbalance_factor, method=method, net=net, epochs=epochs, lr=lr, bs=bs, policy=policy, cut=cut,
-                  n_max=n_max, n_valid=n_valid, size=size, seed=seed, data_seed=data_seed, data=str(data) if data else None)
+                  n_max=n_max, n_valid=n_valid, size=size, seed=seed, data_seed=data_seed, data=str(data) if data else None,
+                  skip_broken=skip_broken)
     refl = dict(**{k: v for k,v in dict(kr=kr, ks=ks, kc=kc).items() if v is not None}, preset=preset)
     runs = ([None] if rl is False else []) + ([refl] if rl is not False else []) + ([None] if rl is None else [])
     alone = contextlib.ExitStack() # until the command ends
@@ -118,6 +123,7 @@ def train(
         factor = 'as it is' if s.imbalance_factor is None else f'imbalance factor {s.imbalance_factor:g}'
         typer.echo(f"\n{s.dataset}, {factor}, {s.net}, {label_of(s)}, {s.epochs} epochs, seed {s.seed}{', going on' if _begun([cp]) else ''}")
         try: results.append(train_run(s, bar=True, checkpoint=cp.file, worlds=worlds))
+        except UnreadableImage as e: fail(str(e).rpartition('UnreadableImage: ')[2]) # of a process that loads, too
         except (ForeignCheckpoint, UnreadableCheckpoint) as e: fail(f"{e} {_anew}")
         except FloatingPointError as e: fail(e)
         except KeyboardInterrupt: _interrupted(cp)
@@ -316,6 +322,8 @@ def compare(
     set_:Annotated[list[str]|None, _opt(_how, "A value for all runs: epochs=10, size=16, tau=4, kr.on=logits, preset=paper. Several times for several.", '--set')]=None,
     redraw:Annotated[bool, _opt(_how, "Draw the training images anew for each seed. Default: the same images for all seeds.", '--redraw')]=False,
     test:Annotated[bool|None, _opt(_how, "Read the test set at the end of each run, or score on validation images. Default: test; sweeps: validation.", '--test/--no-test')]=None,
+    check:Annotated[bool, _opt(_how, "Read all images of your own beforehand, to find broken ones, or begin at once.", '--check/--no-check')]=True,
+    skip_broken:Annotated[bool, _opt(_how, "Leave out images that can't be read; the result names them. Default: an error.", '--skip-broken')]=False,
     jobs:Annotated[int|None, _opt(_how, "Runs at a time. Default: one for each core, or one on a GPU.")]=None,
     data:Annotated[Path|None, _opt(_where, "Where the data set is. Default: where fastai keeps it.")]=None,
 ):
@@ -335,11 +343,13 @@ def compare(
     from ltrl_fastai.experiments.training import command, versions, one_of
     from ltrl_fastai.experiments.runner import run_plan, run_file, read_result, default_jobs, Failed
     from ltrl_fastai.experiments.progress import Watch
+    _check_images(check)
     test = not sweep if test is None else test
     try:
         common = dict(protocols[one_of('protocol', protocol, protocols)]) if protocol else {}
         if dataset: common['dataset'] = dataset
         if data: common['data'] = str(data)
+        if skip_broken: common['skip_broken'] = True
         parts = [] if ablate is None else _listed('--ablate', ablate)
         sweeps,fixed = [parse_setting(o, many=True) for o in sweep or []],[parse_setting(o) for o in set_ or []]
         factors = [None] if imbalance_factor is None else _numbers('--imbalance-factor', imbalance_factor)
@@ -370,6 +380,10 @@ def compare(
 def _numbers(name, s):
     try: return [float(o) for o in _listed(name, s)]
     except ValueError: raise ValueError(f"{name}: expected numbers with commas between them, got {s!r}") from None
+
+def _check_images(check):
+    "Runs of a comparison are processes of their own, which inherit it"
+    if not check: os.environ['LTRL_CHECK_IMAGES'] = '0'
 
 def _quiet():
     warnings.filterwarnings('ignore', category=FutureWarning, module='torch') # of torch to fastai, on import

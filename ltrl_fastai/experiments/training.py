@@ -114,6 +114,7 @@ class RunSettings:
     data:str|None=None # Where the data set is, if not where fastai keeps it
     diagnose:bool=False # Keep how predictions drift, what is right and where gradients conflict, by class and epoch? Changes no weight
     reflective:dict|None=None # Arguments of `ReflectiveLearning`; None trains without it
+    skip_broken:bool=False # Leave out images that can't be read? The result names them
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -127,6 +128,8 @@ class RunSettings:
             if getattr(self, k) is None: setattr(self, k, v)
         if 'takes' in spec: self._check_takes(spec['takes'])
         else: check_imbalance_factor(self.imbalance_factor)
+        if self.skip_broken and 'takes' not in spec: raise ValueError(
+            f"skip_broken: {self.dataset} is complete, or can't be used; this is for images of your own and for lists. Leave it out.")
         for k in ('epochs','bs','n_max','n_valid','size'):
             if getattr(self, k) is not None and getattr(self, k)<1: raise ValueError(f"{k}: expected at least 1, got {getattr(self, k)}.")
         for k in ('seed','data_seed'):
@@ -153,7 +156,9 @@ class RunSettings:
     def dls(self) -> DataLoaders:
         "The data, as settings say."
         spec = spec_of(self.dataset)
-        if 'takes' in spec: return spec['make'](bs=self.bs, **{dict(data='path').get(k, k): getattr(self, k) for k in spec['takes'] if getattr(self, k) is not None})
+        if 'takes' in spec:
+            given = {dict(data='path').get(k, k): getattr(self, k) for k in spec['takes'] if getattr(self, k) is not None}
+            return spec['make'](bs=self.bs, skip_broken=self.skip_broken, **given)
         tfms = {**datasets[self.dataset].get('tfms', {}), **{k: getattr(self, k) for k in ('policy','crop','flip','cut') if getattr(self, k) is not None}}
         kw = dict(path=self.data) if self.data is not None else {}
         kw.update({k: getattr(self, k) for k in ('n_max','n_valid','size') if getattr(self, k) is not None})
@@ -326,6 +331,7 @@ def _train_run(settings, bar, test, checkpoint, cbs, worlds):
         class_counts=valid.counts.tolist(), history=hists[0], **look,
         **(dict(worlds=[dict(order=o, factor=f, accuracy=_plain(v)) for (o,f),v in table.iloc[0].items()]) if worlds else {}),
         **(dict(stages=[dict(about=s.about, history=h) for s,h in zip(method.then, hists[1:])]) if method.then else {}),
+        **(dict(skipped=[os.path.relpath(o, learn.dls.root) for o in learn.dls.skipped]) if learn.dls.skipped else {}),
         seconds=round(time.time()-start+sum(cb.seconds for cb in kept), 1), data=data,
         versions=versions(), command=command(),
         settings={k: v for k,v in dataclasses.asdict(settings).items() if k not in ('reflective','data')})

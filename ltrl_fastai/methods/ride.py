@@ -46,6 +46,10 @@ class RIDELoss(ExpertsLoss):
         t = pred.new_ones(1) if self.weight is None else self.temperature.to(pred)
         kl = F.kl_div(F.log_softmax(pred/t, dim=-1), F.log_softmax(mean/t, dim=-1)[:,None], reduction='none', log_target=True).sum((1,2))
         return loss - self.diversity*t.mean()**2*kl
+    def summary_logits(self, pred:Tensor # `(B, K, C)` in training
+                      ) -> list: # Empty
+        "The logits whose labels the published summary softens: none, since LDAM's margins belong to the right class."
+        return []
 
 # %% ../../nbs/methods/14_ride.ipynb #51b5ff9d
 class Gate(nn.Module):
@@ -131,6 +135,12 @@ class Distilled(ExpertsLoss):
     @weight.setter
     def weight(self, v): self.loss.weight = v # for `DeferredWeights`
     def logits_of(self, pred): return self.loss.logits_of(pred[0] if isinstance(pred, tuple) else pred)
+    def summary_logits(self, pred:Any # `(logits, teacher's logits)` in training
+                      ) -> list: # Of logits `(B, C)`
+        "The logits whose labels the published summary softens: those that the experts' loss names, or their mean."
+        pred = pred[0] if isinstance(pred, tuple) else pred
+        named = getattr(self.loss, 'summary_logits', None)
+        return [self.loss.logits_of(pred)] if named is None else named(pred)
     def parts(self, pred, targets):
         (z,teacher),t = pred,self.temperature
         kl = F.kl_div(F.log_softmax(z/t, -1), F.log_softmax(teacher/t, -1)[:,None], reduction='none', log_target=True).sum((1,2))

@@ -44,6 +44,10 @@ class SADELoss(ExpertsLoss):
                       ) -> Tensor:
         "The mean of the distributions that experts are trained on, in log space: that of the mean logits, and of the mean shift."
         return logits+self.shifts.mean(0).to(logits)
+    def summary_logits(self, pred:Tensor # `(B, 3, C)` in training
+                      ) -> list: # Of logits `(B, C)`
+        "The logits whose labels the published summary softens: each expert's, as its own cross-entropy sees them."
+        return [z+shift.to(z) for z,shift in zip(pred.unbind(1), self.shifts)] if pred.ndim==3 else [self.trained_logits(pred)]
 
 # %% ../../nbs/methods/15_sade.ipynb #fd9a6c7f
 def aggregate_experts(learn:Learner, # Its model is an `ExpertNet`

@@ -1268,6 +1268,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'ltrl_fastai/methods/views.py'),
                                            'ltrl_fastai.methods.views.SplitViews.__init__': ( 'methods/views.html#splitviews.__init__',
                                                                                               'ltrl_fastai/methods/views.py'),
+                                           'ltrl_fastai.methods.views.SplitViews._has_all_views': ( 'methods/views.html#splitviews._has_all_views',
+                                                                                                    'ltrl_fastai/methods/views.py'),
                                            'ltrl_fastai.methods.views.SplitViews.before_batch': ( 'methods/views.html#splitviews.before_batch',
                                                                                                   'ltrl_fastai/methods/views.py'),
                                            'ltrl_fastai.methods.views.SplitViews.before_fit': ( 'methods/views.html#splitviews.before_fit',

@@ -4,9 +4,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from fastai.basics import Learner
 
-from ltrl_fastai.all import RIDELoss, SADELoss, soft_cross_entropy, soft_labels
+from ltrl_fastai.all import RIDELoss, ReflectiveLearning, SADELoss, digits_lt, methods, soft_cross_entropy, soft_labels, two_views
+from ltrl_fastai.methods.nets import create_net
 from ltrl_fastai.methods.ride import Distilled
+from test_methods import small_digits
 from test_vectors import close, load
 
 counts = [50, 20, 7, 1]
@@ -53,3 +56,40 @@ def test_fault_26_variants():
     for k, view in enumerate(views): close(F.cross_entropy(view, y, reduction='none'), loss.each(z[:, k], k, y), 1e-12)
     for a, b in zip(Distilled(loss).summary_logits((z, z.mean(1))), views): close(a, b, 0)
     close(torch.stack(loss.summary_logits(z[:, 0])), loss.trained_logits(z[:, 0])[None], 0)
+
+
+def learner_of(name, cbs=None):
+    "Of a method by name, on twenty digits"
+    return methods[name].learner(small_digits(), create_net('resnet8', 10, n_in=1), cbs=cbs)
+
+
+@pytest.mark.parametrize('name', methods)
+def test_fault_20_summary_of_every_method(name):
+    "Before the fit and after all stages"
+    learn = learner_of(name)
+    assert 'Total params' in str(learn.summary())
+    with learn.no_bar(), learn.no_logging(): methods[name].fit(learn, 2, .01)
+    assert 'Total params' in str(learn.summary())
+
+
+@pytest.mark.parametrize('name', ['mdcs', 'paco'])
+def test_fault_20_the_training_loader_outside_of_training(name):
+    "Summary with Reflective Learning; validation, prediction and one batch of the training loader: the first view of each image is predicted, and labels keep their order"
+    learn = learner_of(name, ReflectiveLearning())
+    assert 'Total params' in str(learn.summary())
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, .01)
+        assert len(learn.validate(dl=learn.dls.train)) == 1
+        batch = learn.dls.train.one_batch()
+        preds, targets = learn.get_preds(dl=[batch], reorder=False)
+        with torch.no_grad(): want = learn.model.eval()(batch[0][:, 0])
+    assert preds.shape == (20, 10) and targets.equal(batch[1].cpu())
+    close(preds, F.softmax(want, 1), 1e-5)
+
+
+def test_fault_20_a_list_of_plain_batches():
+    "One view of each image stays as it is, also where there are as many channels as views"
+    learn = learner_of('mdcs')
+    batch = learn.dls.valid.one_batch()
+    with learn.no_bar(), learn.no_logging(): preds, _ = learn.get_preds(dl=[batch], reorder=False)
+    with torch.no_grad(): close(preds, F.softmax(learn.model.eval()(batch[0]), 1), 1e-5)

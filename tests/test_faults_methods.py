@@ -4,9 +4,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.basics import Learner
+from fastai.basics import Callback
 
-from ltrl_fastai.all import RIDELoss, ReflectiveLearning, SADELoss, digits_lt, methods, soft_cross_entropy, soft_labels, two_views
+from ltrl_fastai.all import MDCSLoss, RampUp, RIDELoss, ReflectiveLearning, SADELoss, methods, soft_cross_entropy, soft_labels
 from ltrl_fastai.methods.nets import create_net
 from ltrl_fastai.methods.ride import Distilled
 from test_methods import small_digits
@@ -93,3 +93,60 @@ def test_fault_20_a_list_of_plain_batches():
     batch = learn.dls.valid.one_batch()
     with learn.no_bar(), learn.no_logging(): preds, _ = learn.get_preds(dl=[batch], reorder=False)
     with torch.no_grad(): close(preds, F.softmax(learn.model.eval()(batch[0]), 1), 1e-5)
+
+
+def mdcs_logits(weak, strong, n_experts=3, dtype=torch.float64):
+    "Logits `(2, 1, K, C)` of one image, all experts alike"
+    return torch.tensor([weak, strong], dtype=dtype)[:, None, None].expand(2, 1, n_experts, len(weak))
+
+
+def test_fault_23_mean_over_views():
+    "Two views that are alike: the loss is the sum of cross-entropies of one view, where it was twice that"
+    loss, z, y = MDCSLoss(counts).double(), torch.randn(6, 3, 4, dtype=torch.float64), torch.tensor([0, 0, 1, 2, 3, 1])
+    one_view = sum(F.cross_entropy(z[:, k]+loss.shifts[k], y) for k in range(3))
+    close(loss(torch.stack([z, z]), y), one_view, 1e-9)
+    # by hand: logits of 0, counts (100, 1), class 1: log(1 + 100**lambda) for lambda = -0.5, 1, 2.5
+    by_hand = math.log(1+100**-.5) + math.log(1+100) + math.log(1+100**2.5)
+    assert MDCSLoss((100, 1)).double()(mdcs_logits((0., 0), (0., 0)), torch.tensor([1])).item() == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_fault_23_right_is_what_the_trained_logits_say():
+    "n = (100, 1), weak logits (-1, 1), class 1: with 2.5 log n added, class 0 is predicted, so that nothing is taught; expert 1 (-0.5) is right and teaches"
+    loss, y = MDCSLoss((100, 1)).double(), torch.tensor([1])
+    z = mdcs_logits((-1., 1), (1., -1)).clone().requires_grad_()
+    without = MDCSLoss((100, 1), weight=0.).double()
+    kl = loss(z, y) - without(z, y)
+    shift = -.5*math.log(100)
+    p, q = torch.log_softmax(torch.tensor([[-1.+shift, 1], [1+shift, -1]], dtype=torch.float64), 1)
+    assert kl.item() == pytest.approx(.6*(p.exp()*(p-q)).sum().item(), rel=1e-6)
+    grad, = torch.autograd.grad(kl, z)
+    assert grad[1, 0, 0].abs().sum() > 0 and grad[1, 0, 1:].abs().sum() == 0 and grad[0].abs().sum() == 0
+
+
+def ramps(epochs, ramp_epochs=20):
+    "Of each epoch of a fit"
+    learn, seen = learner_of('mdcs'), []
+    learn.remove_cb(RampUp)
+    class Look(Callback):
+        def before_batch(self):
+            if self.training: seen.append(self.learn.loss_func.ramp)
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, .01, cbs=[RampUp(ramp_epochs), Look()])
+    return seen
+
+
+def test_fault_23_the_ramp_begins_at_a_twentieth():
+    assert ramps(22) == pytest.approx([min(e/20, 1) for e in range(1, 23)])
+
+
+def test_fault_23_variants():
+    "A short fit ramps over its own epochs; no images that are right, no consistency; a mean over the images that are right, expert by expert"
+    assert ramps(4) == pytest.approx([.25, .5, .75, 1]) and ramps(3, 1) == [1, 1, 1]
+    loss, plain = MDCSLoss(counts).double(), MDCSLoss(counts, weight=0.).double()
+    wrong = mdcs_logits((-99., 9, 9, 9), (0., 0, 0, 0))
+    close(loss(wrong, torch.tensor([0])), plain(wrong, torch.tensor([0])), 1e-12)
+    right = mdcs_logits((99., 0, 0, 0), (0., 0, 0, 0))
+    both, y = torch.cat([wrong, right], 1), torch.tensor([0, 0])
+    taught = loss(right, y[:1]) - plain(right, y[:1])
+    close(loss(both, y) - plain(both, y), taught, 1e-9)
+    close(MDCSLoss(counts, reduction='none').double()(both, y).mean(), loss(both, y), 1e-9)
+    close(MDCSLoss(counts).float()(both.half(), y), loss(both, y).float(), 1e-3)

@@ -1083,6 +1083,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'ltrl_fastai/methods/ncl.py'),
                                          'ltrl_fastai.methods.ncl.NCLLoss._of_net': ( 'methods/ncl.html#nclloss._of_net',
                                                                                       'ltrl_fastai/methods/ncl.py'),
+                                         'ltrl_fastai.methods.ncl.NCLLoss._of_nets': ( 'methods/ncl.html#nclloss._of_nets',
+                                                                                       'ltrl_fastai/methods/ncl.py'),
                                          'ltrl_fastai.methods.ncl.NCLLoss.parts': ( 'methods/ncl.html#nclloss.parts',
                                                                                     'ltrl_fastai/methods/ncl.py'),
                                          'ltrl_fastai.methods.ncl.NCLLoss.trained_logits': ( 'methods/ncl.html#nclloss.trained_logits',

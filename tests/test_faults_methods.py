@@ -4,9 +4,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.basics import Callback
+from fastai.basics import Callback, nn
 
-from ltrl_fastai.all import MDCSLoss, RampUp, RIDELoss, ReflectiveLearning, SADELoss, methods, soft_cross_entropy, soft_labels
+from ltrl_fastai.all import (CosineHead, MDCSLoss, NCLLoss, RampUp, RIDELoss, ReflectiveLearning, SADELoss, methods, ncl_net, soft_cross_entropy,
+                             soft_labels)
 from ltrl_fastai.methods.nets import create_net
 from ltrl_fastai.methods.ride import Distilled
 from test_methods import small_digits
@@ -150,3 +151,76 @@ def test_fault_23_variants():
     close(loss(both, y) - plain(both, y), taught, 1e-9)
     close(MDCSLoss(counts, reduction='none').double()(both, y).mean(), loss(both, y), 1e-9)
     close(MDCSLoss(counts).float()(both.half(), y), loss(both, y).float(), 1e-3)
+
+
+def test_fault_24_easy_classes_stay_in():
+    "n = (1, 1, 1), z = (2, 0, -9), y = 0, 2 hard: log(1 + exp(-2) + exp(-2)) = 0.240 where it was 0.127"
+    z, y = torch.tensor([[[2., 0, -9]]*2], dtype=torch.float64), torch.tensor([0])
+    on_all = F.cross_entropy(z[:, 0], y).item()
+    as_published = NCLLoss((1, 1, 1), weight=0., hard=2).double()(z, y).item()
+    as_in_the_paper = NCLLoss((1, 1, 1), weight=0., hard=2, form='paper').double()(z, y).item()
+    assert as_published/2-on_all == pytest.approx(.2395, abs=1e-4) and as_in_the_paper/2-on_all == pytest.approx(.1269, abs=1e-4)
+
+
+def ncl_by_definition(z, y, n, n_hard, weight=.6):
+    "One class at a time: hard classes by the first net, others multiplied by 0, divergence of every pair"
+    total = 0.
+    for image, target in zip(z, y.tolist()):
+        order = sorted((c for c in range(len(n)) if c != target), key=lambda c: -image[0, c].item())
+        hard = [target, *order[:n_hard-1]]
+        adjusted = [[v.item()+math.log(m) for v, m in zip(net, n)] for net in image]
+        masked = [[v if c in hard else 0. for c, v in enumerate(net)] for net in adjusted]
+        for nets in (adjusted, masked):
+            logp = [[v-math.log(sum(math.exp(o) for o in net)) for v in net] for net in nets]
+            total -= sum(net[target] for net in logp)
+            for k, own in enumerate(logp):
+                for j, other in enumerate(logp):
+                    if j != k: total += weight/(len(nets)-1)*sum(math.exp(a)*(a-b) for a, b in zip(other, own))
+    return total/len(y)
+
+
+@pytest.mark.parametrize('n_hard', [2, 3, 4])
+@pytest.mark.parametrize('nets', [2, 3])
+def test_fault_24_hard_classes_are_those_of_the_first_net(n_hard, nets):
+    torch.manual_seed(n_hard)
+    z, y = torch.randn(5, nets, 4, dtype=torch.float64)*3, torch.tensor([0, 1, 2, 3, 0])
+    assert NCLLoss(counts, hard=n_hard).double()(z, y).item() == pytest.approx(ncl_by_definition(z, y, counts, n_hard), rel=1e-6)
+
+
+def test_fault_24_teachers_learn_too():
+    "The gradient of a pair's divergence reaches both nets: all of the loss is differentiated; the paper's form keeps it from the teacher"
+    torch.manual_seed(0)
+    z, y = torch.randn(3, 2, 4, dtype=torch.float64), torch.tensor([0, 1, 3])
+    loss = NCLLoss(counts, hard=3).double()
+    assert torch.autograd.gradcheck(lambda o: loss(o, y), z.clone().requires_grad_())
+    assert not torch.autograd.gradcheck(lambda o: NCLLoss(counts, hard=3, form='paper').double()(o, y), z.clone().requires_grad_(), raise_exception=False)
+
+
+def test_fault_24_a_share_of_the_classes():
+    "30% as in its authors' settings: 30 of CIFAR-100, 300 of ImageNet-LT, 2,442 of iNaturalist 2018; a number is a number"
+    assert [NCLLoss(torch.ones(c)).n_hard for c in (100, 1000, 8142)] == [30, 300, 2442]
+    assert NCLLoss(torch.ones(365), hard=122).n_hard == 122 and NCLLoss(torch.ones(3)).n_hard == 2 and NCLLoss(torch.ones(10), hard=.5).n_hard == 5
+    for hard in (1, 0, -.3, 1.5, math.nan):
+        with pytest.raises(ValueError, match='hard: expected'): NCLLoss(counts, hard=hard)
+    with pytest.raises(ValueError, match="form: expected 'code' or 'paper'"): NCLLoss(counts, form='slides')
+
+
+def test_fault_24_cosine_heads():
+    "On ImageNet-LT and iNaturalist, with scales of 16 and 32; linear ones on CIFAR"
+    for kwargs, scale in ((dict(cosine=True), 16.), (dict(cosine=True, scale=32.), 32.)):
+        heads = ncl_net(create_net('resnet8', 10, n_in=1), **kwargs).heads.heads
+        assert len(heads) == 3 and all(isinstance(o, CosineHead) and o.scale == scale for o in heads)
+    assert all(isinstance(o, nn.Linear) for o in ncl_net(create_net('resnet8', 10, n_in=1)).heads.heads)
+
+
+def test_fault_24_variants():
+    "All classes hard: twice the loss on all; in half precision and with large logits it stays finite; counts shift only what is hard"
+    z, y = torch.randn(4, 3, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
+    whole = NCLLoss(counts, hard=4, weight=0.).double()
+    close(whole(z, y), 2*sum(F.cross_entropy(z[:, k]+whole.log_counts, y) for k in range(3)), 1e-9)
+    big = (torch.randn(4, 3, 4)*1e4).requires_grad_()
+    NCLLoss(counts, hard=2)(big, y).backward()
+    assert big.grad.isfinite().all() and NCLLoss(counts, hard=2)(z.half(), y).isfinite()
+    easy, only = torch.tensor([[[5., 0, -9]]*2]), torch.tensor([0])  # class 2 is easy: its count changes the loss on all classes, not that on hard ones
+    a, b = (NCLLoss(n, weight=0., hard=2)(easy, only) - 2*F.cross_entropy(easy[:, 0]+torch.tensor(n).log(), only) for n in ((4., 2, 1), (4., 2, 9)))
+    close(a, b, 1e-5)

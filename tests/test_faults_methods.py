@@ -1,14 +1,19 @@
 "Where methods differed from their authors' code, and what broke: each fault by its number, with the right value."
+import dataclasses
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.basics import Callback, nn
+from fastai.basics import SGD, Callback, DataLoader, DataLoaders, Learner, OptimWrapper, nn
+from torch.utils.data import TensorDataset
 
-from ltrl_fastai.all import (CosineHead, MDCSLoss, NCLLoss, RampUp, RIDELoss, ReflectiveLearning, SADELoss, methods, ncl_net, soft_cross_entropy,
-                             soft_labels)
+from ltrl_fastai.all import (BinaryBalancedLoss, ClassBalancedLoss, CosineHead, MDCSLoss, NCLLoss, RampUp, ReflectiveLearning, RIDELoss, SADELoss,
+                             WeightDecay, balanced_head, class_balanced, decay_in_gradient, effective_weights, methods, ncl_net,
+                             soft_cross_entropy, soft_labels)
 from ltrl_fastai.methods.nets import create_net
+from ltrl_fastai.methods.balancing import published_balancing
 from ltrl_fastai.methods.ride import Distilled
 from test_methods import small_digits
 from test_vectors import close, load
@@ -224,3 +229,81 @@ def test_fault_24_variants():
     easy, only = torch.tensor([[[5., 0, -9]]*2]), torch.tensor([0])  # class 2 is easy: its count changes the loss on all classes, not that on hard ones
     a, b = (NCLLoss(n, weight=0., hard=2)(easy, only) - 2*F.cross_entropy(easy[:, 0]+torch.tensor(n).log(), only) for n in ((4., 2, 1), (4., 2, 9)))
     close(a, b, 1e-5)
+
+
+def test_fault_22_the_loss_of_the_second_stage():
+    "Class-weighted binary cross-entropy of the softmax, a mean over images and classes: PyTorch's own; at 100 classes it is 60 times smaller, in nearly the same direction"
+    torch.manual_seed(0)
+    n = torch.tensor([int(500*.01**(c/99)) for c in range(100)])
+    z, y = (torch.randn(64, 100, dtype=torch.float64)).requires_grad_(), torch.randint(0, 100, (64,))
+    loss, w = BinaryBalancedLoss(n).double()(z, y), effective_weights(n).double()
+    close(loss, F.binary_cross_entropy(z.softmax(1), F.one_hot(y, 100).double(), weight=w[y][:, None].expand(-1, 100)), 1e-6)
+    usual = F.cross_entropy(z, y, weight=w)
+    assert 50 < (usual/loss).item() < 100
+    a, b = (torch.autograd.grad(o, z)[0].flatten() for o in (loss, usual))
+    assert F.cosine_similarity(a, b, dim=0) > .999
+    # by hand: logits of 0, 100 classes of one size: (log 100 - 99 log 0.99)/100
+    flat = BinaryBalancedLoss(torch.full((100,), 7))(torch.zeros(1, 100), torch.tensor([3]))
+    assert flat.item() == pytest.approx((math.log(100)-99*math.log(.99))/100, rel=1e-5)
+
+
+def decayed(cbs, opt_func, steps=40, bias=True, **kwargs):
+    "A linear layer after steps without a gradient of its own, from 1"
+    layer = nn.Linear(2, 2, bias=bias)
+    with torch.no_grad():
+        for p in layer.parameters(): p.fill_(1.)
+    x = TensorDataset(torch.zeros(steps, 2), torch.zeros(steps, 2))
+    dls = DataLoaders(DataLoader(x, bs=1), DataLoader(x, bs=1))
+    learn = Learner(dls, layer, loss_func=lambda p, y: p.sum()*0, opt_func=opt_func, cbs=cbs, **kwargs)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, .01)
+    return learn
+
+
+@pytest.mark.parametrize('opt_func', [partial(SGD, mom=.9), partial(SGD, mom=.9, decouple_wd=False)], ids=['decoupled', 'in the gradient'])
+def test_fault_22_decay_in_the_gradient(opt_func):
+    "As PyTorch's SGD with momentum 0.9 decays, of weight and bias, whatever the learner's optimizer does by itself"
+    p = torch.ones(1, requires_grad=True)
+    opt = torch.optim.SGD([p], lr=.01, momentum=.9, weight_decay=.1)
+    for _ in range(40): p.grad = torch.zeros(1); opt.step()
+    learn = decayed(WeightDecay(.1, in_gradient=True), opt_func)
+    for o in learn.model.parameters(): close(o.detach(), p.detach().expand_as(o), 1e-5)
+    assert learn.opt.cbs[0] is opt_func([p], lr=.1).cbs[0], 'the optimizer is as it was'
+
+
+def test_fault_22_the_stage_has_both():
+    "The authors' by its name; by default the usual class-balanced loss and the decay of the optimizer"
+    m = dataclasses.replace(methods['weight-balancing'], then=(published_balancing,))
+    learn, seen = learner_of('weight-balancing'), []
+    class Look(Callback):
+        order = 9
+        def before_step(self): seen.append((type(self.learn.loss_func), self.learn.opt.cbs[0], self.learn.opt.hypers[0]['wd']))
+    with learn.no_bar(), learn.no_logging(): m.fit(learn, 1, .01, cbs=lambda i: [Look()] if i else [])
+    assert len(seen) == 1 and seen[0][0] is BinaryBalancedLoss and seen[0][1] is decay_in_gradient and seen[0][2] == .1
+    class_balanced(learn, counts=torch.ones(10))
+    assert type(learn.loss_func) is ClassBalancedLoss
+    head, norm, decay = balanced_head(counts, wd=.2, every_epoch=True)
+    assert (head.shift_bn, norm.every_epoch, decay.wd_of_fit, decay.in_gradient) == (False, True, .2, False)
+
+
+def test_fault_22_variants():
+    "Large logits, half precision and one class of the batch; decay by itself shrinks weights alone; nothing is left after a crash in a step"
+    z = (torch.randn(4, 5)*1e4).requires_grad_()
+    loss = BinaryBalancedLoss([9, 5, 3, 2, 1])
+    loss(z, torch.tensor([0, 1, 2, 4])).backward()
+    assert z.grad.isfinite().all() and loss(z.detach().half(), torch.tensor([0, 1, 2, 4])).isfinite()
+    sure = torch.tensor([[20., 0, 0]])  # p rounds to 1 in float32, and the wrong classes' share is still there
+    assert BinaryBalancedLoss([1, 1, 1])(sure, torch.tensor([1])).item() == pytest.approx((20+20-math.log(2))/3, rel=1e-4)
+    learn = decayed(WeightDecay(.1), partial(SGD, mom=.9))
+    close(learn.model.weight.detach(), torch.full((2, 2), (1-.001)**40), 1e-5)
+    assert learn.model.bias.eq(1).all()
+    class Fail(Callback):
+        order = 9
+        def before_step(self): raise KeyError('in a step')
+    learn, decay = decayed([], partial(SGD, mom=.9)), WeightDecay(.1, in_gradient=True)
+    usual = list(learn.opt.cbs)
+    with pytest.raises(KeyError), learn.no_bar(), learn.no_logging(): learn.fit(1, .01, cbs=[decay, Fail()], reset_opt=False)
+    decay.after_crash()  # as `Method.fit` calls it
+    assert learn.opt.cbs == usual and learn.opt.hypers[0]['wd'] != .1
+    wrapped = decayed(WeightDecay(.1, in_gradient=True), partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9), bias=False)
+    p = decayed(WeightDecay(.1, in_gradient=True), partial(SGD, mom=.9), bias=False)
+    close(wrapped.model.weight.detach(), p.model.weight.detach(), 1e-5)

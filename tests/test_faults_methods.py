@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from fastai.basics import SGD, Callback, DataLoader, DataLoaders, Learner, OptimWrapper, nn
 from torch.utils.data import TensorDataset
 
-from ltrl_fastai.all import (BinaryBalancedLoss, ClassBalancedLoss, CosineHead, MDCSLoss, NCLLoss, RampUp, ReflectiveLearning, RIDELoss, SADELoss,
-                             WeightDecay, balanced_head, class_balanced, decay_in_gradient, effective_weights, methods, ncl_net,
+from ltrl_fastai.all import (BinaryBalancedLoss, ClassBalancedLoss, CosineHead, EvenClasses, MDCSLoss, NCLLoss, RampUp, ReflectiveLearning, RIDELoss, SADELoss,
+                             WeightDecay, aggregate_experts, balanced_head, class_balanced, decay_in_gradient, effective_weights,
+                             expert_net, methods, ncl_net,
                              soft_cross_entropy, soft_labels)
 from ltrl_fastai.methods.nets import create_net
 from ltrl_fastai.methods.balancing import published_balancing
-from ltrl_fastai.methods.ride import Distilled
+from ltrl_fastai.methods.ride import Distilled, GatedExperts, GateLoss, assignment, distillation, follow, gates_alone
 from test_methods import small_digits
 from test_vectors import close, load
 
@@ -307,3 +308,82 @@ def test_fault_22_variants():
     wrapped = decayed(WeightDecay(.1, in_gradient=True), partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9), bias=False)
     p = decayed(WeightDecay(.1, in_gradient=True), partial(SGD, mom=.9), bias=False)
     close(wrapped.model.weight.detach(), p.model.weight.detach(), 1e-5)
+
+
+@pytest.mark.parametrize('n_images,bs,lr', [(10000, 128, .1), (50000, 128, .025), (100000, 128, .025), (5000, 128, .1975), (10000, 64, .05032)])
+def test_fault_27_rate_of_aggregation(n_images, bs, lr, monkeypatch):
+    "The authors' 0.1 on CIFAR's 10,000 test images and 0.025 on ImageNet-LT's 50,000, in batches of 128; between and below by the number of steps"
+    seen = []
+    class Stop(Exception): pass
+    def look(params, lr, momentum):
+        seen.append((lr, momentum))
+        raise Stop
+    learn = learner_of('sade')
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, .01)
+    dl = learn.dls.valid
+    dl.bs = bs
+    dl.get_idxs = lambda: list(range(n_images))
+    monkeypatch.setattr(torch.optim, 'SGD', look)
+    with pytest.raises(Stop): aggregate_experts(learn, dl)
+    with pytest.raises(Stop): aggregate_experts(learn, dl, lr=.2)
+    assert seen[0] == (pytest.approx(lr, rel=1e-3), .9) and seen[1][0] == .2
+
+
+def test_fault_27_gates():
+    "A hidden layer of 16 for each gate, one output layer for all, beside the 30 largest logits; trained on even classes at 0.01, in batches of 512 where asked for"
+    net = GatedExperts(expert_net(create_net('resnet8', 100)))
+    assert [(g.hidden.in_features, g.hidden.out_features, g.out.in_features) for g in net.gates] == [(48, 16, 46)]*2
+    assert net.gates[0].out is net.gates[1].out and net.gates[0].hidden is not net.gates[1].hidden
+    feats, logits = torch.randn(3, 48), torch.randn(3, 100)
+    g = net.gates[1]
+    by_hand = torch.cat([F.relu(F.normalize(feats, dim=1) @ g.hidden.weight.T + g.hidden.bias), logits.sort(1, descending=True).values[:, :30]], 1) @ g.out.weight.T + g.out.bias
+    close(g(feats, logits), by_hand[:, 0].detach(), 1e-5)
+    stage = methods['ride-assigned'].then[0]
+    head, even = stage.cbs(counts)
+    assert stage.lr == .01 and stage.epochs == 5 and isinstance(even, EvenClasses) and even.bs is None
+    assert gates_alone(counts, bs=512)[1].bs == 512
+
+
+def test_fault_27_loss_of_gates_is_a_mean():
+    "Two gates that say 0 of images which need no more experts: log 2, where it was twice that"
+    z = torch.tensor([[[9., 0], [9, 0], [9, 0]]])
+    assert GateLoss()((z, torch.zeros(1, 2)), torch.tensor([0])).item() == pytest.approx(math.log(2))
+    assert GateLoss()((z.flip(2), torch.zeros(1, 2)), torch.tensor([0])).item() == pytest.approx(math.log(2)), 'wrong for good'
+    helped = torch.tensor([[[0., 9], [99, 0], [99, 0]]])  # the first gate is to say yes, which weighs 100
+    assert GateLoss()((helped, torch.zeros(1, 2)), torch.tensor([0])).item() == pytest.approx(101*math.log(2)/2)
+
+
+class Sizes(Callback):
+    "Of training batches"
+    def __init__(self): self.sizes = []
+    def before_batch(self):
+        if self.training: self.sizes.append(len(self.x))
+
+
+def test_fault_27_batches_of_the_gates():
+    "Batches are as large as asked for, or as there are images; all learn, and only gates"
+    for bs, want in ((8, 8), (512, 20), (None, 20)):
+        learn, look = learner_of('ride-assigned'), Sizes()
+        stage = dataclasses.replace(assignment, cbs=partial(gates_alone, bs=bs))
+        m = dataclasses.replace(methods['ride-assigned'], then=(stage,))
+        with learn.no_bar(), learn.no_logging(): m.fit(learn, 1, .01, cbs=lambda i, look=look: [look] if i else [])
+        assert look.sizes[0] == want and sum(look.sizes) == 20, bs
+    fresh = GatedExperts(learn.model.net)
+    assert {k for k, _ in fresh.named_parameters() if k.startswith('gates')} == {f'gates.{k}' for k in
+        ('0.hidden.weight', '0.hidden.bias', '0.out.weight', '0.out.bias', '1.hidden.weight', '1.hidden.bias')}
+
+
+def test_fault_27_distillation_as_published():
+    "As many times the loss and the divergence of the mean from the teacher as there are experts; ours is the loss once, and each expert's divergence"
+    torch.manual_seed(0)
+    z, teacher, y = torch.randn(6, 3, 4, dtype=torch.float64)*3, torch.randn(6, 4, dtype=torch.float64)*3, torch.tensor([0, 0, 1, 2, 3, 1])
+    ride = RIDELoss(counts).double()
+    kl = lambda s: 2.25*F.kl_div(F.log_softmax(s/1.5, 1), F.softmax(teacher/1.5, 1), reduction='batchmean')
+    close(Distilled(ride, published=True)((z, teacher), y), 3*(ride(z, y)+kl(z.mean(1))), 1e-6)
+    close(Distilled(ride)((z, teacher), y), ride(z, y)+sum(kl(z[:, k]) for k in range(3)), 1e-6)
+    alike = z[:, :1].expand(-1, 3, -1)
+    close(Distilled(ride, published=True)((alike, teacher), y)-Distilled(ride)((alike, teacher), y), 2*ride(alike, y), 1e-6)
+    m = dataclasses.replace(methods['ride-distilled'], then=(dataclasses.replace(distillation, prepare=partial(follow, published=True)),))
+    learn = learner_of('ride-distilled')
+    with learn.no_bar(), learn.no_logging(): m.fit(learn, 1, .01)
+    assert learn.loss_func.published

@@ -1,6 +1,7 @@
 "Where methods differed from their authors' code, and what broke: each fault by its number, with the right value."
 import dataclasses
 import math
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -9,10 +10,9 @@ import torch.nn.functional as F
 from fastai.basics import SGD, Callback, DataLoader, DataLoaders, Learner, OptimWrapper, nn
 from torch.utils.data import TensorDataset
 
-from ltrl_fastai.all import (BinaryBalancedLoss, ClassBalancedLoss, CosineHead, EvenClasses, MDCSLoss, NCLLoss, RampUp, ReflectiveLearning, RIDELoss, SADELoss,
-                             WeightDecay, aggregate_experts, balanced_head, class_balanced, decay_in_gradient, effective_weights,
-                             expert_net, methods, ncl_net,
-                             soft_cross_entropy, soft_labels)
+from ltrl_fastai.all import (BinaryBalancedLoss, ClassBalancedLoss, CosineHead, EvenClasses, MDCSLoss, MeanHead, NCLLoss, PaCoLoss, RampUp,
+                             ReflectiveLearning, RIDELoss, SADELoss, ScaledHead, WeightDecay, aggregate_experts, balanced_head, class_balanced, decay_in_gradient,
+                             digits_lt, effective_weights, expert_net, features_of, mean_head, methods, ncl_net, queued_net, soft_cross_entropy, soft_labels, unaugmented)
 from ltrl_fastai.methods.nets import create_net
 from ltrl_fastai.methods.balancing import published_balancing
 from ltrl_fastai.methods.ride import Distilled, GatedExperts, GateLoss, assignment, distillation, follow, gates_alone
@@ -387,3 +387,92 @@ def test_fault_27_distillation_as_published():
     learn = learner_of('ride-distilled')
     with learn.no_bar(), learn.no_logging(): m.fit(learn, 1, .01)
     assert learn.loss_func.published
+
+
+@pytest.mark.parametrize('name', ['crt', 'lws'])
+def test_fault_28_batch_statistics_of_the_second_stage(name):
+    "Of the frozen body they go on moving, as in the authors' code; they stand still where asked for; nothing else of the body moves"
+    for kwargs, moves in (({}, True), (dict(shift_bn=False), False)):
+        stage = methods[name].then[0]
+        m = dataclasses.replace(methods[name], then=(dataclasses.replace(stage, cbs=partial(stage.cbs, **kwargs)),))
+        learn, kept = learner_of(name), []
+        with learn.no_bar(), learn.no_logging(): m.fit(learn, 2, .01, done=lambda i, kept=kept, learn=learn: kept.append(deepcopy(learn.model.state_dict())))
+        body = [k for k in kept[0] if not k.startswith('fc')]
+        changed = {k.rpartition('.')[2] for k in body if not kept[0][k].equal(kept[1][k])}
+        assert changed == ({'running_mean', 'running_var', 'num_batches_tracked'} if moves else set())
+
+
+def test_fault_28_scales_multiply_the_bias():
+    "Logits times a scale for each class, bias included; without a bias; and the scales alone learn"
+    for bias in (True, False):
+        head, x = nn.Linear(4, 3, bias=bias), torch.randn(5, 4)
+        scaled = ScaledHead(head)
+        with torch.no_grad(): scaled.scale.copy_(torch.tensor([2., 0, -1]))
+        close(scaled(x), head(x)*torch.tensor([2., 0, -1]), 1e-6)
+    big = ScaledHead(nn.Linear(4, 3)).half()
+    assert big(torch.randn(5, 4).half()).dtype == torch.half
+
+
+def nearest_by_definition(train, y, test, n_classes):
+    "Centred by the mean of all training features, each of length one; class means of those; the smallest Euclidean distance"
+    mean = train.mean(0)
+    unit = lambda f: (f-mean)/(f-mean).norm(dim=1, keepdim=True)
+    means = torch.stack([unit(train)[y == c].mean(0) for c in range(n_classes)])
+    return torch.cdist(unit(test), means).argmin(1)
+
+
+def test_fault_28_nearest_class_mean():
+    "As in the authors' code ('cl2n', Euclidean): all predictions agree, where the cosine of plain means agreed in 85 to 88% of them; the plain cosine by its name"
+    learn = methods['ncm'].learner(digits_lt(device='cpu'), create_net('resnet8', 10, n_in=1))
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, .05)
+    first = deepcopy(learn.model)
+    train, y = features_of(learn, unaugmented(learn))
+    test, _ = features_of(learn, learn.dls.test)
+    want = nearest_by_definition(train, y, test, 10)
+    mean_head(learn)
+    with learn.no_bar(): assert learn.get_preds(dl=learn.dls.test)[0].argmax(1).equal(want)
+    learn.model = first
+    mean_head(learn, form='cosine')
+    plain = F.normalize(torch.stack([train[y == c].mean(0) for c in range(10)]), dim=1)
+    with learn.no_bar(): got = learn.get_preds(dl=learn.dls.test)[0].argmax(1)
+    assert got.equal((F.normalize(test, dim=1)@plain.T).argmax(1)) and .5 < (got == want).float().mean() < 1
+    with pytest.raises(ValueError, match="form: expected 'cl2n' or 'cosine'"): mean_head(learn, form='l2')
+
+
+def test_fault_28_nearest_class_mean_variants():
+    "A class without an image is never predicted; by hand; saved and loaded, the same"
+    means, center = torch.tensor([[1., 0], [0, .5], [9, 9]]), torch.tensor([1., 1])
+    head = MeanHead(means, torch.tensor([True, True, False]), center=center)
+    x = torch.tensor([[3., 1], [1, 4], [1.8, 1.6]])  # less the centre, of length one: (1, 0), (0, 1), (0.8, 0.6)
+    close(head(x)[:, :2], -15*torch.tensor([[0., 1.25], [2, .25], [.4, .65]])+15, 1e-4)
+    assert head(x).argmax(1).tolist() == [0, 1, 0]
+    other = MeanHead(torch.zeros(3, 2), torch.tensor([True]*3), center=torch.zeros(2))
+    other.load_state_dict(head.state_dict())
+    close(other(x), head(x), 0)
+
+
+def test_fault_28_queue_and_dimensions_of_paco():
+    "32 dimensions on CIFAR, 128 and a queue of 8,192 elsewhere; it begins as random keys of length one, with random labels"
+    net = queued_net(create_net('resnet8', 10, n_in=1))
+    assert net.queue.shape == (1024, 32) and net.project[-1].out_features == 32
+    close(net.queue.norm(dim=1), torch.ones(1024), 1e-5)
+    assert set(net.labels.tolist()) == set(range(10)) and abs((net.queue@net.queue.T).fill_diagonal_(0).mean()) < .01
+    other = queued_net(create_net('resnet8', 10, n_in=1), dims=128, size=8192)
+    assert other.queue.shape == (8192, 128) and not other.queue[:1024, :32].equal(net.queue)
+
+
+def test_fault_28_queue_variants():
+    "The first batch is compared with the random keys; the oldest are replaced; a label that is met counts as positive"
+    net = queued_net(create_net('resnet8', 10, n_in=1), size=8)
+    queue, labels = net.queue.clone(), net.labels.clone()
+    x, y = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
+    out = net.train()(x, x)
+    assert out[3].equal(queue) and out[4].equal(labels)
+    net.enqueue(out[2], y)
+    assert net.queue[4:].equal(queue[4:]) and net.labels.tolist() == [0, 1, 2, 3, *labels[4:].tolist()]
+    loss = PaCoLoss(torch.ones(10), alpha=1., temperature=1.)
+    logits, q = torch.zeros(1, 10), torch.tensor([[1., 0]])
+    of = lambda label: loss((logits, q, q, q, torch.tensor([label])), torch.tensor([0])).item()
+    row = [math.log(.1)]*10+[1., 1]  # centres, key, queue; the query itself is out
+    lse = math.log(sum(math.exp(o) for o in row))
+    assert of(0) == pytest.approx(lse-(math.log(.1)+2)/3, rel=1e-5) and of(1) == pytest.approx(lse-(math.log(.1)+1)/2, rel=1e-5)

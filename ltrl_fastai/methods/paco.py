@@ -61,11 +61,13 @@ class QueuedNet(nn.Module):
 
 def queued_net(net:nn.Module, # A classifier that can be split
                counts:Collection|None=None, # Training images of each class; not looked at
-               **kwargs # Of `QueuedNet`: `dims`, `size`, `momentum`
+               dims:int=32, # See `QueuedNet`
+               size:int=1024, # See `QueuedNet`
+               momentum:float=.999 # See `QueuedNet`
               ) -> QueuedNet:
     "Give a net a projection, a slow copy and a queue."
     body,_ = split_whole(net)
-    return QueuedNet(body, head_of(net)[1], **kwargs)
+    return QueuedNet(body, head_of(net)[1], dims, size, momentum)
 
 # %% ../../nbs/methods/18_paco.ipynb #8f1474f7
 class KeyQueue(Callback):

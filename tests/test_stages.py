@@ -168,13 +168,13 @@ def test_scales_begin_where_the_head_was(dls):
 
 @every_stage
 def test_a_body_that_stands_still(dls, stage):
-    "No stage moves a weight of the body but OLTR, which trains it; MiSLAS moves its statistics, and no other does; all may learn again afterwards"
+    "No stage moves a weight of the body but OLTR, which trains it; MiSLAS, cRT and LWS move its statistics, and no other does; all may learn again afterwards"
     learn = begun(learner(dls))
     body = {k: v.clone() for k, v in learn.model.state_dict().items() if not k.startswith('fc')}
     then(learn, stage)
     moved = {k.rpartition('.')[2] for k, v in learn.model.state_dict().items() if k in body and not v.equal(body[k])}
     stats = {'running_mean', 'running_var', 'num_batches_tracked'}
-    assert moved == (stats if stage is mislas_stage else stats | {'weight', 'bias'} if stage is oltr_stage else set())
+    assert moved == (stats if stage in (mislas_stage, crt, lws) else stats | {'weight', 'bias'} if stage is oltr_stage else set())
     assert all(p.requires_grad for p in learn.model.parameters())
 
 

@@ -13,6 +13,7 @@ from fastai.vision.all import (Adam, Callback, CancelBatchException, CancelFitEx
                                set_seed, vision_learner)
 from ltrl_fastai.all import (BalancedSoftmaxLoss, CifarResNet, KnowledgeCorrection, KnowledgeReview, KnowledgeSummary, LossTerms, ReflectiveLearning, SampleIds,
                              class_counts, create_net, digits_lt, shot_accuracies)
+from parts import all_three
 from torchvision.models import mobilenet_v3_small, resnet18
 
 ours = (ReflectiveLearning, KnowledgeReview, KnowledgeSummary, KnowledgeCorrection, LossTerms, SampleIds)
@@ -37,7 +38,7 @@ def photos():
 @pytest.mark.parametrize('arch', [resnet18, mobilenet_v3_small, 'resnet10t'], ids=lambda o: o if isinstance(o, str) else o.__name__)
 def test_vision_learner(photos, quick_fit, arch):
     learn = vision_learner(photos, arch, pretrained=False, normalize=False, loss_func=BalancedSoftmaxLoss(class_counts(photos)), metrics=accuracy)
-    learn.add_cbs(ReflectiveLearning(preset='v0.0.1', ks=True, kc=True))
+    learn.add_cbs(all_three())
     quick_fit(learn, 2, 1e-3)
     assert learn.loss_terms.history[1]['summary_loss'] > 0 and learn.knowledge_summary.centers.shape == (3, 512)
     assert learn.knowledge_review.teachers.visited.all() or photos.train.drop_last
@@ -47,13 +48,13 @@ def test_vision_learner(photos, quick_fit, arch):
 @pytest.mark.parametrize('make', [lambda: create_net('resnet18', 3), lambda: timm.create_model('resnet10t', num_classes=3), lambda: CifarResNet(3, 8, head='cosine')],
                          ids=['torchvision', 'timm', 'cifar'])
 def test_plain_learner(photos, quick_fit, make):
-    learn = Learner(photos, make(), loss_func=CrossEntropyLossFlat(), cbs=ReflectiveLearning(preset='v0.0.1', ks=True, kc=True))
+    learn = Learner(photos, make(), loss_func=CrossEntropyLossFlat(), cbs=all_three())
     quick_fit(learn, 2, 1e-3)
     assert len(learn.knowledge_summary.similarity) == 3
 
 
 def test_fine_tune_with_frozen_parameters(photos):
-    learn = vision_learner(photos, resnet18, pretrained=False, normalize=False, cbs=ReflectiveLearning(preset='v0.0.1', ks=True, kc=True))
+    learn = vision_learner(photos, resnet18, pretrained=False, normalize=False, cbs=all_three())
     frozen = [p.detach().clone() for p in learn.model[0][0].parameters()]
     learn.freeze()
     with learn.no_bar(), learn.no_logging():
@@ -75,7 +76,7 @@ def test_presets_train(dls, mlp, quick_fit, preset):
                          ids=['mixup', 'accumulate', 'clip', 'all'])
 @pytest.mark.parametrize('first', [True, False], ids=['ours first', 'ours last'])
 def test_beside_other_callbacks(dls, mlp, quick_fit, cbs, first):
-    cbs = [ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), *cbs] if first else [*cbs, ReflectiveLearning(ks=True, kc=True)]
+    cbs = [all_three(), *cbs] if first else [*cbs, ReflectiveLearning(ks=True, kc=True)]
     learn = quick_fit(learner(dls, mlp(), cbs), 3)
     assert np.isfinite(learn.recorder.values[-1][0])
     assert isinstance(learn.loss_func, BalancedSoftmaxLoss)
@@ -101,7 +102,7 @@ class CpuAMP(MixedPrecision):
 
 @pytest.mark.parametrize('mode', ['fp16', 'bf16'])
 def test_mixed_precision_drops_nothing(dls, mlp, quick_fit, mode):
-    learn = quick_fit(learner(dls, mlp(), [ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), CpuAMP(mode)]), 3)
+    learn = quick_fit(learner(dls, mlp(), [all_three(), CpuAMP(mode)]), 3)
     h = learn.loss_terms.history[-1]
     assert h['review_loss'] > 0 and h['summary_loss'] > 0 and np.isfinite(h['base_loss'])
     assert learn.knowledge_review.teachers.store.logits.dtype == torch.float32
@@ -117,7 +118,7 @@ def test_mixed_precision_corrects_as_full_precision_does(quick_fit, mlp):
     def weights(*cbs):
         set_seed(0, reproducible=True)
         dls = digits_lt(device='cpu')
-        return torch.cat([p.flatten() for p in quick_fit(learner(dls, mlp(), [ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), *cbs], opt_func=SGD), 3, 1e-1).model.parameters()])
+        return torch.cat([p.flatten() for p in quick_fit(learner(dls, mlp(), [all_three(), *cbs], opt_func=SGD), 3, 1e-1).model.parameters()])
     torch.testing.assert_close(weights(), weights(Bf16()), rtol=1e-4, atol=1e-5)
 
 
@@ -156,7 +157,7 @@ def test_an_end_in_the_middle_leaves_nothing_and_training_goes_on(dls, mlp, quic
             self.armed = False
             raise exc('stop')
     setattr(Stop, event, stop)
-    learn = learner(dls, mlp(), [ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), Stop()])
+    learn = learner(dls, mlp(), [all_three(), Stop()])
     with stops(exc if exc in (KeyboardInterrupt, RuntimeError) else None): quick_fit(learn, 3)
     if learn.opt: learn.opt.zero_grad()
     preds = learn.get_preds(dl=dls.test)[0]
@@ -170,7 +171,7 @@ def test_an_end_in_the_middle_leaves_nothing_and_training_goes_on(dls, mlp, quic
 
 def test_predictions_are_those_without_our_callbacks(mlp, quick_fit):
     dls = digits_lt(device='cpu', tfms=dict(crop=0, flip=False))  # fastai augments whatever comes from the training set
-    learn = quick_fit(learner(dls, mlp(), ReflectiveLearning(preset='v0.0.1', ks=True, kc=True)), 2)
+    learn = quick_fit(learner(dls, mlp(), all_three()), 2)
     memory = learn.knowledge_review.teachers.store.logits.clone()
     def everything(): return [*learn.get_preds(ds_idx=0), *learn.get_preds(dl=dls.test), torch.tensor([0. if o is None else o for o in learn.validate()]),
                               learn.predict(dls.test.dataset.images[0])[2]]
@@ -182,7 +183,7 @@ def test_predictions_are_those_without_our_callbacks(mlp, quick_fit):
 
 def test_export_carries_no_memories(dls, mlp, quick_fit, tmp_path):
     sizes = []
-    for cbs in (None, ReflectiveLearning(preset='v0.0.1', ks=True, kc=True)):
+    for cbs in (None, all_three()):
         learn = quick_fit(learner(dls, mlp(), cbs, path=tmp_path), 2)
         learn.export(f'{len(sizes)}.pkl')
         sizes.append((tmp_path/f'{len(sizes)}.pkl').stat().st_size)
@@ -195,7 +196,7 @@ def test_export_carries_no_memories(dls, mlp, quick_fit, tmp_path):
 
 def test_the_table_stays_in_line(dls, mlp, quick_fit, tmp_path):
     for train_metrics in (False, True):
-        learn = learner(dls, mlp(), [ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), CSVLogger('log.csv'), SaveModelCallback(monitor='valid_all' if train_metrics else 'all')],
+        learn = learner(dls, mlp(), [all_three(), CSVLogger('log.csv'), SaveModelCallback(monitor='valid_all' if train_metrics else 'all')],
                         path=tmp_path)
         learn.recorder.train_metrics = train_metrics
         quick_fit(learn, 3)
@@ -210,20 +211,20 @@ def test_the_table_stays_in_line(dls, mlp, quick_fit, tmp_path):
 
 
 def test_stopping_callbacks(dls, mlp, quick_fit, tmp_path):
-    learn = learner(dls, mlp(), [ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), EarlyStoppingCallback(monitor='all', patience=1, min_delta=2.), TerminateOnNaNCallback()], path=tmp_path)
+    learn = learner(dls, mlp(), [all_three(), EarlyStoppingCallback(monitor='all', patience=1, min_delta=2.), TerminateOnNaNCallback()], path=tmp_path)
     quick_fit(learn, 6)
     assert len(learn.recorder.values) == 2
 
 
 def test_parameter_groups(dls, mlp, quick_fit):
     split = lambda m: [params(m[:4]), params(m[4:])]
-    learn = quick_fit(learner(dls, mlp(), ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), splitter=split, opt_func=partial(Adam, wd=0)), 2, slice(1e-4, 1e-2))
+    learn = quick_fit(learner(dls, mlp(), all_three(), splitter=split, opt_func=partial(Adam, wd=0)), 2, slice(1e-4, 1e-2))
     assert np.isfinite(learn.recorder.values[-1][0])
 
 
 def test_another_data_set_starts_a_new_memory(mlp, quick_fit):
     a, b = digits_lt(device='cpu'), digits_lt(device='cpu', n_max=100)
-    learn = quick_fit(learner(a, mlp(), ReflectiveLearning(preset='v0.0.1', ks=True, kc=True)), 2)
+    learn = quick_fit(learner(a, mlp(), all_three()), 2)
     n = len(learn.knowledge_review.teachers)
     learn.dls = b
     quick_fit(learn, 1)
@@ -254,7 +255,7 @@ def test_bad_input_is_named(dls, mlp, quick_fit, bad, said):
     before = {**kw, **bad(dls, mlp)}
     weights = [p.detach().clone() for p in before['model'].parameters()]
     with pytest.raises((ValueError, TypeError), match=said):
-        learn = Learner(before['dls'], before['model'], loss_func=before['loss_func'], cbs=ReflectiveLearning(preset='v0.0.1', ks=True, kc=True))
+        learn = Learner(before['dls'], before['model'], loss_func=before['loss_func'], cbs=all_three())
         quick_fit(learn, 2)
     assert all((a == b).all() for a, b in zip(weights, before['model'].parameters()))  # no step was made
 
@@ -262,20 +263,20 @@ def test_bad_input_is_named(dls, mlp, quick_fit, bad, said):
 def test_a_float64_model(dls, mlp, quick_fit):
     class Double(Callback):
         def before_batch(self): self.learn.xb = (self.x.double(),)
-    learn = quick_fit(learner(dls, mlp().double(), [ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), Double()]), 3)
+    learn = quick_fit(learner(dls, mlp().double(), [all_three(), Double()]), 3)
     assert learn.knowledge_review.teachers.store.logits.dtype == torch.float64 and learn.loss_terms.history[-1]['review_loss'] > 0
 
 
 def test_without_fastais_default_callbacks(dls, mlp, quick_fit):
     "No CastToTensor: predictions and targets are fastai's tensor subclasses; no Recorder: no table"
-    learn = Learner(dls, mlp(), loss_func=BalancedSoftmaxLoss(dls.class_counts), cbs=[TrainEvalCallback, ReflectiveLearning(preset='v0.0.1', ks=True, kc=True)], default_cbs=False)
+    learn = Learner(dls, mlp(), loss_func=BalancedSoftmaxLoss(dls.class_counts), cbs=[TrainEvalCallback, all_three()], default_cbs=False)
     quick_fit(learn, 3)
     assert learn.loss_terms.history[-1]['review_loss'] > 0
 
 
 def test_trackers_loggers_and_graphs_find_numbers_where_they_look(mlp, quick_fit, tmp_path):
     dls = digits_lt(device='cpu', imbalance_factor=2, bs=50)  # no Few
-    learn = learner(dls, mlp(), [ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), EarlyStoppingCallback(monitor='review_loss', patience=2),
+    learn = learner(dls, mlp(), [all_three(), EarlyStoppingCallback(monitor='review_loss', patience=2),
                                  SaveModelCallback(monitor='summary_loss')], path=tmp_path)
     quick_fit(learn, 3)
     names = list(learn.recorder.metric_names)
@@ -424,5 +425,5 @@ def test_global_correction_reaches_parameters_of_the_main_loss_alone(quick_fit):
 
 def test_targets_out_of_range(quick_fit):
     ds = [(torch.rand(4), i % 5) for i in range(40)]
-    learn = Learner(DataLoaders(*[DataLoader(ds, bs=8)]*2), nn.Linear(4, 3), loss_func=lambda p, y: p.sum(), cbs=ReflectiveLearning(preset='v0.0.1', ks=True, kc=True))
+    learn = Learner(DataLoaders(*[DataLoader(ds, bs=8)]*2), nn.Linear(4, 3), loss_func=lambda p, y: p.sum(), cbs=all_three())
     with pytest.raises(ValueError, match='from 0 to 2, got 0 to 4'): quick_fit(learn)

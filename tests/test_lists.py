@@ -15,8 +15,9 @@ from fastai.vision.all import Callback, Learner, SGD
 from PIL import Image
 from typer.testing import CliRunner
 
-from ltrl_fastai.all import (CifarResNet, ReflectiveLearning, check_images, check_lists, class_counts, compare_published, hold_out, imagenet_lt, inaturalist18,
+from ltrl_fastai.all import (CifarResNet, check_images, check_lists, class_counts, compare_published, hold_out, imagenet_lt, inaturalist18,
                              own_images, places_lt, read_list, shot_groups)
+from parts import all_three
 from ltrl_fastai.data.lists import DataNote, ImageList, class_names, list_sets
 from ltrl_fastai.experiments.cli import app
 from ltrl_fastai.experiments.runner import data_identity
@@ -397,7 +398,7 @@ def test_samples_and_predictions_stay_aligned(tmp_path, workers, csv, quick_fit)
     for f in files: jpeg(f, int(f.stem))
     if csv: (tmp_path/'x.csv').write_text('\n'.join(['path,label', *(f'{f.relative_to(tmp_path)},{f.parent.name}' for f in files[::-1])])+'\n')
     dls = own_images(tmp_path/'x.csv' if csv else tmp_path, bs=8, num_workers=workers, device='cpu')
-    learn = Learner(dls, CifarResNet(3, depth=8), opt_func=SGD, cbs=[ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), Probe()])
+    learn = Learner(dls, CifarResNet(3, depth=8), opt_func=SGD, cbs=[all_three(), Probe()])
     quick_fit(learn, 2)
     assert sorted(learn.probe.seen) == sorted(list(range(36))*2)
 

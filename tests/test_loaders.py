@@ -15,6 +15,7 @@ from fastai.text.all import AWD_LSTM, SortedDL, TextDataLoaders, awd_lstm_clas_c
 from fastai.vision.all import (Callback, CrossEntropyLossFlat, DataBlock, DataLoader, DataLoaders, GrandparentSplitter, ImageBlock, ImageDataLoaders, Lambda, Learner, Resize,
                                get_image_files, nn, parent_label, set_seed)
 from ltrl_fastai.all import ReflectiveLearning, WithIds, digits_lt
+from parts import all_three
 from ltrl_fastai.reflective import samples
 from PIL import Image
 from torch.utils.data import DataLoader as TorchDL, IterableDataset, WeightedRandomSampler
@@ -74,7 +75,7 @@ def holds(learn):
 def train(case, n=n_epoch, lr=.05, probe=True):
     "Train with all three, watched"
     set_seed(1, reproducible=True)
-    cbs = [ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), *([Probe(case.read, case.look)] if probe else [])]
+    cbs = [all_three(), *([Probe(case.read, case.look)] if probe else [])]
     learn = getattr(case, 'learner', partial(Learner, loss_func=CrossEntropyLossFlat()))(case.dls, case.net, cbs=cbs)
     with learn.no_bar(), learn.no_logging(): learn.fit(n, lr)
     if probe: holds(learn)
@@ -319,7 +320,7 @@ def skipping(skipped, **kw):
     "Train an epoch with a transform that skips items; was that refused?"
     set_seed(1, reproducible=True)
     case = rows(DataLoader(Rows(), bs=bs, after_item=Skips(skipped), **kw))
-    learn, refused = Learner(case.dls, case.net, loss_func=CrossEntropyLossFlat(), cbs=[ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), Wrong()]), False
+    learn, refused = Learner(case.dls, case.net, loss_func=CrossEntropyLossFlat(), cbs=[all_three(), Wrong()]), False
     with learn.no_bar(), learn.no_logging():
         try: learn.fit(1, .05)
         except ValueError as e: refused = 'SkipItemException' in str(e)

@@ -3,14 +3,15 @@ import math
 
 from fastai.vision.all import Learner, set_seed
 
-from ltrl_fastai.all import BalancedSoftmaxLoss, CifarResNet, ReflectiveLearning, class_counts, digits_lt, shot_accuracies
+from ltrl_fastai.all import BalancedSoftmaxLoss, CifarResNet, class_counts, digits_lt, shot_accuracies
+from parts import all_three
 
 
 def fit(cbs):
     set_seed(0)
     dls = digits_lt(device='cpu')
     n = class_counts(dls)
-    learn = Learner(dls, CifarResNet(10, depth=8, n_in=1), loss_func=BalancedSoftmaxLoss(n), metrics=shot_accuracies(n), cbs=[ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), *cbs])
+    learn = Learner(dls, CifarResNet(10, depth=8, n_in=1), loss_func=BalancedSoftmaxLoss(n), metrics=shot_accuracies(n), cbs=[all_three(), *cbs])
     with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2)
     return learn
 

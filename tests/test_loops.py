@@ -14,6 +14,7 @@ from fastai.callback.training import BnFreeze
 from fastai.vision.all import (Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException,
                                ClassificationInterpretation, FocalLossFlat, LabelSmoothingCrossEntropyFlat, Learner, SGD, accuracy, nn, params, set_seed)
 from ltrl_fastai.all import BalancedSoftmaxLoss, KnowledgeReview, KnowledgeSummary, ReflectiveLearning, digits_lt
+from parts import all_three
 from torch._dynamo.utils import counters
 
 exact = dict(rtol=0, atol=0, equal_nan=True)
@@ -74,7 +75,7 @@ def twin(learn):
 # Calls
 @pytest.mark.parametrize('call,args', [('fit_flat_cos', (3, 1e-2)), ('fit_one_cycle', (3, 1e-2)), ('fine_tune', (2, 1e-1))])
 def test_schedules(call, args):
-    learn = learner(cbs=ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), splitter=lambda m: [params(m[:3]), params(m[3:])])
+    learn = learner(cbs=all_three(), splitter=lambda m: [params(m[:3]), params(m[3:])])
     quietly(learn, call, *args)
     row, h = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1])), learn.loss_terms.history[-1]
     assert h['review_loss'] > 0 and h['summary_loss'] > 0 and all(row[k] == h[k] for k in h) and row['accuracy'] > .2
@@ -86,7 +87,7 @@ def test_given_to_a_call_or_to_the_learner_is_one(call):
     "`learn.fit(cbs=...)` takes all parts away again"
     res = []
     for given in (False, True):
-        ours = ReflectiveLearning(preset='v0.0.1', ks=True, kc=True)
+        ours = all_three()
         learn = learner(cbs=None if given else ours)
         before = sorted(learn.cbs.attrgot('name'))
         quietly(learn, call, 2, 1e-2, **(dict(cbs=ours) if given else {}))
@@ -98,7 +99,7 @@ def test_given_to_a_call_or_to_the_learner_is_one(call):
 @pytest.mark.parametrize('n', [0, 2], ids=['fresh', 'trained'])
 def test_a_fit_from_a_later_epoch_on(n):
     "`start_epoch` skips the first epochs: what is begun in epoch 0 has to be there all the same"
-    learn = learner(cbs=ReflectiveLearning(preset='v0.0.1', ks=True, kc=True))
+    learn = learner(cbs=all_three())
     if n: quietly(learn, 'fit', n, 1e-2)
     quietly(learn, 'fit', 3, 1e-2, start_epoch=1)
     assert len(learn.loss_terms.history) == len(learn.knowledge_correction.conflict_rates) == n+2
@@ -113,7 +114,7 @@ def draw_from(learn, seed):
 @pytest.mark.parametrize('n', [0, 2], ids=['fresh', 'trained'])
 def test_lr_find_leaves_everything_as_it_was(n, tmp_path):
     "Its losses are those of the plain learner, and the next fit is that of a learner that has not searched"
-    learn, other = [trained(cbs=ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), n=n, path=tmp_path) for _ in range(2)]
+    learn, other = [trained(cbs=all_three(), n=n, path=tmp_path) for _ in range(2)]
     plain, before, dls = twin(learn), state(learn), loaders(learn.dls)
     plain.path = tmp_path
     found = []
@@ -152,7 +153,7 @@ calls = dict(validate=lambda o: [*o.validate()], validate_train=lambda o: [*o.va
 @pytest.mark.parametrize('call', calls.values(), ids=calls)
 def test_inference_is_that_of_a_plain_learner(call):
     "Augmentation is on: a random number drawn by us would show"
-    learn = trained(cbs=ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), n=2)
+    learn = trained(cbs=all_three(), n=2)
     plain, before, dls = twin(learn), state(learn), loaders(learn.dls)
     results = []
     for o in (learn, plain):
@@ -196,7 +197,7 @@ class Stop(Callback):
 @pytest.mark.parametrize('exc,event', [(None, 'nowhere'), *ends], ids=lambda o: o if isinstance(o, str) or o is None else o.__name__)
 def test_an_end_anywhere_leaves_no_hook(exc, event):
     "Also where it comes behind our callbacks; looked at before anything else runs the model"
-    learn = learner(cbs=[ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), Stop(exc, event)])
+    learn = learner(cbs=[all_three(), Stop(exc, event)])
     before = loaders(learn.dls)
     try: quietly(learn, 'fit', 2, 1e-2)
     except (KeyboardInterrupt, RuntimeError) as e: assert type(e) is exc
@@ -210,7 +211,7 @@ def test_the_hook_of_an_end_is_gone_with_the_next_batch():
     "Where somebody has replaced `fit`: what an interrupt in the forward pass leaves then, the next fit and prediction take away; nothing is counted twice"
     learn = learner(cbs=[Stop(KeyboardInterrupt, 'forward')])
     theirs = learn.fit = MethodType(Learner.fit, learn)
-    learn.add_cb(ReflectiveLearning(preset='v0.0.1', ks=True, kc=True))
+    learn.add_cb(all_three())
     assert learn.fit is theirs
     for after in (lambda: quietly(learn, 'fit', 1, 1e-2), lambda: quietly(learn, 'validate')):
         with pytest.raises(KeyboardInterrupt): quietly(learn, 'fit', 3, 1e-2)
@@ -244,7 +245,7 @@ losses = dict(balanced=None, smoothed=LabelSmoothingCrossEntropyFlat, focal=Foca
 def test_adding_order_changes_no_bit(cbs, loss, tmp_path):
     cbs, loss, res = beside[cbs], losses[loss], []
     for first in (True, False):
-        ours = [ReflectiveLearning(preset='v0.0.1', ks=True, kc=True)]
+        ours = [all_three()]
         learn = trained(cbs=[*ours, *cbs()] if first else [*cbs(), *ours], loss=loss and loss(), path=tmp_path/str(first))
         h = learn.loss_terms.history[-1]
         assert h['review_loss'] > 0 and h['summary_loss'] > 0 and hooks(learn.model) == 0
@@ -256,7 +257,7 @@ def test_adding_order_changes_no_bit(cbs, loss, tmp_path):
 @pytest.mark.parametrize('cbs', [EMA, ChannelsLast, TerminateOnNaNCallback])
 def test_what_only_watches_changes_nothing(cbs):
     "Nor does a memory format, up to rounding"
-    a, b = [trained(cbs=[ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), *o], opt_func=SGD) for o in ([], [cbs()])]
+    a, b = [trained(cbs=[all_three(), *o], opt_func=SGD) for o in ([], [cbs()])]
     tol = dict(rtol=1e-3, atol=1e-5) if cbs is ChannelsLast else exact
     same(weights(a), weights(b), **tol)
     same(memory(a)[0], memory(b)[0], **tol)
@@ -267,7 +268,7 @@ def test_a_loss_that_is_nan_ends_the_fit_and_spoils_no_memory():
         order, run_valid = -20, False
         def after_pred(self):
             if self.epoch == 1 and self.iter == 3: self.learn.pred = self.pred*float('nan')
-    learn = trained(cbs=[ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), Spoil(), TerminateOnNaNCallback()])
+    learn = trained(cbs=[all_three(), Spoil(), TerminateOnNaNCallback()])
     assert learn.epoch == 1 and hooks(learn.model) == 0
     assert learn.knowledge_review.teachers.store.logits.isfinite().all() and learn.knowledge_summary.centers.isfinite().all()
 
@@ -338,14 +339,14 @@ class Live(Callback):
 
 def test_memory_is_flat():
     "What grows by the epoch is what fastai's Recorder keeps: a loss of each step"
-    live, plain = [trained(cbs=[*o, Live()], n=5).live for o in ([ReflectiveLearning(preset='v0.0.1', ks=True, kc=True)], [])]
+    live, plain = [trained(cbs=[*o, Live()], n=5).live for o in ([all_three()], [])]
     for a, b in ((live.bytes, plain.bytes), (live.number, plain.number)):
         excess = [x-y for x, y in zip(a, b)]
         assert len(set(excess[1:])) == 1, (a, b)
 
 
 def test_what_is_remembered_holds_no_graph():
-    learn = trained(cbs=ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), n=2)
+    learn = trained(cbs=all_three(), n=2)
     def tensors(o): return [t for v in vars(o).values() for t in (v if isinstance(v, (list, tuple)) else [v]) if isinstance(t, torch.Tensor)]
     kept = [t for cb in learn.cbs if isinstance(cb, (KnowledgeReview, KnowledgeSummary)) for t in tensors(cb)] + memory(learn)[-1]
     assert kept and not any(t.requires_grad for t in kept)

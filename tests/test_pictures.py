@@ -8,6 +8,7 @@ import torch
 from fastai.vision.all import SGD, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, nn, set_seed
 from ltrl_fastai.all import (BalancedSoftmaxLoss, Diagnosis, KnowledgeCorrection, ReflectiveLearning, ShotReport, class_counts, create_net, digits_lt, feature_similarity,
                              methods, shot_accuracies, shot_groups)
+from parts import all_three
 from ltrl_fastai.evaluation.metrics import group_interval
 from ltrl_fastai.evaluation.pictures import (draw_by_class, draw_classes, draw_conflicts, draw_drift, draw_drift_by_class, draw_per_class, draw_shots, draw_similarity,
                                              draw_terms, picture_ink, picture_palette, picture_params, picture_style)
@@ -31,7 +32,7 @@ def train(*cbs, epochs=3, seed=0, data=None):
 
 
 @pytest.fixture(scope='module')
-def learn(): return train(Diagnosis(), ReflectiveLearning(preset='v0.0.1', ks=True, kc=True))
+def learn(): return train(Diagnosis(), all_three())
 
 
 @pytest.fixture(scope='module')
@@ -255,7 +256,7 @@ def test_any_number_of_classes(n, tmp_path):
 
 def test_training_with_many_classes_and_with_two():
     for counts in ([40, 4], [max(2, 120//(i+1)) for i in range(300)]):
-        learn = train(Diagnosis(), ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), epochs=2, data=points(counts))
+        learn = train(Diagnosis(), all_three(), epochs=2, data=points(counts))
         n = len(counts)
         assert learn.plot_similarity().images[0].get_array().shape == (n, n) and learn.plot_drift(by='class').images[0].get_array().shape == (2, n)
         assert learn.plot_drift().lines and learn.plot_conflicts().patches and len(learn.plot_terms()) == 2
@@ -384,7 +385,7 @@ def test_what_is_missing_is_said_with_what_to_add(learn, plain):
 
 def test_never_trained_and_too_short():
     learn = Learner(digits_lt(device='cpu'), nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), loss_func=CrossEntropyLossFlat())
-    learn.add_cbs([Diagnosis(), ReflectiveLearning(preset='v0.0.1', ks=True, kc=True)])
+    learn.add_cbs([Diagnosis(), all_three()])
     for f, text in ((learn.plot_drift, 'Fit the learner first'), (learn.plot_conflicts, 'fit two epochs'), (learn.plot_terms, 'Fit the learner first'),
                     (learn.plot_similarity, 'never trained')):
         with pytest.raises(ValueError, match=text): f()

@@ -8,8 +8,9 @@ from fastai.vision.all import (SGD, Callback, CrossEntropyLossFlat, DataLoaders,
                                aug_transforms, deepcopy, nn, partial, resnet18, set_seed, vision_learner)
 from test_methods import Crash, same
 
-from ltrl_fastai.all import (Method, ReflectiveLearning, RIDELoss, aggregation, assignment, class_counts, digits_lt, distil_net, distillation, expert_net,
+from ltrl_fastai.all import (Method, RIDELoss, aggregation, assignment, class_counts, digits_lt, distil_net, distillation, expert_net,
                              methods)
+from parts import all_three
 from ltrl_fastai.experiments.training import RunSettings, train_run
 from ltrl_fastai.methods.balancing import MaxNorm, WeightDecay, balancing_stage
 from ltrl_fastai.methods.decouple import (MeanHead, ScaledHead, TauNormHead, class_means, crt, features_of, lws, mean_head, ncm, scaled_head, tau_norm, tau_normed,
@@ -168,13 +169,13 @@ def test_scales_begin_where_the_head_was(dls):
 
 @every_stage
 def test_a_body_that_stands_still(dls, stage):
-    "No stage moves a weight of the body but OLTR, which trains it; MiSLAS moves its statistics, and no other does; all may learn again afterwards"
+    "No stage moves a weight of the body but OLTR, which trains it; MiSLAS, cRT and LWS move its statistics, and no other does; all may learn again afterwards"
     learn = begun(learner(dls))
     body = {k: v.clone() for k, v in learn.model.state_dict().items() if not k.startswith('fc')}
     then(learn, stage)
     moved = {k.rpartition('.')[2] for k, v in learn.model.state_dict().items() if k in body and not v.equal(body[k])}
     stats = {'running_mean', 'running_var', 'num_batches_tracked'}
-    assert moved == (stats if stage is mislas_stage else stats | {'weight', 'bias'} if stage is oltr_stage else set())
+    assert moved == (stats if stage in (mislas_stage, crt, lws) else stats | {'weight', 'bias'} if stage is oltr_stage else set())
     assert all(p.requires_grad for p in learn.model.parameters())
 
 
@@ -276,7 +277,7 @@ def test_reflective_learning_is_of_the_first_stage(dls, stage):
 
     class See(Callback):
         def before_train(self): on.append(any(type(o).__name__ == 'KnowledgeReview' for o in self.learn.cbs))
-    learn = learner(dls, cbs=[ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), See()])
+    learn = learner(dls, cbs=[all_three(), See()])
     with learn.no_bar(), learn.no_logging(): Method('', '', then=(stage,)).fit(learn, 2, .05)
     assert on == [True]*2+[False]*(2 if stage.epochs is None else min(2, stage.epochs)) and learn.knowledge_review in learn.cbs
 
@@ -290,6 +291,6 @@ def test_memory_under_mixed_precision_and_review(dls, quick_fit):
         logits, features, centroids = learn.model.train()(x)
         assert logits.dtype == features.dtype == torch.float32 and centroids is learn.model.fc.centroids
     learn.opt = None
-    quick_fit(learn, 2, cbs=ReflectiveLearning(preset='v0.0.1', ks=True, kc=True))
+    quick_fit(learn, 2, cbs=all_three())
     assert isinstance(learn.loss_func, OLTRLoss) and np.isfinite(learn.recorder.values[-1]).all()
     assert Method('', '').learner(dls, learn.model)  # its head has as many outputs as there are classes

@@ -159,7 +159,8 @@ def fitted(store, repeated):
     if repeated:
         items = [(x.float()/256, y) for x, y in dls.train_ds]
         dls = DataLoaders(WeightedDL(items, wgts=[1+100*(i < 30) for i in range(len(items))], bs=16, shuffle=True), dls.valid)
-    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), loss_func=CrossEntropyLossFlat(), cbs=ReflectiveLearning(kr=dict(store=store, adapt=0., memory=0.), ks=False))
+    rl = ReflectiveLearning(kr=dict(store=store, adapt=0., memory=0.), ks=False)
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), loss_func=CrossEntropyLossFlat(), cbs=rl)
     with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2)
     return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
 

@@ -23,24 +23,22 @@ def new_head(learn:Learner, # Its net is changed in place
     replace_head(learn.model, lambda old: nn.Linear(old.in_features, old.out_features))
     renew_optimizer(learn)
 
-def alone_and_even(counts:Collection # Training images of each class; not looked at
+def alone_and_even(counts:Collection, # Training images of each class; not looked at
+                   shift_bn:bool=True # Do batch statistics of the frozen body go on moving, as in the authors' code?
                   ) -> list:
     "The callbacks that train a head alone, on even classes."
-    return [HeadOnly(), EvenClasses()]
+    return [HeadOnly(shift_bn=shift_bn), EvenClasses()]
 crt = Stage('a new head, on even classes', new_head, alone_and_even, epochs=10, lr=.2)
 
 # %% ../../nbs/methods/09_decouple.ipynb #2014666c
 class ScaledHead(nn.Module):
-    "A trained head whose class vectors are scaled by one learnt number each (Kang et al. 2020, section 4.1)."
+    "A trained head whose logits are scaled by one learnt number for each class (Kang et al. 2020, section 4.1)."
     def __init__(self, head:nn.Module # Linear, trained
                 ):
         super().__init__()
         self.head,self.scale = head,nn.Parameter(torch.ones(head.out_features))
         self.in_features,self.out_features = head.in_features,head.out_features
-    def forward(self, x):
-        bias = getattr(self.head, 'bias', None)
-        z = self.head(x)
-        return z*self.scale if bias is None else (z-bias)*self.scale+bias
+    def forward(self, x): return self.head(x)*self.scale
 
 def scaled_head(learn:Learner, # Its net is changed in place
                 counts:Collection|None=None # Training images of each class; not looked at
@@ -51,10 +49,11 @@ def scaled_head(learn:Learner, # Its net is changed in place
     renew_optimizer(learn)
 
 def _scales(net): return [m.scale for m in net.modules() if isinstance(m, ScaledHead)]
-def scales_alone_and_even(counts:Collection # Training images of each class; not looked at
+def scales_alone_and_even(counts:Collection, # Training images of each class; not looked at
+                          shift_bn:bool=True # Do batch statistics of the frozen body go on moving, as in the authors' code?
                          ) -> list:
     "The callbacks that train the scales of a `ScaledHead` alone, on even classes."
-    return [HeadOnly(_scales), EvenClasses()]
+    return [HeadOnly(_scales, shift_bn=shift_bn), EvenClasses()]
 lws = Stage('a scale for each class, on even classes', scaled_head, scales_alone_and_even, epochs=5, lr=.2)
 
 # %% ../../nbs/methods/09_decouple.ipynb #575d55ae
@@ -122,34 +121,49 @@ def unaugmented(learn:Learner # Whose training images are wanted
 
 # %% ../../nbs/methods/09_decouple.ipynb #7de12513
 class MeanHead(nn.Module):
-    "Classifies by the cosine of a feature and class means (Kang et al. 2020, section 4.1)."
+    "Classifies by the distance of a feature, at length one, from class means (Kang et al. 2020, section 4.1)."
     def __init__(self, means:Tensor, # `(C, D)`
                  known:Tensor, # `(C,)` bool: which classes have one
-                 scale:float=30. # Of the cosine, so that probabilities are no uniform ones
+                 scale:float=30., # Of half the squared distance, so that probabilities are no uniform ones
+                 center:Tensor|None=None # `(D,)`, taken off a feature first; default: none, and means of length one: the cosine
                 ):
         super().__init__()
         (self.out_features,self.in_features),self.scale = means.shape,scale
-        self.register_buffer('means', F.normalize(means, dim=1)); self.register_buffer('known', known)
-    def forward(self, x): return (self.scale*F.linear(F.normalize(x, dim=1), self.means)).masked_fill(~self.known, -1e4)
+        self.register_buffer('means', F.normalize(means, dim=1) if center is None else means)
+        self.register_buffer('known', known)
+        self.register_buffer('center', means.new_zeros(means.shape[1]) if center is None else center)
+    def forward(self, x):
+        x = F.normalize(x-self.center.to(x), dim=1)
+        similarity = F.linear(x, self.means.to(x)) - self.means.to(x).square().sum(1)/2
+        return (self.scale*similarity).masked_fill(~self.known, -1e4)
 
 def class_means(learn:Learner, # Trained
-                n_classes:int # Number of classes
+                n_classes:int, # Number of classes
+                center:Tensor|None=None # `(D,)`, taken off the features, which then have length one; default: features as they are
                ) -> tuple[Tensor, Tensor]: # `(C, D)` and `(C,)` int64: images of each
     "Mean feature of each class over the training images, without augmentation."
     sums,n = None,torch.zeros(n_classes, dtype=torch.long)
     for b in unaugmented(learn):
         f,y = features_of(learn, [b])
+        if center is not None: f = F.normalize(f-center, dim=1)
         sums = f.new_zeros(n_classes, f.shape[1], dtype=torch.float64) if sums is None else sums
-        sums.index_add_(0, y, f.double()); n += torch.bincount(y, minlength=n_classes)
+        sums.index_add_(0, y, f.double())
+        n += torch.bincount(y, minlength=n_classes)
     return (sums/n.clamp(min=1)[:,None]).float(),n
 
 def mean_head(learn:Learner, # Trained; its net is changed in place
-              counts:Collection|None=None # Training images of each class; not looked at
+              counts:Collection|None=None, # Training images of each class; not looked at
+              form:str='cl2n' # 'cl2n', centred and of length one, by Euclidean distance (the authors' code), or 'cosine' of plain means
              ):
-    "Let a learner's net classify by the nearest class mean."
+    "Let a learner's net classify by the nearest class mean; raises `ValueError` for another `form`."
+    if form not in ('cl2n','cosine'): raise ValueError(f"form: expected 'cl2n' or 'cosine', got {form!r}")
     check_trained(learn, 'NCM')
-    means,n = class_means(learn, head_of(learn.model)[1].out_features)
-    replace_head(learn.model, lambda old: MeanHead(means, n>0))
+    n_classes = head_of(learn.model)[1].out_features
+    (means,n),center = class_means(learn, n_classes),None
+    if form=='cl2n':
+        center = (means*n[:,None]).sum(0)/n.sum()
+        means,_ = class_means(learn, n_classes, center)
+    replace_head(learn.model, lambda old: MeanHead(means, n>0, center=center))
     renew_optimizer(learn)
 
 ncm = Stage('the nearest class mean', mean_head)

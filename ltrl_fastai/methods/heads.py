@@ -100,13 +100,15 @@ def dealt(targets:Tensor, # `(N,)` class of each image
     return (res := torch.cat(res))[torch.randperm(len(res))].tolist()
 
 def loader_in_order(train:DataLoader, # For training
-                    order:Callable # Function without arguments that gives the positions of an epoch
+                    order:Callable, # Function without arguments that gives the positions of an epoch
+                    bs:int|None=None # Batch size; default: the loader's
                    ) -> DataLoader:
     "Another loader of the same items and transforms, in an order of its own; making it draws no random number; raises `TypeError` for one that is not fastai's."
     if not isinstance(train, DataLoader): raise TypeError(f"expected a fastai DataLoader for training, got {type(train).__module__}.{type(train).__name__}.")
-    if 'dl' in vars(train): return type(train)(loader_in_order(train.dl, order), train.rank, train.world_size, train.device) # distributed: the first rank's order is that of all
+    if 'dl' in vars(train): # distributed: the first rank's order is that of all
+        return type(train)(loader_in_order(train.dl, order, bs), train.rank, train.world_size, train.device)
     state = random.getstate()
-    res = train.new(shuffle=True, get_idxs=order)
+    res = train.new(shuffle=True, get_idxs=order, **({} if bs is None else dict(bs=min(bs, train.n))))
     random.setstate(state) # so that a run that is resumed, and makes its loader later, goes on as it would have
     for k in ('after_item','after_batch'): # pipelines of several views, too
         if hasattr(train, k): setattr(res, k, getattr(train, k))
@@ -117,14 +119,15 @@ class EvenClasses(Callback):
     order,run_valid,_stateattrs = -5,False,('_dl','_targets') # before `SampleIds`, which reads the order
     _dl = _targets = None
     def __init__(self,
-        share:Collection|None=None # `(C,)` how often each class is to come; default: all the same
+        share:Collection|None=None, # `(C,)` how often each class is to come; default: all the same
+        bs:int|None=None # Batch size, no more than there are images; default: the loader's
     ): store_attr()
 
     def before_fit(self): self._dl = None
     def before_train(self):
         if self._dl is None:
             train = self.dls.train
-            self._dl = loader_in_order(train, lambda: dealt(self._targets, share=self.share))
+            self._dl = loader_in_order(train, lambda: dealt(self._targets, share=self.share), self.bs)
             self._targets = tensor(dataset_targets(train.dataset))
         self.learn.dl = self._dl
     def after_fit(self): self._dl = self._targets = None

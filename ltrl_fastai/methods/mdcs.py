@@ -15,7 +15,7 @@ from .experts import ExpertsLoss, expert_net
 # %% ../../nbs/methods/16_mdcs.ipynb #071619c9
 class MDCSLoss(ExpertsLoss):
     "Cross-entropy of experts under three powers of the class counts, and of their strong views under their weak ones (Zhao et al. 2023, eq. 4 and 8)."
-    views,ramp = 2,1.
+    views,ramp,balances_classes = 2,1.,True # its experts aim at even classes together
     def __init__(self,
         class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         lambdas:tuple=(-.5,1.,2.5), # Power of the counts, for each expert
@@ -31,12 +31,13 @@ class MDCSLoss(ExpertsLoss):
         k,c = self.shifts.shape
         if pred.ndim!=4 or len(pred)!=2 or pred.shape[2:]!=(k,c): raise ValueError(f"MDCS: expected logits (2, B, {k}, {c}) of two views and {k} experts, "
             f"got shape {tuple(pred.shape)}: `OnViews(expert_net(net))`, trained on `two_views(dls)`.")
-        weak,strong = pred
+        weak,strong = pred+self.shifts.to(pred)
         teacher = weak.detach()
         right = (teacher.argmax(2)==targets[:,None]).to(pred) # (B, K)
         kl = F.kl_div(F.log_softmax(strong, -1), F.log_softmax(teacher, -1), reduction='none', log_target=True).sum(2)
         kl = (kl*right*len(targets)/right.sum(0).clamp(min=1)).sum(1)
-        return super().parts(weak, targets) + super().parts(strong, targets) + self.kl_weight*self.ramp*kl
+        cross_entropy = (super().parts(pred[0], targets)+super().parts(pred[1], targets))/2
+        return cross_entropy + self.kl_weight*self.ramp*kl
     def logits_of(self, pred): return super().logits_of(pred[0] if pred.ndim==4 else pred)
     def trained_logits(self, logits:Tensor # `(B, C)`, mean of the experts
                       ) -> Tensor: # `(B, C)`
@@ -44,11 +45,13 @@ class MDCSLoss(ExpertsLoss):
         return logits+self.shifts.mean(0).to(logits)
 
 class RampUp(Callback):
-    "Sets the loss's `ramp` from 0 to 1 over the first epochs."
+    "Raises the loss's `ramp` epoch by epoch to 1: with 20 epochs it begins at 1/20, as in the authors' code."
     run_valid = False
     def __init__(self, epochs:int=20 # After which it is 1; no more than the fit has
                 ): self.epochs = epochs
-    def before_train(self): self.learn.loss_func.ramp = min(self.epoch/max(1, min(self.epochs, self.n_epoch)), 1.)
+    def before_train(self):
+        of_ramp = max(1, min(self.epochs, self.n_epoch))
+        self.learn.loss_func.ramp = min((self.epoch+1)/of_ramp, 1.)
 
 def mdcs_net(net:nn.Module, # A classifier that can be split
              counts:Collection|None=None # Training images of each class; not looked at

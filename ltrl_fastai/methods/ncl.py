@@ -20,17 +20,22 @@ def hard_classes(logits:Tensor, # `(B, C)`
     return logits.detach().scatter(1, targets[:,None], math.inf).topk(min(n, logits.shape[1]), dim=1).indices
 
 class NCLLoss(ExpertsLoss):
-    "Balanced Softmax of each net on all and on hard classes, and divergence from the other nets on both (Li et al. 2022, eq. 4 to 9); raises `ValueError` if `hard` is below 2."
+    "Balanced Softmax of each net on all and on hard classes, and divergence of each pair of nets on both (Li et al. 2022); raises `ValueError` for another `hard` or `form`."
     def __init__(self,
         class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         weight:float=.6, # Of the divergences
-        hard:int=30, # Classes, the target among them
+        hard:int|float=.3, # Hard classes, the target among them: a number from 2, or a share below 1 of all
+        form:str='code', # 'code' (the authors') or 'paper' (eq. 4 to 9)
         reduction:str='mean' # 'mean', 'sum' or 'none'
     ):
         super().__init__(reduction)
-        if hard<2: raise ValueError(f"hard: expected at least 2 classes, got {hard}")
-        self.kl_weight,self.n_hard = weight,hard
         self.register_buffer('log_counts', check_class_counts(class_counts).log())
+        is_share = 0<hard<1
+        if not is_share and (hard!=hard or hard<2 or hard!=int(hard)): raise ValueError(
+            f"hard: expected a number of classes from 2, or a share of them between 0 and 1, got {hard}")
+        if form not in ('code','paper'): raise ValueError(f"form: expected 'code' or 'paper', got {form!r}")
+        self.kl_weight,self.form = weight,form
+        self.n_hard = max(2, int(hard*len(self.log_counts))) if is_share else int(hard)
 
     def trained_logits(self, logits:Tensor # `(..., C)`
                       ) -> Tensor: # The same shape
@@ -39,7 +44,17 @@ class NCLLoss(ExpertsLoss):
     def parts(self, pred, targets): # `(B, K, C)`
         if pred.ndim!=3 or pred.shape[1]<2 or pred.shape[2]!=len(self.log_counts): raise ValueError(
             f"NCL: expected logits (B, K, {len(self.log_counts)}) of two nets or more, for as many classes as there are counts, got shape {tuple(pred.shape)}: `ncl_net(net)`.")
-        return sum(self._of_net(self.trained_logits(pred), k, targets) for k in range(pred.shape[1]))
+        z = self.trained_logits(pred)
+        if self.form=='paper': return sum(self._of_net(z, k, targets) for k in range(z.shape[1]))
+        hard = hard_classes(pred[:,0], targets, self.n_hard)
+        masked = z*torch.zeros_like(pred[:,0]).scatter(1, hard, 1.)[:,None] # easy classes stay in, with a logit of 0
+        return self._of_nets(z, targets)+self._of_nets(masked, targets)
+    def _of_nets(self, z, targets):
+        "Cross-entropy of all nets and divergence of all pairs, with gradients in both nets of a pair"
+        nets = z.unbind(1)
+        cross_entropy = sum(F.cross_entropy(o, targets, reduction='none') for o in nets)
+        kl = sum(_kl(teacher, student) for student in nets for teacher in nets if teacher is not student)
+        return cross_entropy + self.kl_weight*kl/(len(nets)-1)
     def _of_net(self, z, k, targets):
         hard = hard_classes(z[:,k]-self.log_counts, targets, self.n_hard)
         pick = lambda j: z[:,j].gather(1, hard)
@@ -51,7 +66,9 @@ class NCLLoss(ExpertsLoss):
 def _kl(teacher, student): return F.kl_div(F.log_softmax(student, 1), F.log_softmax(teacher, 1), reduction='none', log_target=True).sum(1)
 
 def ncl_net(net:nn.Module, # A classifier that can be split
-            counts:Collection|None=None # Training images of each class; not looked at
+            counts:Collection|None=None, # Training images of each class; not looked at
+            cosine:bool=False, # Do they classify by cosine, as the authors do on ImageNet-LT, Places-LT and iNaturalist?
+            scale:float=16. # Of the cosine; 32 on iNaturalist
            ) -> nn.Module:
     "Three whole nets, newly drawn, that share nothing."
-    return expert_net(net, 3, cosine=False, width=1, share=False)
+    return expert_net(net, 3, cosine=cosine, width=1, share=False, scale=scale)

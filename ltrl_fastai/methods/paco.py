@@ -20,8 +20,8 @@ class QueuedNet(nn.Module):
     def __init__(self,
         body:nn.Module, # Makes features `(B, D)`
         head:nn.Module, # Linear
-        dims:int=128, # Of queries and keys
-        size:int=1024, # Keys in the queue
+        dims:int=32, # Of queries and keys; 32 on CIFAR, 128 on larger images
+        size:int=1024, # Keys in the queue; 1024 on CIFAR, 8192 on larger images
         momentum:float=.999 # Of the copy
     ):
         super().__init__()
@@ -30,7 +30,9 @@ class QueuedNet(nn.Module):
         self.body,self.head = body,head
         self.project = nn.Sequential(nn.Linear(d, d), nn.ReLU(inplace=True), nn.Linear(d, dims))
         self.slow = deepcopy(nn.ModuleList([self.body, self.project])).requires_grad_(False)
-        self.register_buffer('queue', torch.zeros(size, dims)); self.register_buffer('labels', torch.full((size,), -1)); self.register_buffer('at', torch.tensor(0))
+        self.register_buffer('queue', F.normalize(torch.randn(size, dims), dim=1))
+        self.register_buffer('labels', torch.randint(head.out_features, (size,)))
+        self.register_buffer('at', torch.tensor(0))
     def get_classifier(self) -> nn.Module:
         "The classifier, not the projection."
         return self.head
@@ -58,11 +60,14 @@ class QueuedNet(nn.Module):
         self.at.copy_((self.at+len(keys))%n)
 
 def queued_net(net:nn.Module, # A classifier that can be split
-               counts:Collection|None=None # Training images of each class; not looked at
+               counts:Collection|None=None, # Training images of each class; not looked at
+               dims:int=32, # See `QueuedNet`
+               size:int=1024, # See `QueuedNet`
+               momentum:float=.999 # See `QueuedNet`
               ) -> QueuedNet:
     "Give a net a projection, a slow copy and a queue."
     body,_ = split_whole(net)
-    return QueuedNet(body, head_of(net)[1])
+    return QueuedNet(body, head_of(net)[1], dims, size, momentum)
 
 # %% ../../nbs/methods/18_paco.ipynb #8f1474f7
 class KeyQueue(Callback):
@@ -103,7 +108,7 @@ class PaCoLoss(MethodLoss):
         if logits.shape[1]!=len(self.log_prior): raise ValueError(f"logits: expected {len(self.log_prior)} classes, as there are class counts, got {logits.shape[1]}.")
         others,of = torch.cat([q, keys, queue]),torch.cat([targets, targets, labels])
         sim = (q@others.T)/self.temperature
-        out = (of<0).expand(len(q), -1) | torch.eye(len(q), len(of), dtype=torch.bool, device=q.device) # places not filled, and the query itself
+        out = torch.eye(len(q), len(of), dtype=torch.bool, device=q.device) # the query itself
         row = torch.cat([self.trained_logits(logits), sim.masked_fill(out, -torch.inf)], 1)
         w = torch.cat([F.one_hot(targets, logits.shape[1]).to(row), self.alpha*((of==targets[:,None]) & ~out)], 1)
         logp = F.log_softmax(row, 1).masked_fill(w==0, 0.)

@@ -24,6 +24,7 @@ def mirrored(x:Tensor # `(C,)`
 
 class SADELoss(ExpertsLoss):
     "Cross-entropy under three priors, one for each expert: the training set's, a balanced one and the mirrored one (Zhang et al. 2022, eq. 1 to 3)."
+    balances_classes = True # its experts aim at even classes together
     def __init__(self,
         class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         tau:float=2., # How much of the mirrored prior is taken off for the third expert
@@ -44,12 +45,16 @@ class SADELoss(ExpertsLoss):
                       ) -> Tensor:
         "The mean of the distributions that experts are trained on, in log space: that of the mean logits, and of the mean shift."
         return logits+self.shifts.mean(0).to(logits)
+    def summary_logits(self, pred:Tensor # `(B, 3, C)` in training
+                      ) -> list: # Of logits `(B, C)`
+        "The logits whose labels the published summary softens: each expert's, as its own cross-entropy sees them."
+        return [z+shift.to(z) for z,shift in zip(pred.unbind(1), self.shifts)] if pred.ndim==3 else [self.trained_logits(pred)]
 
 # %% ../../nbs/methods/15_sade.ipynb #fd9a6c7f
 def aggregate_experts(learn:Learner, # Its model is an `ExpertNet`
                       dl:DataLoader, # fastai loader of images to classify; labels are not read
                       epochs:int=5, # At most
-                      lr:float|None=None, # Of SGD with momentum 0.9; default: 0.025, and more by as much as there are fewer than 400 steps
+                      lr:float|None=None, # Of SGD with momentum 0.9; default: 0.025 where there are 1,580 steps or more, 0.1 at 395, and so on
                       least:float=.05 # Stop when a weight falls below
                      ) -> Tensor: # `(K,)` weights, which are the model's from now on
     "Weigh experts by how well two augmented views of each image agree (Zhang et al. 2022, section 4.3); raises `ValueError` if there are no experts, images or epochs."
@@ -60,7 +65,8 @@ def aggregate_experts(learn:Learner, # Its model is an `ExpertNet`
     views = two_views(DataLoaders(learn.dls.train.new(dl.dataset, bs=dl.bs, drop_last=False, get_idxs=lambda: random.sample(ids, len(ids))))).train
     if epochs<1: raise ValueError(f"epochs: expected at least 1, got {epochs}")
     if not ids: raise ValueError("aggregate_experts: the loader has no images to find weights on.")
-    lr = lr or .025*max(1, 400/(epochs*math.ceil(len(ids)/dl.bs)))
+    n_steps = epochs*math.ceil(len(ids)/dl.bs)
+    lr = lr or .025*max(1, 1580/n_steps)
     a = torch.zeros(len(net.experts), device=net.weights.device, requires_grad=True)
     opt = torch.optim.SGD([a], lr=lr, momentum=.9)
     net.eval()

@@ -54,17 +54,24 @@ def check_unmixed(learn:Learner # Whose callbacks may mix
     if mixed: raise ValueError(f"views: {type(mixed[0]).__name__} mixes the one input of a model, and this method's model has several. Take one of the two.")
 
 class SplitViews(Callback):
-    "Hands the views of a batch `(B, n, ...)` to the model one by one; of a batch with one view, that."
+    "Hands the views of a training batch `(B, n, ...)` to the model one by one; outside of training the model sees the first view, or the only one."
     order = -2 # behind the callbacks that take ids off the batch, before those that mix
     def __init__(self, n:int=2 # Views that the model wants in training
                 ): self.n = n
     def before_fit(self): check_unmixed(self.learn)
     def before_batch(self):
-        if not self.training: return
+        if not self.training:
+            if self._has_all_views(): self.learn.xb = (self.learn.xb[0][:, 0],)
+            return
         b,views = self.learn.xb[0],self.n
         if not (len(self.learn.xb)==1 and isinstance(b, Tensor) and has_views(self.dls.train) and b.shape[1]==views): raise ValueError(
             f"views: this method wants {views} views of each training image, and the batch holds one: {tuple(b.shape)}. Train it on `two_views(dls)`.")
         self.learn.xb = tuple(b.unbind(1))
+    def _has_all_views(self):
+        "Does a batch outside of training come from the training loader? `learn.summary` asks about one of its batches, which is then in a list"
+        train,dl = self.dls.train,self.learn.dl
+        if not has_views(train) or len(self.learn.xb)!=1: return False
+        return has_views(dl) if hasattr(dl, 'dataset') else self.learn.xb[0].ndim==train.one_batch()[0].ndim
 
 class OnViews(nn.Module):
     "Any net, on all views of a batch at once: `net(x1, x2)` is `(2, B, ...)` in training."

@@ -9,7 +9,7 @@ __all__ = ['generalization_gap', 'unevenness', 'GeneralizationGap']
 import inspect
 from fastai.basics import *
 from fastai.callback.training import GradientAccumulation
-from .terms import LossTerms, Remembers
+from .terms import Remembers
 
 # %% ../../nbs/reflective/11_gap.ipynb #e34692c6
 def generalization_gap(train:Tensor, # `(2, C)` training images predicted right, and how many there were, by class

@@ -23,7 +23,7 @@ presets = { # Arguments of each part
                   ks=dict(**_features, weight=1., adapt=0., mode='add', on='logits', normalize='none'),
                   kc=dict(granularity='global')),
     'published': dict(kr=dict(**_last_visit, weight=1., on='logits', count_scale=True),
-                      ks=dict(**_features, weight=1., adapt=0., mode='replace', temperature=1., smoothing=.1),
+                      ks=dict(**_features, weight=1., adapt=0., mode='replace', temperature=1., smoothing=.1, each_expert=True),
                       kc=dict(granularity='tensor')),
     'v0.0.1': dict(kr=dict(adapt=6., prior=1., memory=0.), ks=dict(resemblance='features', alpha=.97, adapt=6.), kc={}),
 }

@@ -25,7 +25,7 @@ def check_adapt(adapt:str|float # Checked
     else: check_number('adapt', adapt, 'a power', least=0)
 
 class KnowledgeReview(Remembers):
-    "Adds the KL divergence from each sample's remembered prediction, where that was right, to its present one (LTRL eq. 1 to 4); raises `ValueError` if arguments are unknown or clash."
+    "Add the KL divergence from each sample's remembered prediction to its present one (LTRL eq. 1 to 4); raises `ValueError` if arguments clash."
     order,run_valid = GradientAccumulation.order-2,False
     needs,columns = (SampleIds,GeneralizationGap,LossTerms),('base_loss','review_loss','review_weight','right')
     remembered,_stateattrs = ('teachers',),('teachers','_recalled','_dataset','_of_lineage')

@@ -25,7 +25,7 @@ def class_predictions(sums:Tensor, # `(C, C+1)` probabilities of right predictio
     return torch.where(total>0, sums[:,:-1]/total.clamp(min=1), previous.to(sums))
 
 class KnowledgeSummary(Remembers):
-    "Softens labels by what the classes have in common, taken anew after each epoch (LTRL eq. 5 to 8); raises `ValueError` if `mode`, `on` or `resemblance` is unknown or `smoothing>=1`."
+    "Soften labels by what the classes have in common (LTRL eq. 5 to 8); raises `ValueError` for an unknown option or `smoothing>=1`."
     order,run_valid = GradientAccumulation.order-2,False
     needs,columns = (GeneralizationGap,LossTerms),('base_loss','summary_loss')
     remembered = ('bank','centers','similarity','learned','predictions')
@@ -41,7 +41,8 @@ class KnowledgeSummary(Remembers):
         adapt:str|float='auto', # 'auto': soften by twice the generalization gap, at most 1-alpha; a number: multiply by the share of right predictions to this power; 0: constant
         smoothing:float=0., # Label smoothing until there is something to soften by (0.1 in the published code)
         head:str|nn.Module|None=None, # The classifier head, whose input is the feature; default: `find_head`
-        resemblance:str='predictions' # 'predictions': mean right prediction of each class; 'features': cosine similarity of median features (the paper)
+        resemblance:str='predictions', # 'predictions': mean right prediction of each class; 'features': cosine similarity of median features (the paper)
+        each_expert:bool=False # Soften the label of each expert, as the loss's `summary_logits` gives them (published code)? Else that of their mean
     ):
         if mode not in ('add','replace'): raise ValueError(f"mode: expected 'add' or 'replace', got {mode!r}")
         if on not in ('trained','logits'): raise ValueError(f"on: expected 'trained' or 'logits', got {on!r}")
@@ -100,7 +101,13 @@ class KnowledgeSummary(Remembers):
         if soft is None: return
         view = terms.trained_logits(logits) if self.on=='trained' else logits
         if self.mode=='add': terms.add('summary', self.weight*self.strength*soft_cross_entropy(view, soft))
-        else: terms.add('summary', soft_cross_entropy(view, soft - F.one_hot(y, n_classes)), correct=False)
+        else: self._replace(soft - F.one_hot(y, n_classes), view)
+
+    def _replace(self, difference, view):
+        "Add what it makes of the loss that the label is softened by `difference`"
+        terms,views = self.learn.loss_terms,[view]
+        if self.each_expert and hasattr(terms.fit_loss, 'summary_logits'): views = terms.fit_loss.summary_logits(self.learn.pred)
+        if views: terms.add('summary', sum(soft_cross_entropy(o, difference) for o in views), correct=False)
 
     def _known_classes(self, n_classes):
         "As many as what is remembered is about; `n_classes` if there is nothing"

@@ -948,6 +948,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'ltrl_fastai/experiments/summary.py'),
                                                  'ltrl_fastai.experiments.summary._draw_gains': ( 'experiments/summary.html#_draw_gains',
                                                                                                   'ltrl_fastai/experiments/summary.py'),
+                                                 'ltrl_fastai.experiments.summary._is_first_version': ( 'experiments/summary.html#_is_first_version',
+                                                                                                        'ltrl_fastai/experiments/summary.py'),
                                                  'ltrl_fastai.experiments.summary._name_of': ( 'experiments/summary.html#_name_of',
                                                                                                'ltrl_fastai/experiments/summary.py'),
                                                  'ltrl_fastai.experiments.summary._num': ( 'experiments/summary.html#_num',

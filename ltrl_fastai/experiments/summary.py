@@ -212,10 +212,16 @@ def evidence(folder:Path # With the folders of comparisons by a protocol
 def _name_of(config, label):
     "The preset, if its parts are on and nothing else was changed; else the parts that are, and what was changed"
     if config is None: return None
-    on,usual = [k for k in ('kr','ks','kc') if config[k]],ReflectiveLearning(preset=config['preset'])
+    preset = 'v0.0.1' if config['preset']=='default' and _is_first_version(config) else config['preset']
+    on,usual = [k for k in ('kr','ks','kc') if config[k]],ReflectiveLearning(preset=preset)
     changed = re.search(r'\(.*\)$', label)
     same = on==[k for k in usual.parts if usual.is_on(k)] and not changed
-    return config['preset'] if same else ' + '.join(map(str.upper, on)) + (f' {changed[0]}' if changed else '')
+    return preset if same else ' + '.join(map(str.upper, on)) + (f' {changed[0]}' if changed else '')
+
+def _is_first_version(config):
+    "Was it recorded by version 0.0.1, whose parts had fewer arguments?"
+    review,summary = config['kr'],config['ks']
+    return bool(review) and 'memory' not in review or bool(summary) and 'resemblance' not in summary
 
 def _rounded(v): return None if v is None or math.isnan(v) else round(float(v), 2)
 

@@ -13,10 +13,11 @@ from .terms import Remembers
 
 # %% ../../nbs/reflective/11_gap.ipynb #e34692c6
 def generalization_gap(train:Tensor, # `(2, C)` training images predicted right, and how many there were, by class
-                       valid:Tensor # `(2, C)` the same for validation images
+                       valid:Tensor, # `(2, C)` the same for validation images
+                       least:int=3 # Classes with fewer validation images are left out: their accuracy is too uncertain
                       ) -> Tensor: # Scalar from 0 to 1
-    "Mean over classes of training accuracy minus validation accuracy, at least 0; classes without images in either are left out."
-    both = (train[1]>0) & (valid[1]>0)
+    "Mean over classes of training accuracy minus validation accuracy, at least 0; classes without training images are left out, too."
+    both = (train[1]>0) & (valid[1]>=least)
     accuracies = [right/total.clamp(min=1) for right,total in (train,valid)]
     difference = torch.where(both, accuracies[0]-accuracies[1], 0.)
     return (difference.sum()/both.sum().clamp(min=1)).clamp(min=0.)

@@ -84,7 +84,8 @@ _published = {
     'mdcs': "Its authors: batches of 64, steps at 50%, 80% and 95% of 400 epochs.",
     'paco': "Its authors: learning rate 0.05.",
     'ncl': "Its authors: batches of 64, weight decay 2e-4.",
-    'weight-balancing': "Its authors: a ResNet-34, 320 epochs of half a cosine from 0.01, batches of 64. Here: net and schedule of the other rows, and its weight decay.",
+    'weight-balancing': "Its authors: a ResNet-34, 320 epochs of half a cosine from 0.01, batches of 64. "
+        "Here: net, shape of the schedule and batches of the other rows, its weight decay and its learning rate.",
 }
 _decay = "Weight decay is what this method tunes. Here: {:g}, which its authors found on CIFAR-100-LT; the slides give none for this data. Other rows: `--set wd={:g}`."
 _of_method = {

@@ -150,3 +150,36 @@ def test_fault_15_in_a_learner_of_your_own():
     learn = Learner(learn.dls, net_of(), opt_func=partial(benchmark_sgd, nesterov=False), loss_func=CrossEntropyLossFlat())
     learn.create_opt()
     assert learn.opt.hypers[0]['wd'] == 0. and 'wd' in inspect.signature(benchmark_sgd).parameters
+
+
+def test_fault_25_constants_of_a_method():
+    "A run's settings reach the loss and the stages; a constant that a method lacks is refused before training"
+    counts = [100, 10, 1]
+    of = lambda name, **args: RunSettings(method=name, method_args=args).made_method()
+    assert of('sade', tau=1.).loss(counts).tau == 1. and of('sade').loss(counts).tau == 2.
+    ride = of('ride', diversity=.2, spread=.02).loss(counts)
+    assert ride.diversity == .2 and ride.temperature.max() == 1. and of('ride').loss(counts).diversity == .45
+    lade = of('lade', lam=.5, alpha=.05).loss(counts).func
+    assert (lade.lam, lade.alpha) == (.5, .05)
+    stage, = of('mislas', head=.3, tail=0., factor=.05).then
+    assert stage.lr(.1) == pytest.approx(.005) and stage.prepare.keywords == dict(head=.3, tail=0.)
+    for name, args, said in (('sade', dict(tua=1.), "Did you mean 'tau'"), ('softmax', dict(tau=1.), 'none that can be changed')):
+        with pytest.raises(ValueError, match=said): RunSettings(method=name, method_args=args)
+    with pytest.raises(ValueError, match='method_args: expected names and values'): RunSettings(method='sade', method_args=3)
+    res, _ = train_run(RunSettings(method='mislas', method_args=dict(head=.3, tail=0., factor=.05, mixup=.2), **small), bar=False, test=False)
+    assert res['settings']['method_args']['factor'] == .05
+
+
+class Rates(Callback):
+    def __init__(self): self.seen = []
+    def before_step(self): self.seen.append([h['lr'] for h in self.opt.hypers])
+
+
+@pytest.mark.parametrize('schedule,at', [('thirds', {.1: 1., .5: .1, .9: .01}), ('steps-60-80', {.4: 1., .7: .1, .9: .01}),
+                                         ('steps-hundredth', {.5: 1., .85: .01, .95: 1e-4}), ('steps-60-80-hundredth', {.5: 1., .7: .01, .9: 1e-4})])
+def test_fault_25_schedules_and_a_slower_body(schedule, at):
+    rates = Rates()
+    train_run(RunSettings(method='ride', epochs=20, n_max=20, schedule=schedule, lr=.01, body_lr=.001), bar=False, cbs=rates, test=False)
+    for share, factor in at.items():
+        body, head = rates.seen[int(share*len(rates.seen))]
+        assert head == pytest.approx(.01*factor, rel=1e-5) and body == pytest.approx(.1*head), share

@@ -55,7 +55,7 @@ class Recipe:
 
 # %% ../../nbs/experiments/08_recipes.ipynb #c6467101
 _benchmarks = {
-    'CIFAR100-LT': dict(dataset='cifar100-lt', imbalance_factor=100., net='resnet32', schedule='steps', epochs=200, lr=.1, bs=128, wd=5e-4),
+    'CIFAR100-LT': dict(dataset='cifar100-lt', keep_train=True, imbalance_factor=100., net='resnet32', schedule='steps', epochs=200, lr=.1, bs=128, wd=5e-4),
     'ImageNet-LT': dict(dataset='imagenet-lt', net='resnext50_32x4d', schedule='cosine', epochs=180, lr=.1, bs=256, wd=5e-4),
     'Places-LT': dict(dataset='places-lt', net='resnet152', pretrained=True, schedule='cosine', epochs=30, lr=.01, bs=128, wd=5e-4),
     'iNaturalist2018': dict(dataset='inaturalist18', net='resnet50', schedule='cosine', epochs=200, lr=.2, bs=512, wd=2e-4),
@@ -84,7 +84,8 @@ _published = {
     'mdcs': "Its authors: batches of 64, steps at 50%, 80% and 95% of 400 epochs.",
     'paco': "Its authors: learning rate 0.05.",
     'ncl': "Its authors: batches of 64, weight decay 2e-4.",
-    'weight-balancing': "Its authors: a ResNet-34, 320 epochs of half a cosine from 0.01, batches of 64. Here: net and schedule of the other rows, and its weight decay.",
+    'weight-balancing': "Its authors: a ResNet-34, 320 epochs of half a cosine from 0.01, batches of 64. "
+        "Here: net, shape of the schedule and batches of the other rows, its weight decay and its learning rate.",
 }
 _decay = "Weight decay is what this method tunes. Here: {:g}, which its authors found on CIFAR-100-LT; the slides give none for this data. Other rows: `--set wd={:g}`."
 _of_method = {
@@ -253,7 +254,7 @@ def _recipe(table, row, column, bench, reported, remarks=(), review=None, **chan
     return Recipe(name, table, row, column, method=method, reflective=rl, reported=reported, notes=tuple(o for o in notes if o), **made)
 
 # %% ../../nbs/experiments/08_recipes.ipynb #b48cdb78
-_classes = {'cifar100-lt': (35,35,30), 'imagenet-lt': (385,479,136), 'places-lt': (131,163,71), 'inaturalist18': (842,3701,3599)} # Many, Medium, Few; CIFAR at IF 100
+_classes = {'cifar100-lt': (35,35,30), 'imagenet-lt': (385,479,136), 'places-lt': (131,163,71), 'inaturalist18': (842,4076,3224)} # Many, Medium, Few; CIFAR at IF 100
 
 def _implied(dataset, reported):
     "All, of the other three; None if they are not there"

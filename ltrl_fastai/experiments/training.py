@@ -20,8 +20,9 @@ from ..data.lists import imagenet_lt, places_lt, inaturalist18
 from ..data.own import own_images
 from ..methods.nets import create_net
 from ..methods.heads import pretrained_net
-from ..methods.catalogue import methods
-from ..methods.optimizer import benchmark_sgd
+from ..methods.catalogue import method_with, methods
+from ..methods.method import Method
+from ..methods.optimizer import BodyRate, benchmark_sgd, body_and_head
 from ..evaluation.metrics import shot_accuracies
 from ..evaluation.report import ShotReport
 from ..evaluation.shift import adapted_table, shifted_table, world_loaders
@@ -58,11 +59,26 @@ def spec_of(dataset:str # A name in `datasets`, or a folder or CSV file
 
 def _one_cycle(learn, epochs, lr, cbs): learn.fit_one_cycle(epochs, lr, pct_start=min(.25, 5/epochs), cbs=cbs)
 def _by(learn, epochs, sched, cbs): learn.fit(epochs, cbs=L(ParamScheduler({'lr': sched}))+L(cbs))
-def _steps(lr, warm): return lambda pos: lr*pos/warm if pos<warm else lr*.1**((pos>=.8)+(pos>=.9))
+def _steps(lr, warm, factor, at): return lambda pos: lr*pos/warm if pos<warm else lr*factor**sum(pos>=o-1e-9 for o in at)
+def _stepwise(*at, factor=.1, warm=5):
+    "A schedule that multiplies the rate at shares of the epochs, after epochs of warm-up"
+    def fit(learn, epochs, lr, cbs): _by(learn, epochs, _steps(lr, min(.25, warm/epochs), factor, at), cbs)
+    return fit
+def _warm_cosine(learn, epochs, lr, cbs):
+    warm = min(.25, 10/epochs)
+    _by(learn, epochs, lambda pos: lr*pos/warm if pos<warm else SchedCos(lr, 0.)((pos-warm)/(1-warm)), cbs)
 schedules = { # By name: a function of learner, epochs, largest learning rate and callbacks, which trains
     'one-cycle': _one_cycle,
-    'steps':  lambda learn, epochs, lr, cbs: _by(learn, epochs, _steps(lr, min(.25, 5/epochs)), cbs), # 5 epochs of warm-up; a tenth from 80% on, a hundredth from 90%
+    'steps':  _stepwise(.8, .9), # 5 epochs of warm-up; a tenth from 80% on, a hundredth from 90%: CIFAR
+    'steps-hundredth': _stepwise(.8, .9, factor=.01), # a hundredth at each step: LDAM and RIDE on CIFAR
+    'steps-60-80-hundredth': _stepwise(.6, .8, factor=.01), # BBN on CIFAR
+    'steps-60-80': _stepwise(.6, .8), # iNaturalist 2018, and RIDE on ImageNet-LT
+    'steps-50-80-90': _stepwise(.5, .8, .9), # 400 epochs on CIFAR
+    'steps-50-80-95': _stepwise(.5, .8, .95, warm=10), # MDCS on CIFAR
+    'steps-60-80-90': _stepwise(.6, .8, .9), # 400 epochs on iNaturalist 2018
+    'thirds': _stepwise(1/3, 2/3, warm=0), # no warm-up: Places-LT
     'cosine': lambda learn, epochs, lr, cbs: _by(learn, epochs, SchedCos(lr, 0.), cbs),
+    'warm-cosine': _warm_cosine, # 10 epochs of warm-up: PaCo
 }
 
 def one_of(name:str, # Of the argument, for the message
@@ -92,10 +108,12 @@ class RunSettings:
     dataset:str='digits-lt' # A name in `datasets`, or a folder or CSV file of your own images
     imbalance_factor:float|None=None # Largest over smallest class, >= 1; None for data that are long-tailed already
     method:str='bsce' # A name in `methods`
+    method_args:dict|None=None # Constants of the method that differ from its defaults, such as {'tau': 1.}: see `method_with`
     net:str|None=None # See `create_net`
     epochs:int|None=None # Of training
     schedule:str='one-cycle' # Of the learning rate, a name in `schedules`
     lr:float|None=None # Largest learning rate
+    body_lr:float|None=None # Largest learning rate of all but the head, in the first stage; default: `lr`
     bs:int|None=None # Batch size
     wd:float|None=None # Weight decay; default: 5e-4, or what the method can't do without
     nesterov:bool|None=None # Nesterov momentum? Default: as the method's authors have it
@@ -114,6 +132,7 @@ class RunSettings:
     data:str|None=None # Where the data set is, if not where fastai keeps it
     diagnose:bool=False # Keep how predictions drift, what is right and where gradients conflict, by class and epoch? Changes no weight
     reflective:dict|None=None # Arguments of `ReflectiveLearning`; None trains without it
+    keep_train:bool=False # CIFAR-LT: keep the published training set whole, though its largest class then has no validation image
     skip_broken:bool=False # Leave out images that can't be read? The result names them
 
     def __post_init__(self):
@@ -122,12 +141,17 @@ class RunSettings:
             check_type(f.name, value, f.type)
             if isinstance(value, str) and not value.strip() and f.name!='dataset': raise ValueError(
                 f"{f.name}: expected a text that is not empty, got {value!r}. Leave it out for the default.")
+        if not isinstance(self.method_args, dict|None): raise ValueError(
+            f"method_args: expected names and values, such as {{'tau': 1.}}, got {self.method_args!r}.")
         spec = spec_of(self.dataset)
         one_of('method', self.method, methods); one_of('schedule', self.schedule, schedules)
         for k,v in {**spec['defaults'], 'wd': 5e-4, 'nesterov': True, **methods[self.method].defaults}.items():
             if getattr(self, k) is None: setattr(self, k, v)
+        self.made_method() # refuses arguments that it has not
         if 'takes' in spec: self._check_takes(spec['takes'])
         else: check_imbalance_factor(self.imbalance_factor)
+        if self.keep_train and not self.dataset.startswith('cifar'): raise ValueError(
+            f"keep_train: this is for CIFAR-LT; {self.dataset} has validation images of its own. Leave it out.")
         if self.skip_broken and 'takes' not in spec: raise ValueError(
             f"skip_broken: {self.dataset} is complete, or can't be used; this is for images of your own and for lists. Leave it out.")
         for k in ('epochs','bs','n_max','n_valid','size'):
@@ -136,7 +160,8 @@ class RunSettings:
             if not 0<=getattr(self, k)<2**32: raise ValueError(f"{k}: expected 0 to 2**32-1, got {getattr(self, k)}.")
         for k in ('wd','crop','cut'):
             if getattr(self, k) is not None and not 0<=getattr(self, k)<math.inf: raise ValueError(f"{k}: expected 0 or more, got {getattr(self, k)}.")
-        if not 0<self.lr<math.inf: raise ValueError(f"lr: expected a finite learning rate above 0, got {self.lr}.")
+        for k in ('lr','body_lr'):
+            if getattr(self, k) is not None and not 0<getattr(self, k)<math.inf: raise ValueError(f"{k}: expected a finite learning rate above 0, got {getattr(self, k)}.")
         if self.data is not None and self.dataset=='digits-lt': raise ValueError("data: digits-lt is installed with scikit-learn and is not read from a path.")
 
     def _check_takes(self, takes):
@@ -162,7 +187,12 @@ class RunSettings:
         tfms = {**datasets[self.dataset].get('tfms', {}), **{k: getattr(self, k) for k in ('policy','crop','flip','cut') if getattr(self, k) is not None}}
         kw = dict(path=self.data) if self.data is not None else {}
         kw.update({k: getattr(self, k) for k in ('n_max','n_valid','size') if getattr(self, k) is not None})
+        if self.keep_train: kw['keep_train'] = True
         return datasets[self.dataset]['make'](self.imbalance_factor, data_seed=self.data_seed, bs=self.bs, tfms=tfms, **kw)
+
+    def made_method(self) -> Method:
+        "The method, with the constants of `method_args`; raises `ValueError` for one that it does not have."
+        return method_with(self.method, **(self.method_args or {}))
 
     def learner(self) -> Learner:
         "A learner, seeded: data, net, loss, metrics and callbacks as settings say."
@@ -172,8 +202,9 @@ class RunSettings:
         net = pretrained_net(self.net, dls.c) if self.pretrained else create_net(self.net, dls.c, n_in=dls.n_in)
         cbs = ([] if self.reflective is None else [ReflectiveLearning(**self.reflective)]) + ([Diagnosis()] if self.diagnose else [])
         sgd = partial(benchmark_sgd, nesterov=self.nesterov, decouple_wd=self.decouple_wd)
-        return methods[self.method].learner(dls, net, counts, cbs, opt_func=sgd, wd=self.wd, wd_bn_bias=self.wd_bn_bias, moms=(.9,.9,.9),
-                                            metrics=shot_accuracies(counts))
+        groups = {} if self.body_lr is None else dict(splitter=body_and_head)
+        return self.made_method().learner(dls, net, counts, cbs, opt_func=sgd, wd=self.wd, wd_bn_bias=self.wd_bn_bias, moms=(.9,.9,.9),
+                                          metrics=shot_accuracies(counts), **groups)
 
     def check(self, worlds:bool=False # Is the run to be measured in other worlds too?
              ) -> list: # Texts that a user of the data should know
@@ -303,7 +334,7 @@ def _cudnn_flags_kept():
     finally: torch.backends.cudnn.deterministic,torch.backends.cudnn.benchmark = flags
 
 def _train_run(settings, bar, test, checkpoint, cbs, worlds):
-    start,method,hists,kept = time.time(),methods[settings.method],[],[]
+    start,method,hists,kept = time.time(),settings.made_method(),[],[]
     learn = settings.learner()
     data = listing_summary(data_listing(learn.dls))
     if not test: learn.dls.loaders = learn.dls.loaders[:2] # so that no stage looks at it
@@ -314,7 +345,8 @@ def _train_run(settings, bar, test, checkpoint, cbs, worlds):
             mine = plain(dataclasses.asdict(settings))
             keep = [] if checkpoint is None else [Checkpoint(stage_file(checkpoint, i), identity=[i, mine] if i else mine)]
             kept.extend(keep)
-            return L(cbs) + [_Diverged(settings.lr)] + keep
+            rates = [BodyRate(settings.body_lr/settings.lr)] if settings.body_lr is not None and i==0 else []
+            return L(cbs) + rates + [_Diverged(settings.lr)] + keep
         method.fit(learn, settings.epochs, settings.lr, schedules[settings.schedule], of_stage, lambda i: hists.append(history(learn)))
     valid = ShotReport.from_learner(learn, label=label_of(settings))
     test = learn.dls.test is not None

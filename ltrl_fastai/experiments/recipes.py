@@ -45,6 +45,7 @@ class Recipe:
         if not 0<budget<=1: raise ValueError(f"budget: expected a share of the schedule, above 0 and at most 1, got {budget}.")
         if budget<1 and 'epochs' in over: raise ValueError("epochs: they are given, and a budget to shorten them by too. Leave one of the two.")
         mine = {k: deepcopy(getattr(self, k)) for k in 'dataset imbalance_factor net pretrained method reflective schedule epochs lr bs wd nesterov policy'.split()}
+        mine['keep_train'] = over.get('dataset', self.dataset).startswith('cifar') # the published training set
         return RunSettings(**{**mine, 'epochs': max(1, round(self.epochs*budget)), **over})
 
     def mark(self, budget:float=1., # Share of the schedule
@@ -55,7 +56,7 @@ class Recipe:
 
 # %% ../../nbs/experiments/08_recipes.ipynb #c6467101
 _benchmarks = {
-    'CIFAR100-LT': dict(dataset='cifar100-lt', keep_train=True, imbalance_factor=100., net='resnet32', schedule='steps', epochs=200, lr=.1, bs=128, wd=5e-4),
+    'CIFAR100-LT': dict(dataset='cifar100-lt', imbalance_factor=100., net='resnet32', schedule='steps', epochs=200, lr=.1, bs=128, wd=5e-4),
     'ImageNet-LT': dict(dataset='imagenet-lt', net='resnext50_32x4d', schedule='cosine', epochs=180, lr=.1, bs=256, wd=5e-4),
     'Places-LT': dict(dataset='places-lt', net='resnet152', pretrained=True, schedule='cosine', epochs=30, lr=.01, bs=128, wd=5e-4),
     'iNaturalist2018': dict(dataset='inaturalist18', net='resnet50', schedule='cosine', epochs=200, lr=.2, bs=512, wd=2e-4),

@@ -26,8 +26,8 @@ def generalization_gap(train:Tensor, # `(2, C)` training images predicted right,
 def unevenness(class_counts:Tensor, # `(C,)` training images by class
                loss:Callable, # The loss function
               ) -> Tensor: # Scalar, at least 0, in nats
-    """Standard deviation over classes of the log prior that `loss` leads to: 0 if it aims at even classes.
-    Reads `trained_logits` of the loss, and the class weights of a cross-entropy; classes without an image are left out. A loss with `balances_classes=True` has 0."""
+    "Standard deviation over classes of the log prior that `loss` leads to; 0 if it aims at even classes, or says so by `balances_classes`."
+    # Reads `trained_logits`, and the class weights of a cross-entropy; classes without an image are left out.
     if getattr(loss, 'balances_classes', False): return class_counts.new_zeros(())
     counts = class_counts.float()
     zeros = counts.new_zeros(1, len(counts))

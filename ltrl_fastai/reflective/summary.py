@@ -147,8 +147,7 @@ class KnowledgeSummary(Remembers):
 
     @property
     def strength(self) -> Tensor|float|None:
-        """How much of the softening is in force. With `adapt='auto'`: the generalization gap of the last epoch, None while the summary rests;
-        with a number: the share of samples that the last epoch predicted right, to that power."""
+        "The generalization gap (None while the summary rests) with `adapt='auto'`, else the share of right predictions to the power `adapt`."
         if self.adapt=='auto': return self.learn.generalization_gap.strength
         return 1. if self.learned is None else self.learned**self.adapt
 

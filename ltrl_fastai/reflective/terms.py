@@ -307,8 +307,7 @@ def _equal(x, y):
     return isinstance(same, bool) and same
 
 class Remembers(Companion):
-    """A `Companion` whose `remembered` attributes belong to one model and one data set: it calls `reset` before a training pass if either has changed.
-    A change is another learner, weights that were loaded or replaced since the last training pass, other items, or other class names."""
+    "A `Companion` whose `remembered` attributes belong to one model and one data set: `belongs` resets them if either has changed."
     needs,remembered = (LossTerms,),()
     _of_lineage,_dataset,_taken_back = None,None,False
 

@@ -1,0 +1,185 @@
+"What callbacks remember belongs to one model and one data set (fault 6), and goes when either changes."
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from fastai.vision.all import (Callback, CancelFitException, DataLoader, DataLoaders, Datasets, Learner, TfmdDL, nn,
+                               params, set_seed)
+from ltrl_fastai.all import BalancedSoftmaxLoss, Diagnosis, ReflectiveLearning, class_counts, digits_lt
+from ltrl_fastai.reflective.terms import same_items
+
+
+def fixed():
+    "Review and summary of constant strength, so that they act from the second epoch on"
+    return ReflectiveLearning(kr=dict(weight=1., adapt=0.), ks=dict(adapt=0., alpha=.9))
+
+
+def learner(cbs, dls=None):
+    dls = dls or digits_lt(device='cpu', n_max=40)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+    return Learner(dls, net, loss_func=BalancedSoftmaxLoss(class_counts(dls)), cbs=cbs)
+
+
+def fit(learn, epochs=1, **kwargs):
+    "The review loss and the summary loss of each epoch"
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, 1e-2, **kwargs)
+    return [(o['review_loss'], o['summary_loss']) for o in learn.loss_terms.history[-epochs:]]
+
+
+def begins_anew(learn):
+    "Does the next epoch know nothing of earlier ones?"
+    return fit(learn) == [(None, None)]
+
+
+def test_fault_06_one_callback_on_several_learners():
+    rl, dls = ReflectiveLearning(kr=dict(weight=1., adapt=0.), ks=dict(adapt=0., alpha=.9)), digits_lt(device='cpu', n_max=40)
+    for _ in range(3):
+        learn = learner(rl, dls)
+        first, second = fit(learn, 2)
+        assert first == (None, None) and None not in second
+
+
+def loaded(learn, tmp_path):
+    learn.path = tmp_path
+    learn.save('before')
+    fit(learn)
+    learn.load('before')
+
+
+def another_model(learn, tmp_path): learn.model = learner(None).model
+def removed_and_added(learn, tmp_path):
+    rl = learn.reflective_learning
+    learn.remove_cb(rl)
+    learn.add_cb(rl)
+def other_data(learn, tmp_path): learn.dls = digits_lt(device='cpu', n_max=40, data_seed=1)
+def state_dict_loaded(learn, tmp_path): learn.model.load_state_dict(learner(None).model.state_dict())
+def new_head(learn, tmp_path): learn.model[3] = nn.Linear(16, 10)
+def one_weight_nudged(learn, tmp_path):
+    with torch.no_grad(): next(learn.model.parameters())[0, 0] += 1e-3
+def two_units_swapped(learn, tmp_path):
+    with torch.no_grad(): learn.model[1].weight[:2] = learn.model[1].weight[[1, 0]]
+def trained_elsewhere(learn, tmp_path):
+    other = Learner(learn.dls, learn.model, loss_func=learn.loss_func)
+    with other.no_bar(), other.no_logging(): other.fit(1, 1e-2)
+
+
+changes = [loaded, another_model, removed_and_added, other_data, state_dict_loaded, new_head, one_weight_nudged, two_units_swapped,
+           trained_elsewhere]
+
+
+@pytest.mark.parametrize('change', changes)
+def test_fault_06_memories_go_with_the_model_or_the_data(change, tmp_path):
+    learn = learner(fixed())
+    fit(learn, 2)
+    assert None not in fit(learn)[0]  # they outlast a fit
+    change(learn, tmp_path)
+    assert begins_anew(learn)
+
+
+def nothing(learn): pass
+def looked_at(learn):
+    learn.validate()
+    with learn.no_bar(): learn.get_preds(ds_idx=0)
+    learn.lr_find(show_plot=False, num_it=5)
+def copied_with_its_weights(learn): learn.model = deepcopy(learn.model)
+def moved(learn): learn.model.to('cpu')
+def toggled(learn): learn.reflective_learning.switch(kr=False).switch(kr=True)
+def frozen(learn):
+    for p in learn.model[1].parameters(): p.requires_grad_(False)
+
+
+@pytest.mark.parametrize('what', [nothing, looked_at, copied_with_its_weights, moved, toggled, frozen])
+def test_memories_outlast(what):
+    learn = learner(fixed())
+    fit(learn, 2)
+    what(learn)
+    assert None not in fit(learn)[0]
+
+
+class Items:
+    "A data set with items, as fastai's are, and a transform"
+    vocab = list('abc')
+    def __init__(self, items, scale=1.): self.items, self.scale = items, scale
+    def __len__(self): return len(self.items)
+    def __getitem__(self, i): return self.scale*torch.randn(4), i % 3
+
+
+def small(train):
+    loss, valid = BalancedSoftmaxLoss([20, 20, 20]), Items(list(range(12)))
+    dls = DataLoaders(DataLoader(train, bs=20, shuffle=True), DataLoader(valid, bs=12))
+    return Learner(dls, nn.Linear(4, 3), loss_func=loss, cbs=fixed())
+
+
+def test_the_same_items_through_other_transforms_keep_memories():
+    "As in progressive resizing"
+    learn = small(Items(list(range(60))))
+    fit(learn, 2)
+    learn.dls.train.dataset = Items(list(range(60)), scale=2.)
+    assert None not in fit(learn)[0]
+    learn.dls.train.dataset = Items(list(range(1, 61)))
+    assert begins_anew(learn)
+
+
+def renamed(items):
+    res = Items(items)
+    res.vocab = list('xyz')
+    return res
+
+
+@pytest.mark.parametrize('a, b, same', [
+    (Items([1, 2]), Items([1, 2]), True), (Items([1, 2]), Items([2, 1]), False), (Items([1, 2]), Items([1]), False),
+    (Items([1, 2]), renamed([1, 2]), False), (Items(np.arange(3)), Items(np.arange(3)), True), (Items(torch.arange(3)), Items(torch.ones(3)), False),
+    (Items([np.arange(2)]), Items([np.arange(2)]), False), (Items([1]), Items((1,)), False), ([1, 2], [1, 2], False),
+    (Datasets([1, 2], [[lambda o: o]]), Datasets([1, 2], [[lambda o: -o]]), True)])
+def test_same_items(a, b, same):
+    assert same_items(a, b) == same and same_items(a, a)
+
+
+class Stops(Callback):
+    "Cancels the fit in the middle of its second epoch"
+    def before_batch(self):
+        if self.training and self.epoch == 1 and self.iter == 2: raise CancelFitException
+
+
+def test_a_cancelled_fit_leaves_what_it_remembers():
+    learn = learner(fixed())
+    with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2, cbs=Stops())
+    assert None not in fit(learn)[0]
+
+
+class Crashes(Callback):
+    def before_batch(self):
+        if self.training and self.epoch == 1 and self.iter == 2: raise KeyboardInterrupt
+
+
+def test_an_interrupted_fit_leaves_what_it_remembers():
+    learn = learner(fixed())
+    with pytest.raises(KeyboardInterrupt), learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2, cbs=Crashes())
+    assert None not in fit(learn)[0]
+
+
+def test_diagnosis_belongs_to_a_model():
+    learn = learner([fixed(), Diagnosis()])
+    fit(learn, 2)
+    assert np.isfinite(learn.diagnosis.kl[-1]).any()
+    another_model(learn, None)
+    fit(learn)
+    assert np.isnan(learn.diagnosis.kl[0]).all()
+
+
+def test_weights_that_are_nan_begin_anew():
+    learn = learner(fixed())
+    fit(learn, 2)
+    with torch.no_grad(): learn.model[1].weight.fill_(float('nan'))
+    assert begins_anew(learn)
+    assert all(p.isnan().any() for p in params(learn.model)[:1])
+
+
+def test_loaders_that_are_copied_keep_memories():
+    set_seed(0)
+    learn = learner(fixed())
+    fit(learn, 2)
+    learn.dls = DataLoaders(learn.dls.train.new(), learn.dls.valid, device='cpu')
+    assert None not in fit(learn)[0]
+    assert isinstance(learn.dls.train, TfmdDL) or learn.dls.train.dataset is not None

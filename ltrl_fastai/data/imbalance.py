@@ -124,7 +124,11 @@ def _class_index(o, kind):
 def eval_view(ds:Any # A training set: fastai `Datasets`, or anything with a `split_idx`
              ) -> Any: # Of the same kind
     "The same items, to be looked at without augmentation; its targets stay known."
-    if not isinstance(ds, Datasets): res = copy(ds); res.split_idx = 1; return res
+    if not isinstance(ds, Datasets):
+        if not hasattr(ds, 'split_idx'): return ds # it has no transforms of fastai's
+        res = copy(ds)
+        res.split_idx = 1
+        return res
     res = Datasets(tls=[o._new(o.items, split_idx=1) for o in ds.tls], n_inp=ds.n_inp) # its own `split_idx` can't be set
     if getattr(ds, 'targets', None) is not None: res.targets = ds.targets
     return res

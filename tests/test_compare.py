@@ -181,7 +181,7 @@ def test_the_committed_evidence_is_that_of_the_results(tmp_path):
     keys = set('protocol imbalance_factor method rl seeds many medium few all train_accuracy command'.split())
     for o in rows: assert set(o) == keys | ({'gain_all', 'gain_few', 'ci_low', 'ci_high'} if o['rl'] else set())
     names = {o['rl'] for o in rows if o['protocol'] == 'P1' and o['method'] == 'bsce'}
-    assert {None, 'default', 'paper', 'published', 'KS', 'KR + KS', 'KR + KS + KC'} == names
+    assert {None, 'v0.0.1', 'paper', 'published', 'KS', 'KR + KS', 'KR + KS + KC'} == names
     with pytest.raises(ValueError, match='no comparison by a protocol'):
         (tmp_path/'a/runs').mkdir(parents=True); (tmp_path/'a/runs/x.json').write_text('{}'); evidence(tmp_path)
 

@@ -344,7 +344,7 @@ def test_target_values_are_looked_at_once_a_fit(dls, mlp, quick_fit, monkeypatch
     monkeypatch.setattr(terms, 'check_targets', lambda *args, read=None: reads.append(read) or check(*args, read=read))
     learn = learner(dls, mlp(), KnowledgeReview(adapt=0., memory=0.))
     for n in (1, 2): quick_fit(learn, n)
-    batches = len(dls.train)+len(dls.valid)
+    batches = 2*len(dls.train)+len(dls.valid)  # by the review and by the gap
     assert [i for i, o in enumerate(reads) if o] == [0, batches] and len(reads) == 3*batches
 
 

@@ -64,12 +64,14 @@ def feature_similarity(learn:Learner, # Trained
                       ) -> Tensor: # `(C, C)`
     "Cosine similarity of the classes' median features."
     dl = dl or learn.dls.valid.new(eval_view(learn.dls.train_ds))
-    module,feats = find_head(learn.model, head, learn.dls.c),[]
+    n_classes = getattr(learn.dls, 'c', None)
+    module,feats = find_head(learn.model, head, n_classes),[]
     hook = module.register_forward_pre_hook(lambda m, args: feats.append(args[0].detach().flatten(1).cpu()))
     try:
-        with learn.no_bar(): _,y = learn.get_preds(dl=dl, reorder=False)
+        with learn.no_bar(): preds,y = learn.get_preds(dl=dl, reorder=False)
     finally: hook.remove()
-    return class_similarity(class_centers(torch.cat(feats), y.as_subclass(Tensor).flatten().cpu(), learn.dls.c))
+    centers = class_centers(torch.cat(feats), y.as_subclass(Tensor).flatten().cpu(), n_classes or preds.shape[-1])
+    return class_similarity(centers)
 
 # %% ../../nbs/evaluation/02_diagnosis.ipynb #1fc9d945
 def shot_means(rows:list, # By epoch a value for each class; NaN where there is none

@@ -104,46 +104,46 @@ def train(
                   skip_broken=skip_broken)
     refl = dict(**{k: v for k,v in dict(kr=kr, ks=ks, kc=kc).items() if v is not None}, preset=preset)
     runs = ([None] if rl is False else []) + ([refl] if rl is not False else []) + ([None] if rl is None else [])
-    alone = contextlib.ExitStack() # until the command ends
-    try:
-        if rl is not False and not any(map(ReflectiveLearning(**refl).is_on, ('kr','ks','kc'))): raise ValueError(
-            "--no-kr: nothing of Reflective Learning is left, so there is nothing to compare. Add --ks or --kc, or train without it: --no-rl.")
-        todo = [RunSettings(**common, reflective=o) for o in runs]
-        out = out or Path('ltrl-runs')/_name(todo[0], both=rl is None)
-        settings = _identity(todo)
-        kept = [Checkpoint(out/f'.fit-{i}.pt') for i in range(2)]
-        _check_folder(out)
-        alone.enter_context(alone_in(out))
-        if _ready(out, kept, settings, lambda: data_listing(todo[0].dls()), resume, force, ['worlds']*worlds):
-            return typer.echo(f"Nothing to go on with: {out/'result.json'} is complete.")
-        for o in todo[0].check(worlds): typer.echo(f"Note: {o}")
-    except (ValueError, TypeError, OSError) as e: fail(e)
-    results = []
-    for s,cp in zip(todo, kept):
-        factor = 'as it is' if s.imbalance_factor is None else f'imbalance factor {s.imbalance_factor:g}'
-        typer.echo(f"\n{s.dataset}, {factor}, {s.net}, {label_of(s)}, {s.epochs} epochs, seed {s.seed}{', going on' if _begun([cp]) else ''}")
-        try: results.append(train_run(s, bar=True, checkpoint=cp.file, worlds=worlds))
-        except UnreadableImage as e: fail(str(e).rpartition('UnreadableImage: ')[2]) # of a process that loads, too
-        except (ForeignCheckpoint, UnreadableCheckpoint) as e: fail(f"{e} {_anew}")
-        except FloatingPointError as e: fail(e)
-        except KeyboardInterrupt: _interrupted(cp)
-        results[0][0]['identity'] = settings
-        write_json(results[0][0], out/'result.json') # a run that is done is kept, whatever becomes of the next
-    (res,_),*rest = results
-    on = 'accuracy' if 'accuracy' in res else 'valid_accuracy' # where there is no test set
-    if rest:
-        base,_ = rest[0]
-        res['baseline'] = dict(reflective=None, **{k: base[k] for k in (on, *'train_accuracy per_class history seconds'.split(), *['worlds']*worlds)})
-        res['gain'] = {k: None if a is None else round(a-base[on][k], 6) for k,a in res[on].items()}
-        write_json(res, out/'result.json')
-    for o in kept: o.remove()
-    first,*others = [r for _,r in reversed(results)]
-    fig = draw_report(first, *others); fig.savefig(out/'.per_class.png', dpi=120); (out/'.per_class.png').replace(out/'per_class.png')
-    where = 'validation images, since there is no test set' if on!='accuracy' else 'the test set' if s.imbalance_factor is None else 'the balanced test set'
-    typer.echo(f"\nAccuracy on {where}, in percent (number of classes), one seed:\n{first.table(*others).to_string()}")
-    if worlds: typer.echo(f"\nAccuracy over images in other worlds, by imbalance factor, in percent:\n{_worlds_table([(r.label, o) for o,r in reversed(results)])}")
-    if rest: typer.echo("One seed decides little: repeat with --seed 1, --seed 2 ... before you believe a gain.")
-    typer.echo(f"\nWritten: {out/'result.json'}, {out/'per_class.png'}\n{_next(s, rl)}")
+    with contextlib.ExitStack() as alone: # in the folder
+        try:
+            if rl is not False and not any(map(ReflectiveLearning(**refl).is_on, ('kr','ks','kc'))): raise ValueError(
+                "--no-kr: nothing of Reflective Learning is left, so there is nothing to compare. Add --ks or --kc, or train without it: --no-rl.")
+            todo = [RunSettings(**common, reflective=o) for o in runs]
+            out = out or Path('ltrl-runs')/_name(todo[0], both=rl is None)
+            settings = _identity(todo)
+            kept = [Checkpoint(out/f'.fit-{i}.pt') for i in range(2)]
+            _check_folder(out)
+            alone.enter_context(alone_in(out))
+            if _ready(out, kept, settings, lambda: data_listing(todo[0].dls()), resume, force, ['worlds']*worlds):
+                return typer.echo(f"Nothing to go on with: {out/'result.json'} is complete.")
+            for o in todo[0].check(worlds): typer.echo(f"Note: {o}")
+        except (ValueError, TypeError, OSError) as e: fail(e)
+        results = []
+        for s,cp in zip(todo, kept):
+            factor = 'as it is' if s.imbalance_factor is None else f'imbalance factor {s.imbalance_factor:g}'
+            typer.echo(f"\n{s.dataset}, {factor}, {s.net}, {label_of(s)}, {s.epochs} epochs, seed {s.seed}{', going on' if _begun([cp]) else ''}")
+            try: results.append(train_run(s, bar=True, checkpoint=cp.file, worlds=worlds))
+            except UnreadableImage as e: fail(str(e).rpartition('UnreadableImage: ')[2]) # of a process that loads, too
+            except (ForeignCheckpoint, UnreadableCheckpoint) as e: fail(f"{e} {_anew}")
+            except FloatingPointError as e: fail(e)
+            except KeyboardInterrupt: _interrupted(cp)
+            results[0][0]['identity'] = settings
+            write_json(results[0][0], out/'result.json') # a run that is done is kept, whatever becomes of the next
+        (res,_),*rest = results
+        on = 'accuracy' if 'accuracy' in res else 'valid_accuracy' # where there is no test set
+        if rest:
+            base,_ = rest[0]
+            res['baseline'] = dict(reflective=None, **{k: base[k] for k in (on, *'train_accuracy per_class history seconds'.split(), *['worlds']*worlds)})
+            res['gain'] = {k: None if a is None else round(a-base[on][k], 6) for k,a in res[on].items()}
+            write_json(res, out/'result.json')
+        for o in kept: o.remove()
+        first,*others = [r for _,r in reversed(results)]
+        fig = draw_report(first, *others); fig.savefig(out/'.per_class.png', dpi=120); (out/'.per_class.png').replace(out/'per_class.png')
+        where = 'validation images, since there is no test set' if on!='accuracy' else 'the test set' if s.imbalance_factor is None else 'the balanced test set'
+        typer.echo(f"\nAccuracy on {where}, in percent (number of classes), one seed:\n{first.table(*others).to_string()}")
+        if worlds: typer.echo(f"\nAccuracy over images in other worlds, by imbalance factor, in percent:\n{_worlds_table([(r.label, o) for o,r in reversed(results)])}")
+        if rest: typer.echo("One seed decides little: repeat with --seed 1, --seed 2 ... before you believe a gain.")
+        typer.echo(f"\nWritten: {out/'result.json'}, {out/'per_class.png'}\n{_next(s, rl)}")
 
 def _worlds_table(results):
     "Worlds in columns, runs in rows, as text"
@@ -255,35 +255,35 @@ def run(
     from ltrl_fastai.experiments.recipes import recipe, changed_by, beside, caveat
     from ltrl_fastai.experiments.checkpoint import Checkpoint, ForeignCheckpoint, UnreadableCheckpoint
     keep_freed_memory()
-    alone = contextlib.ExitStack() # until the command ends
-    try:
-        r = recipe(name)
-        over,changed = changed_by(r, [*(set_ or []), *([f'preset={preset}'] if preset else [])])
-        s = r.settings(budget, seed=seed, **over, **({'data': str(data)} if data else {}))
-        mark,settings = r.mark(budget, changed),_identity([s])
-        out = out or Path('ltrl-runs')/_recipe_folder(r, mark, seed)
-        kept = Checkpoint(out/'.fit-0.pt')
-        _check_folder(out)
-        alone.enter_context(alone_in(out))
-        if _ready(out, [kept], settings, lambda: data_listing(s.dls()), resume, force):
-            return typer.echo(f"Nothing to go on with: {out/'result.json'} is complete.")
-        notes = [*r.notes, *s.check()]
-    except (ValueError, TypeError, OSError, ImportError) as e: fail(e)
-    factor = '' if s.imbalance_factor is None else f', imbalance factor {s.imbalance_factor:g}'
-    typer.echo(f"{r.name}: {s.dataset}{factor}, {s.net}, {label_of(s)}, {s.epochs} epochs ({s.schedule}), seed {s.seed}{', going on' if _begun([kept]) else ''}")
-    for o in notes: typer.echo(f"Note: {o}")
-    try: res,rep = train_run(s, bar=True, checkpoint=kept.file)
-    except (ForeignCheckpoint, UnreadableCheckpoint) as e: fail(f"{e} {_anew}")
-    except FloatingPointError as e: fail(e)
-    except KeyboardInterrupt: _interrupted(kept)
-    res.update(recipe=mark, identity=settings)
-    write_json(res, out/'result.json')
-    kept.remove()
-    fig = draw_report(rep); fig.savefig(out/'.per_class.png', dpi=120); (out/'.per_class.png').replace(out/'per_class.png')
-    typer.echo(f"\nAccuracy on {'the test set' if 'accuracy' in res else 'validation images'}, in percent, one seed:\n{beside(rep.accuracy, r.reported).to_string()}")
-    if (why := caveat(mark, s.epochs)): typer.echo(why)
-    if r.reported is None: typer.echo("The slides give no number for this.")
-    typer.echo(f"\nWritten: {out/'result.json'}, {out/'per_class.png'}\nNext: other seeds, and `ltrl report {out.parent}` for all of them beside what the slides report.")
+    with contextlib.ExitStack() as alone: # in the folder
+        try:
+            r = recipe(name)
+            over,changed = changed_by(r, [*(set_ or []), *([f'preset={preset}'] if preset else [])])
+            s = r.settings(budget, seed=seed, **over, **({'data': str(data)} if data else {}))
+            mark,settings = r.mark(budget, changed),_identity([s])
+            out = out or Path('ltrl-runs')/_recipe_folder(r, mark, seed)
+            kept = Checkpoint(out/'.fit-0.pt')
+            _check_folder(out)
+            alone.enter_context(alone_in(out))
+            if _ready(out, [kept], settings, lambda: data_listing(s.dls()), resume, force):
+                return typer.echo(f"Nothing to go on with: {out/'result.json'} is complete.")
+            notes = [*r.notes, *s.check()]
+        except (ValueError, TypeError, OSError, ImportError) as e: fail(e)
+        factor = '' if s.imbalance_factor is None else f', imbalance factor {s.imbalance_factor:g}'
+        typer.echo(f"{r.name}: {s.dataset}{factor}, {s.net}, {label_of(s)}, {s.epochs} epochs ({s.schedule}), seed {s.seed}{', going on' if _begun([kept]) else ''}")
+        for o in notes: typer.echo(f"Note: {o}")
+        try: res,rep = train_run(s, bar=True, checkpoint=kept.file)
+        except (ForeignCheckpoint, UnreadableCheckpoint) as e: fail(f"{e} {_anew}")
+        except FloatingPointError as e: fail(e)
+        except KeyboardInterrupt: _interrupted(kept)
+        res.update(recipe=mark, identity=settings)
+        write_json(res, out/'result.json')
+        kept.remove()
+        fig = draw_report(rep); fig.savefig(out/'.per_class.png', dpi=120); (out/'.per_class.png').replace(out/'per_class.png')
+        typer.echo(f"\nAccuracy on {'the test set' if 'accuracy' in res else 'validation images'}, in percent, one seed:\n{beside(rep.accuracy, r.reported).to_string()}")
+        if (why := caveat(mark, s.epochs)): typer.echo(why)
+        if r.reported is None: typer.echo("The slides give no number for this.")
+        typer.echo(f"\nWritten: {out/'result.json'}, {out/'per_class.png'}\nNext: other seeds, and `ltrl report {out.parent}` for all of them beside what the slides report.")
 
 def _recipe_folder(r, mark, seed):
     from ltrl_fastai.experiments.plan import hash_of

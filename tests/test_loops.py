@@ -333,6 +333,7 @@ class Live(Callback):
     def after_epoch(self):
         gc.collect()
         tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and not type(o).__module__.startswith('torch._')]  # not the compiler's
+        tensors = [o for o in tensors if o.layout == torch.strided]  # tests before may have left sparse ones, which have no storage
         storages = {o.untyped_storage().data_ptr(): o.untyped_storage().nbytes() for o in tensors}
         self.bytes.append(sum(storages.values())); self.number.append(len(tensors))
 

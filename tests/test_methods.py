@@ -216,7 +216,7 @@ def small_digits():
     return DataLoaders(dls.train.new(type(ds)(ds.x[ids], ds.targets[ids], ds.vocab, ds.split_idx), bs=20), dls.valid.new(few), device='cpu')
 
 
-@pytest.mark.parametrize('rl', [None, dict(ks=True, kc=True)], ids=['alone', 'with RL'])
+@pytest.mark.parametrize('rl', [None, dict(preset='v0.0.1', ks=True, kc=True)], ids=['alone', 'with RL'])
 @pytest.mark.parametrize('name', methods)
 def test_a_small_batch_by_heart(name, rl):
     "After all stages; with Reflective Learning too, which reviews logits of classes and summarises a feature for each"

@@ -108,7 +108,43 @@ def norms_have_one_base():
     return all(issubclass(o, base) for o in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm))
 
 
+def frames_can_be_looked_at():
+    frame = __import__('sys')._getframe()
+    return frame.f_code is frames_can_be_looked_at.__code__ and hasattr(frame, 'f_back') and hasattr(frame, 'f_locals')
+
+
+def events_have_a_type():
+    return list(inspect.signature(Learner._with_events).parameters)[:3] == ['self', 'f', 'event_type']
+
+
+def first_look_is_kept():
+    data = Datasets([1, 2, 3], [[lambda o: torch.tensor(float(o))], [lambda o: torch.tensor(o)]])
+    dl = data.dataloaders(bs=2).train
+    new = dl.new()
+    return hasattr(new, '_n_inp') and hasattr(new, '_types') and callable(new._one_pass)
+
+
+def sparse_parts_are_there():
+    t = torch.sparse_coo_tensor(torch.tensor([[0, 2]]), torch.tensor([1., 2.]), (4,))
+    return t._indices().tolist() == [[0, 2]] and t._values().tolist() == [1., 2.]
+
+
+def quantized_tensors_are_made():
+    ints, scales, zeros = torch.ones(2, 2, dtype=torch.int8), torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    a, b = torch._make_per_tensor_quantized_tensor(ints, 2., 0), torch._make_per_channel_quantized_tensor(ints, scales, zeros, 0)
+    return a.dequantize().eq(2).all().item() and b.dequantize().eq(1).all().item()
+
+
 known = {
+    '_getframe': (frames_can_be_looked_at, 'which call an event belongs to'),
+    '_with_events': (events_have_a_type, 'whether an event belongs to a fit'),
+    '_n_inp': (first_look_is_kept, 'whether a loader has looked at an item'),
+    '_types': (first_look_is_kept, 'whether a loader has looked at an item'),
+    '_one_pass': (first_look_is_kept, 'the look of a loader at an item'),
+    '_indices': (sparse_parts_are_there, 'sparse tensors in a checkpoint'),
+    '_values': (sparse_parts_are_there, 'sparse tensors in a checkpoint'),
+    '_make_per_tensor_quantized_tensor': (quantized_tensors_are_made, 'quantized tensors in a checkpoint'),
+    '_make_per_channel_quantized_tensor': (quantized_tensors_are_made, 'quantized tensors in a checkpoint'),
     '_DataLoader__idxs': (order_is_kept, 'the order of an epoch'),
     '_grab_cbs': (callbacks_are_found, 'callbacks of a class'),
     '_new': (lists_are_made_anew, 'the same transforms on other items'),

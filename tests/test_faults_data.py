@@ -13,9 +13,10 @@ from fastai.tabular.all import CategoryBlock, RegressionBlock, TabularPandas
 from fastai.vision.all import Datasets, L, PILImage, nn
 from PIL import Image
 
-from ltrl_fastai.all import (cifar10_lt, class_counts, dataset_targets, digits_lt, load_cifar, own_images, read_csv,
+from ltrl_fastai.all import (cifar10_lt, class_counts, dataset_targets, digits_lt, load_cifar, own_images,
                              read_folder, read_list)
 from ltrl_fastai.data.lists import DataNote
+from ltrl_fastai.data.own import read_csv
 
 pytestmark = pytest.mark.filterwarnings('ignore::ltrl_fastai.data.lists.DataNote')
 small = dict(bs=4, size=16, device='cpu')

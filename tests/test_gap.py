@@ -6,6 +6,7 @@ from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoaders, Learn
 from ltrl_fastai.all import (BalancedSoftmaxLoss, Checkpoint, KnowledgeReview, KnowledgeSummary, LDAMLoss, ReflectiveLearning, class_counts,
                              digits_lt, methods)
 from ltrl_fastai.reflective.gap import GeneralizationGap, generalization_gap, unevenness
+from ltrl_fastai.reflective.review import review_risks
 
 epochs = 25
 
@@ -203,3 +204,35 @@ def test_fault_26_published_softens_the_label_of_each_expert_of_sade():
 def test_fault_26_published_softens_nothing_of_ride():
     _, kept, _ = published_summary('ride')
     assert kept and all(summary is None for summary, _, _ in kept)
+
+
+def _counts_to_log(counts):
+    return (torch.tensor(counts)/torch.tensor(counts).mean()).log()
+
+
+@pytest.mark.parametrize('tau,prior,said', [(1., 1., False), (1.5, 1., True), (1., 1.5, True), (1.5, .5, False), (3., 0., False)])
+def test_a_prior_that_adds_up_with_the_loss_is_named(tau, prior, said):
+    counts = [100., 30., 10., 3.]
+    risks = review_risks(_counts_to_log(counts), BalancedSoftmaxLoss(counts, tau=tau), prior=prior, adapt='auto', n_steps=10_000)
+    assert bool(risks) is said
+    assert not said or f'{prior:g} times more' in risks[0] and f'adds {tau:.2g} times' in risks[0]
+
+
+@pytest.mark.parametrize('counts,adapt,steps,words', [
+    ([80., 10., 10.], 6., 1000, ['80% of the training images']), ([80., 10., 10.], 'auto', 1000, []),
+    ([80., 10., 10.], 0., 1000, []), ([40., 30., 30.], 6., 60, ['fewer than 150 steps']), ([40., 30., 30.], 6., 1000, [])])
+def test_a_fixed_strength_has_risks_that_the_measured_one_has_not(counts, adapt, steps, words):
+    risks = review_risks(_counts_to_log(counts), BalancedSoftmaxLoss(counts), prior=0., adapt=adapt, n_steps=steps)
+    assert len(risks)==len(words) and all(w in r for w,r in zip(words, risks))
+
+
+def test_a_risk_is_said_once(recwarn):
+    learn = fit(learner(ReflectiveLearning(preset='v0.0.1')), 4)
+    fit(learn, 3)
+    said = [str(o.message) for o in recwarn if 'Knowledge Review' in str(o.message)]
+    assert len(said)==1 and 'fewer than 150 steps' in said[0]
+
+
+def test_the_default_has_nothing_to_warn_of(recwarn):
+    fit(learner(ReflectiveLearning()), 4)
+    assert not [o for o in recwarn if 'Knowledge Review' in str(o.message)]

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoaders, Learner, nn, set_seed
 from ltrl_fastai.all import (BalancedSoftmaxLoss, Checkpoint, KnowledgeReview, KnowledgeSummary, LDAMLoss, ReflectiveLearning, class_counts,
                              digits_lt, methods)
-from ltrl_fastai.reflective.gap import GeneralizationGap, generalization_gap, unevenness
+from ltrl_fastai.reflective.gap import GeneralizationGap, balanced_accuracies, unevenness
 from ltrl_fastai.reflective.review import review_risks
 
 epochs = 25
@@ -28,7 +28,7 @@ def weights(learn): return torch.cat([p.detach().flatten() for p in learn.model.
 
 class Notes(Callback):
     "Accuracies by class, counted here: of the training passes, and of validation"
-    run_valid, order = True, 20
+    run_valid, order, best = True, 20, 0.
     def __init__(self): self.train, self.valid, self.strengths, self.expected = [], [], [], [None]
     def before_train(self):
         s = self.learn.generalization_gap.strength
@@ -39,11 +39,13 @@ class Notes(Callback):
         kept = self.train if self.training else self.valid
         kept += list(zip(self.y.tolist(), (self.pred.argmax(1) == self.y).tolist()))
     def after_epoch(self):
-        gaps = []
+        both = []
         for c in range(10):
             train, valid = [[right for y, right in o if y == c] for o in (self.train, self.valid)]
-            if train and len(valid) >= 3: gaps.append(sum(train)/len(train)-sum(valid)/len(valid))
-        self.expected.append(max(0., sum(gaps)/len(gaps)))
+            if train and len(valid) >= 3: both.append((sum(train)/len(train), sum(valid)/len(valid)))
+        train, valid = [sum(o)/len(o) for o in zip(*both)]
+        self.best = max(self.best, valid)
+        self.expected.append(max(0., train-self.best))
 
 
 def test_strength_is_the_gap_of_the_last_epoch():
@@ -159,10 +161,25 @@ def test_each_part_brings_the_gap_and_takes_it_away(part):
     assert not learn._grab_cbs(GeneralizationGap)
 
 
-def test_gap_of_counts():
+def test_accuracies_of_counts():
     train, valid = torch.tensor([[5., 4.], [5., 4.]]), torch.tensor([[3., 1.], [4., 2.]])
-    assert generalization_gap(train, valid) == .25 and generalization_gap(train, valid, least=1) == pytest.approx(.375)
-    assert generalization_gap(valid, train) == 0 and generalization_gap(torch.zeros(2, 2), valid) == 0
+    assert balanced_accuracies(train, valid).tolist() == [1., .75]
+    assert balanced_accuracies(train, valid, least=1).tolist() == [1., .625]
+    assert balanced_accuracies(torch.zeros(2, 2), valid).tolist() == [0., 0.]
+
+
+class Forgets(Callback):
+    "Spoils validation predictions from an epoch on"
+    order, run_valid = -30, True
+    def after_pred(self):
+        if not self.training and self.epoch >= 10: self.learn.pred = -self.pred
+
+
+def test_what_validation_loses_does_not_strengthen_the_parts():
+    learn = fit(learner([ReflectiveLearning(), Forgets(), Notes()]))
+    strengths = learn.notes.strengths[12:]
+    assert learn.generalization_gap.valid_counts[0].sum() < .2*learn.generalization_gap.valid_counts[1].sum()
+    assert 0 < max(strengths) < .5
 
 
 def test_unevenness_leaves_out_classes_without_images():

@@ -40,7 +40,7 @@ def unevenness(class_counts:Tensor, # `(C,)` training images by class
 
 # %% ../../nbs/reflective/11_gap.ipynb #b0a32619
 class GeneralizationGap(Remembers):
-    "Measures the gap between training accuracy and the best validation accuracy so far, balanced over classes, after each epoch; `strength` is that gap, or None while Reflective Learning should rest."
+    "Measures training accuracy minus the best validation accuracy so far, balanced over classes, after each epoch: `strength`, or None while the parts should rest."
     order,run_valid = GradientAccumulation.order-3,True
     remembered,most_uneven = ('train_counts','valid_counts','best_valid','strength'),.5
     _stateattrs = (*remembered,'_of_lineage','_dataset')

@@ -51,7 +51,7 @@ class KnowledgeSummary(Remembers):
         adapt:str|float='auto', # 'auto': soften by twice the generalization gap, at most 1-alpha; a number: multiply by the share of right predictions to this power; 0: constant
         smoothing:float=0., # Label smoothing until there is something to soften by (0.1 in the published code)
         head:str|nn.Module|None=None, # The classifier head, whose input is the feature; default: `find_head`
-        resemblance:str='predictions', # 'predictions': mean right prediction of each class, exchanged evenly between classes; 'features': cosine similarity of median features (the paper)
+        resemblance:str='predictions', # 'predictions': mean right prediction of each class (`shared_predictions`); 'features': cosine similarity of medians (the paper)
         each_expert:bool=False # Soften the label of each expert, as the loss's `summary_logits` gives them (published code)? Else that of their mean
     ):
         if mode not in ('add','replace'): raise ValueError(f"mode: expected 'add' or 'replace', got {mode!r}")

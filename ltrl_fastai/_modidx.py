@@ -1854,6 +1854,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                            'ltrl_fastai/reflective/review.py'),
                                                'ltrl_fastai.reflective.review.KnowledgeReview._blend': ( 'reflective/review.html#knowledgereview._blend',
                                                                                                          'ltrl_fastai/reflective/review.py'),
+                                               'ltrl_fastai.reflective.review.KnowledgeReview._measured': ( 'reflective/review.html#knowledgereview._measured',
+                                                                                                            'ltrl_fastai/reflective/review.py'),
                                                'ltrl_fastai.reflective.review.KnowledgeReview._new_memory': ( 'reflective/review.html#knowledgereview._new_memory',
                                                                                                               'ltrl_fastai/reflective/review.py'),
                                                'ltrl_fastai.reflective.review.KnowledgeReview._reviews': ( 'reflective/review.html#knowledgereview._reviews',

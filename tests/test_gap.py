@@ -28,7 +28,7 @@ def weights(learn): return torch.cat([p.detach().flatten() for p in learn.model.
 
 class Notes(Callback):
     "Accuracies by class, counted here: of the training passes, and of validation"
-    run_valid, order, best = True, 20, 0.
+    run_valid, order, best, fitted = True, 20, 0., ()
     def __init__(self): self.train, self.valid, self.strengths, self.expected = [], [], [], [None]
     def before_train(self):
         s = self.learn.generalization_gap.strength
@@ -44,6 +44,7 @@ class Notes(Callback):
             train, valid = [[right for y, right in o if y == c] for o in (self.train, self.valid)]
             if train and len(valid) >= 3: both.append((sum(train)/len(train), sum(valid)/len(valid)))
         train, valid = [sum(o)/len(o) for o in zip(*both)]
+        self.fitted = [*self.fitted, train]
         self.best = max(self.best, valid)
         self.expected.append(max(0., train-self.best))
 
@@ -53,7 +54,7 @@ def test_strength_is_the_gap_of_the_last_epoch():
     assert learn.notes.strengths[0] is None and learn.notes.strengths[1:] == pytest.approx(learn.notes.expected[1:-1], abs=1e-6)
     assert max(learn.notes.strengths[1:]) > .05
     weight = [o['review_weight'] for o in learn.loss_terms.history]
-    assert weight == pytest.approx([4*(o or 0.) for o in learn.notes.strengths], abs=1e-5)
+    assert weight == pytest.approx([4*(o or 0.)*a**4 for o, a in zip(learn.notes.strengths, [0., *learn.notes.fitted])], abs=1e-5)
 
 
 def uneven(): return dict(softmax=CrossEntropyLossFlat(), tau=BalancedSoftmaxLoss(class_counts(digits_lt(device='cpu')), tau=2.),

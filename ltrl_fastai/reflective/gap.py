@@ -42,9 +42,9 @@ def unevenness(class_counts:Tensor, # `(C,)` training images by class
 class GeneralizationGap(Remembers):
     "Measures training accuracy minus the best validation accuracy so far, balanced over classes, after each epoch: `strength`, or None while the parts should rest."
     order,run_valid = GradientAccumulation.order-3,True
-    remembered,most_uneven = ('train_counts','valid_counts','best_valid','strength'),.5
+    remembered,most_uneven = ('train_counts','valid_counts','best_valid','fitted','strength'),.5
     _stateattrs = (*remembered,'_of_lineage','_dataset')
-    train_counts = valid_counts = best_valid = strength = resting = _said = None
+    train_counts = valid_counts = best_valid = fitted = strength = resting = _said = None
 
     def state_dict(self) -> dict:
         "What `Checkpoint` has to keep: the counts of the last epoch, and the best validation accuracy before it."
@@ -95,6 +95,7 @@ class GeneralizationGap(Remembers):
         if self.valid_counts is None or self.valid_counts.shape!=self.train_counts.shape:
             return None,"there are no validation images to measure the generalization gap on"
         accuracies = balanced_accuracies(train, terms.ranks.sum(self.valid_counts))
+        self.fitted = accuracies[0]
         self.best_valid = accuracies[1] if self.best_valid is None else torch.maximum(self.best_valid, accuracies[1])
         return (accuracies[0]-self.best_valid).clamp(min=0.),None
 

@@ -62,7 +62,7 @@ class KnowledgeReview(Remembers):
     def __init__(self,
         tau:float=2., # Temperature of both distributions
         weight:float|None=None, # Weight of the loss; default: the loss's `review_weight`, else 4 with `adapt='auto'`, else 6 if the loss has `trained_logits`, or 1
-        adapt:str|float='auto', # 'auto': multiply the weight by the generalization gap; a number: by the share of right teachers to this power; 0: constant weight
+        adapt:str|float='auto', # 'auto': multiply the weight by the generalization gap and training accuracy**4; a number: by the share of right teachers to this power; 0: constant
         on:str='trained', # What is reviewed: 'trained', the distribution that the loss trains, or 'logits', the plain softmax
         prior:float=0., # How many times the log of the class frequencies is added to it; 0 in the slides
         count_scale:bool=False, # Divide logits by the in-batch count of their class (published code; with on='logits')
@@ -121,10 +121,15 @@ class KnowledgeReview(Remembers):
         self._recalled = None
         self.strength,self.shift = None,0.
         if self.teachers is None: return # a first epoch has no teachers
-        share = self.learn.generalization_gap.strength if self.adapt=='auto' else self.teachers.share_right**self.adapt
+        share = self._measured() if self.adapt=='auto' else self.teachers.share_right**self.adapt
         if share is not None: self.strength = self.full_weight*share
         if self.prior: self.shift = self.prior*self.teachers.log_frequency
         if self._reviews: self._warn()
+
+    def _measured(self):
+        "The generalization gap, times the fourth power of how much of the training images the net fits; None while the review rests"
+        gap = self.learn.generalization_gap
+        return None if gap.strength is None else gap.strength*gap.fitted**4
 
     def _warn(self):
         "Name the risks of the settings, once each, in the first process"

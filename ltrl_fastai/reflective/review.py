@@ -62,7 +62,7 @@ class KnowledgeReview(Remembers):
     def __init__(self,
         tau:float=2., # Temperature of both distributions
         weight:float|None=None, # Weight of the loss; default: the loss's `review_weight`, else 4 with `adapt='auto'`, else 6 if the loss has `trained_logits`, or 1
-        adapt:str|float='auto', # 'auto': multiply the weight by the generalization gap and training accuracy**4; a number: by the share of right teachers to this power; 0: constant
+        adapt:str|float='auto', # 'auto': multiply the weight by the gap and training accuracy**4; a number: by the share of right teachers to this power; 0: constant
         on:str='trained', # What is reviewed: 'trained', the distribution that the loss trains, or 'logits', the plain softmax
         prior:float=0., # How many times the log of the class frequencies is added to it; 0 in the slides
         count_scale:bool=False, # Divide logits by the in-batch count of their class (published code; with on='logits')

@@ -14,7 +14,7 @@ from ltrl_fastai.all import (BinaryBalancedLoss, ClassBalancedLoss, CosineHead, 
                              ReflectiveLearning, RIDELoss, SADELoss, ScaledHead, WeightDecay, aggregate_experts, balanced_head, class_balanced, decay_in_gradient,
                              digits_lt, effective_weights, expert_net, features_of, mean_head, methods, ncl_net, queued_net, soft_cross_entropy, soft_labels, unaugmented)
 from ltrl_fastai.methods.nets import create_net
-from ltrl_fastai.methods.balancing import published_balancing
+from ltrl_fastai.methods.balancing import MaxNorm, published_balancing
 from ltrl_fastai.methods.ride import Distilled, GatedExperts, GateLoss, assignment, distillation, follow, gates_alone
 from test_methods import small_digits
 from test_vectors import close, load
@@ -282,6 +282,8 @@ def test_fault_22_the_stage_has_both():
     assert len(seen) == 1 and seen[0][0] is BinaryBalancedLoss and seen[0][1] is decay_in_gradient and seen[0][2] == .1
     class_balanced(learn, counts=torch.ones(10))
     assert type(learn.loss_func) is ClassBalancedLoss
+    cuts = [o.every_epoch for o in published_balancing.cbs([3, 2, 1]) if isinstance(o, MaxNorm)]
+    assert cuts == [True], 'the authors cut once an epoch'
     head, norm, decay = balanced_head(counts, wd=.2, every_epoch=True)
     assert (head.shift_bn, norm.every_epoch, decay.wd_of_fit, decay.in_gradient) == (False, True, .2, False)
 

@@ -235,6 +235,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'ltrl_fastai.data.lists.image_dataloaders': ( 'data/lists.html#image_dataloaders',
                                                                                       'ltrl_fastai/data/lists.py'),
                                         'ltrl_fastai.data.lists.imagenet_lt': ('data/lists.html#imagenet_lt', 'ltrl_fastai/data/lists.py'),
+                                        'ltrl_fastai.data.lists.in_class_folders': ( 'data/lists.html#in_class_folders',
+                                                                                     'ltrl_fastai/data/lists.py'),
                                         'ltrl_fastai.data.lists.inaturalist18': ( 'data/lists.html#inaturalist18',
                                                                                   'ltrl_fastai/data/lists.py'),
                                         'ltrl_fastai.data.lists.leave_out_broken': ( 'data/lists.html#leave_out_broken',

@@ -2198,6 +2198,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'ltrl_fastai/reflective/terms.py'),
                                               'ltrl_fastai.reflective.terms._keep_buffers': ( 'reflective/terms.html#_keep_buffers',
                                                                                               'ltrl_fastai/reflective/terms.py'),
+                                              'ltrl_fastai.reflective.terms._restore_compiler': ( 'reflective/terms.html#_restore_compiler',
+                                                                                                  'ltrl_fastai/reflective/terms.py'),
                                               'ltrl_fastai.reflective.terms._same_weights': ( 'reflective/terms.html#_same_weights',
                                                                                               'ltrl_fastai/reflective/terms.py'),
                                               'ltrl_fastai.reflective.terms._tells_of_crashes': ( 'reflective/terms.html#_tells_of_crashes',

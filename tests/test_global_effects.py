@@ -83,7 +83,7 @@ def test_a_run_puts_back_what_it_sets():
 
 
 def test_ranks_on_cpus_are_allowed_for_a_while():
-    "fastai's loader is as it was after a `with` statement, also after an error, or one in another; a call alone holds for good"
+    "fastai's loader is as it was after a `with` statement, also after an error; a call alone holds for good"
     from fastai.distributed import DistributedDL
     its_own = DistributedDL._broadcast
     with allow_cpu_ranks():
@@ -117,7 +117,7 @@ def compiler_settings():
 
 
 def test_a_fit_of_a_compiled_model_puts_back_what_it_tells_the_compiler():
-    "Buffers are kept and caches off during a fit alone, also after a crash; a second fit trains as an uncompiled model does"
+    "Buffers are kept and caches off during a fit alone; a second fit trains as an uncompiled model does"
     before = compiler_settings()
     assert before == (True, False)
     learners = {}

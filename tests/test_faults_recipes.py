@@ -1,22 +1,27 @@
 "Faults of the benchmarks' settings, by number: each test holds the right value."
 import dataclasses
 import inspect
+import json
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from fastai.vision.all import (SGD, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, MixUp, first, nn, params,
-                               set_seed)
+from fastai.vision.all import (SGD, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, MixUp, first, nn,
+                               params, set_seed)
 from ltrl_fastai.data.fast import BatchAug, cutout
+from ltrl_fastai.evaluation.metrics import shot_groups
+from ltrl_fastai.experiments.cli import app
 from ltrl_fastai.experiments.plan import Variant, hash_of, make_plan
-from ltrl_fastai.experiments.recipes import published_settings, recipe, recipes
+from ltrl_fastai.experiments.recipes import matching, published_settings, recipe, recipes
+from ltrl_fastai.experiments.summary import slides_row
 from ltrl_fastai.experiments.training import RunSettings, schedules, train_run
 from ltrl_fastai.methods.balancing import BinaryBalancedLoss, WeightDecay
 from ltrl_fastai.methods.catalogue import methods
 from ltrl_fastai.methods.experts import expert_net
 from ltrl_fastai.methods.heads import EvenClasses
 from ltrl_fastai.methods.nets import CosineHead, create_net
+from typer.testing import CliRunner
 from ltrl_fastai.methods.optimizer import benchmark_sgd
 
 small = dict(epochs=1, n_max=20)
@@ -540,3 +545,110 @@ def test_fault_25_schedules_of_the_authors():
         rate = kept[0].scheds['lr']
         assert rate(warm / 2 / 400) == pytest.approx(.5) and rate(warm / 400 + 1e-6) == 1.
         assert [rate(o + 1e-6) for o in steps] == [pytest.approx(.1 ** (i + 1)) for i in range(len(steps))]
+
+
+digits = dict(dataset='digits-lt', net='resnet8', imbalance_factor=20., pretrained=False, keep_train=False)
+
+
+def kinds():
+    "A recipe for each way to train: what decides it, data, net and Reflective Learning aside"
+    decides = 'method method_args schedule body_lr nesterov policy cut'.split()
+    return {str([getattr(o, k) for k in decides]): o for o in recipes.values()}.values()
+
+
+@pytest.mark.parametrize('name', [o.name for o in kinds()])
+def test_fault_25_variants_every_way_to_train_is_trained(name):
+    "On digits, with ten classes where constants were chosen for thousands; all stages"
+    settings = recipe(name).settings(**digits, epochs=1, n_max=20, bs=16)
+    res, _ = train_run(settings, bar=False, test=False)
+    assert res['settings']['method_args'] == recipe(name).method_args
+    assert all(torch.tensor([o for o in res['history']['train_loss'] if o is not None]).isfinite())
+    assert len(res.get('stages', ())) == len(settings.made_method().then)
+
+
+class StopIn(Callback):
+    "Ends the run after two epochs of a stage, from 0"
+    order = 300  # behind Checkpoint
+    def __init__(self, stage): self.stage = stage
+    def after_epoch(self):
+        if self.epoch == 1 and getattr(self.learn, 'stage_begun', 0) == self.stage: raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize('name', ['table3/SADE+RL', 'table7/WD+Max/CIFAR100-LT', 'table7/MiSLAS/ImageNet-LT'])
+def test_fault_25_variants_a_stopped_run_goes_on(name, tmp_path):
+    "With a slower body and constants; in the second stage too"
+    settings = recipe(name).settings(**digits, epochs=3, n_max=20, bs=16)
+    whole, _ = train_run(settings, bar=False)
+    for stage in range(1+len(settings.made_method().then)):
+        kept = dict(bar=False, checkpoint=tmp_path/str(stage)/'fit')
+        with pytest.raises(KeyboardInterrupt): train_run(settings, cbs=StopIn(stage), **kept)
+        again, _ = train_run(settings, **kept)
+        assert again['history'] == whole['history'] and again['accuracy'] == whole['accuracy']
+        assert again.get('stages') == whole.get('stages')
+
+
+def test_fault_25_variants_settings_of_a_result():
+    "What a result keeps makes the same run again, and constants tell runs apart"
+    settings = recipe('table4/RIDE').settings(**digits, epochs=1, n_max=20, bs=16)
+    res, _ = train_run(settings, bar=False)
+    again = RunSettings(**json.loads(json.dumps(res['settings'])))
+    assert again == settings and again.made_method().loss([9, 4, 1]).diversity == .2
+    changes = (None, dict(spread=.02), dict(spread=.015), dict(diversity=.2))
+    plans = [make_plan(['ride'], [Variant('', settings=dict(method_args=o))], [0]) for o in changes]
+    assert len({hash_of(o.identity) for plan in plans for o in plan}) == len(changes)
+
+
+def test_fault_25_variants_nobody_changes_a_recipe():
+    "Settings are copies, of recipes as of what is published"
+    of_recipe = lambda: recipe('table3/SADE').settings().method_args
+    as_published = lambda: published_settings('sade', 'places-lt')['method_args']
+    for make in (of_recipe, as_published):
+        make()['tau'] = 9.
+        assert make() == dict(tau=1.) and recipe('table3/SADE').method_args == dict(tau=1.)
+    shared = published_settings('mislas', 'imagenet-lt')
+    shared['method_args']['head'] = .9
+    assert published_settings('mislas', 'inaturalist18')['method_args']['head'] == .3
+
+
+def test_fault_25_variants_on_the_command_line(tmp_path, monkeypatch):
+    "Constants and the body's rate are the recipe's, and can be set; one that there is not is refused before training"
+    monkeypatch.chdir(tmp_path)
+    small_data = dict(dataset='digits-lt', net='resnet8', imbalance_factor=20, pretrained='false')
+    sets = [o for k, v in small_data.items() for o in ('--set', f'{k}={v}')]
+    call = lambda *args: CliRunner().invoke(app, ['run', 'table3/SADE', *sets, '--budget', '.04', *args])
+    changes = ('--set', 'body_lr=null', '--set', 'method_args={"tau": 1.5}')
+    for args, body_lr, constants in (((), .001, {'tau': 1.}), (changes, None, {'tau': 1.5})):
+        said = call('--out', f'a{len(args)}', *args)
+        assert said.exit_code == 0, said.output
+        assert 'a tenth after each third from 0.01 (the body at 0.001)' in ' '.join(said.output.split())
+        res = json.loads((tmp_path/f'a{len(args)}/result.json').read_text())
+        assert (res['settings']['body_lr'], res['settings']['method_args']) == (body_lr, constants)
+    said = call('--out', 'b', '--set', 'method_args={"tua": 1}')
+    assert said.exit_code == 2 and "Did you mean 'tau'" in said.output and not (tmp_path/'b/result.json').exists()
+
+
+def test_fault_29_variants():
+    "They are listed, train with Reflective Learning, change no number that the slides report, and refuse photographs"
+    strong = matching('autoaugment')
+    assert len(strong) == 30 and all(recipe(o.name.replace('+AutoAugment', '')).reported == o.reported for o in strong)
+    said = CliRunner().invoke(app, ['recipes', 'table6/*AutoAugment']).output
+    assert said.count('autoaugment') == 6 and 'table6/SADE+RL+AutoAugment' in said
+    assert slides_row('cifar100-lt IF 100 bsce', 'bsce + RL') == dict(all=47.9, gain=1.8)
+    res, _ = train_run(recipe('table1/SADE+RL+AutoAugment/50').settings(**digits, epochs=1, n_max=20, bs=16), bar=False)
+    assert (res['settings']['policy'], res['settings']['cut']) == ('autoaugment', 16)
+    assert res['reflective']['preset'] == 'paper'
+    with pytest.raises(ValueError, match='cut: photographs'):
+        recipe('table1/BSCE+AutoAugment/100').settings(dataset='imagenet-lt', imbalance_factor=None, keep_train=False)
+
+
+def test_fault_30_classes_of_inaturalist():
+    "Many, Medium and Few: more than 100 training images, 20 to 100, fewer than 20; All follows from them"
+    from ltrl_fastai.experiments.recipes import _classes, _implied
+    assert _classes['inaturalist18'] == (842, 4076, 3224) and sum(_classes['inaturalist18']) == 8142
+    n_classes = {'cifar100-lt': 100, 'imagenet-lt': 1000, 'places-lt': 365, 'inaturalist18': 8142}
+    assert {k: sum(v) for k, v in _classes.items()} == n_classes
+    assert _implied('inaturalist18', dict(many=100., medium=0., few=0.)) == pytest.approx(100*842/8142)
+    assert _implied('inaturalist18', recipe('table4/BLS+RL').reported) == pytest.approx(73.46, abs=.01)
+    edges = {k: m.tolist() for k, m in shot_groups(torch.tensor([101, 100, 20, 19, 2])).items()}
+    assert edges['many'] == [True]+[False]*4 and edges['few'] == [False]*3+[True]*2
+    assert edges['medium'] == [False, True, True, False, False]

@@ -558,7 +558,7 @@ def test_fault_24_nets_that_agree():
 
 
 def test_fault_27_more_logits_than_classes():
-    "Variant: gates that look at 50 logits of 10 classes, or of 60; every image asks a number of experts, and all together are all"
+    "Variant: gates that look at 50 logits of 10 classes, or of 60; every image asks a number of experts"
     for n_classes in (10, 60):
         net = GatedExperts(expert_net(create_net('resnet8', n_classes, n_in=1)), top=50)
         assert net.gates[0].out.in_features == 66

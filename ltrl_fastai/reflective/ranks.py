@@ -78,5 +78,5 @@ def allow_cpu_ranks() -> contextlib.ExitStack: # For a `with` statement, at whos
         t = torch.as_tensor(t, dtype=torch.long, device='cuda' if dist.get_backend()=='nccl' else 'cpu')
         dist.broadcast(t, rank)
         return t.tolist()
-    DistributedDL._broadcast = _broadcast
+    DistributedDL._broadcast = _broadcast # type: ignore[method-assign]
     return undo

@@ -418,7 +418,8 @@ def _of_nets(table, row, column, reported):
     elif swin: change,whose = dict(schedule='cosine', epochs=90, lr=.1, bs=256, wd=5e-4),_usual
     else: change,whose = dict(**_kang_imagenet, nesterov=False),"as in Kang et al.'s code"
     notes = [_notes5]*(not ride) + [_notes_swin]*swin
-    return _recipe(table, row, column, 'ImageNet-LT', {'all': reported}, notes, whose=whose, net=_nets[column], **change)
+    change['net'] = _nets[column]
+    return _recipe(table, row, column, 'ImageNet-LT', {'all': reported}, notes, whose=whose, **change)
 
 def _of_table(table, text):
     cells = _cells(text)

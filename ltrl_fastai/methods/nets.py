@@ -88,7 +88,7 @@ def _small_stem(net):
     nn.init.kaiming_normal_(net.conv1.weight, mode='fan_out', nonlinearity='relu') # as torchvision does
     return net
 
-def create_net(name:str, # 'resnet32' and others of CIFAR, 'resnet34-3x3', 'mlp256', ..., or torchvision's 'resnet18', ...
+def create_net(name:str, # Of CIFAR: 'resnet32', ...; 'resnet34-3x3', ...; 'mlp256', ...; torchvision's 'resnet18', ...
                n_classes:int, # Number of classes
                n_in:int=3, # Channels of an image (torchvision's nets take 3), or dimensions of a feature vector
                **kwargs # Passed on to `CifarResNet` or to the torchvision builder

@@ -70,7 +70,7 @@ class Ranks:
 
 # %% ../../nbs/reflective/01_ranks.ipynb #b86bc960
 def allow_cpu_ranks() -> contextlib.ExitStack: # For a `with` statement, at whose end fastai's own way is back
-    "Let fastai's `DistributedDL` share its order over any backend, not NCCL alone: call it before training on several CPUs."
+    "Let fastai's `DistributedDL` share its order over any backend, not NCCL alone: before training on several CPUs."
     from fastai.distributed import DistributedDL
     undo = contextlib.ExitStack()
     undo.callback(setattr, DistributedDL, '_broadcast', DistributedDL._broadcast)

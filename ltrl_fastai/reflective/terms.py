@@ -96,7 +96,8 @@ def _restore_compiler():
     "Give the compiler back its settings at the end of a fit, so that other models are compiled as they were"
     if not _compiler_before: return
     import torch._functorch.config as config, torch._inductor.config as inductor
-    config.donated_buffer,inductor.force_disable_caches = [_compiler_before.pop(k) for k in ('donated_buffer','force_disable_caches')]
+    config.donated_buffer = _compiler_before.pop('donated_buffer')
+    inductor.force_disable_caches = _compiler_before.pop('force_disable_caches')
 
 def _weight_sums(model):
     "Two sums of each parameter, in float64: they differ if any weight does, but by chance"

@@ -109,15 +109,15 @@ def apart(folder):
 
 
 if __name__ == '__main__':
-    allow_cpu_ranks()
-    for name in sys.argv[2:] or variants:
-        cbs = [Checkpoint(f'{sys.argv[1]}/{name}.ckpt')] if variants[name].get('resumed') else []
-        if cbs:
+    with allow_cpu_ranks():
+        for name in sys.argv[2:] or variants:
+            cbs = [Checkpoint(f'{sys.argv[1]}/{name}.ckpt')] if variants[name].get('resumed') else []
+            if cbs:
+                learn = learner(name, 0)
+                with suppress(InterruptedError), learn.distrib_ctx(sync_bn=False, cpu=True): fit(learn, [*cbs, Crash()])
+                assert len(learn.recorder.values) == 2, learn.recorder.values
             learn = learner(name, 0)
-            with suppress(InterruptedError), learn.distrib_ctx(sync_bn=False, cpu=True): fit(learn, [*cbs, Crash()])
-            assert len(learn.recorder.values) == 2, learn.recorder.values
-        learn = learner(name, 0)
-        with learn.distrib_ctx(sync_bn=False, cpu=True): res = fit(learn, cbs)
-        torch.save(res, f"{sys.argv[1]}/{name}-{os.environ['RANK']}.pt")
-    if not sys.argv[2:]: apart(Path(sys.argv[1]))
-    torch.distributed.destroy_process_group()
+            with learn.distrib_ctx(sync_bn=False, cpu=True): res = fit(learn, cbs)
+            torch.save(res, f"{sys.argv[1]}/{name}-{os.environ['RANK']}.pt")
+        if not sys.argv[2:]: apart(Path(sys.argv[1]))
+        torch.distributed.destroy_process_group()

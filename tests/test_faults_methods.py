@@ -14,7 +14,7 @@ from ltrl_fastai.all import (BinaryBalancedLoss, ClassBalancedLoss, CosineHead, 
                              ReflectiveLearning, RIDELoss, SADELoss, ScaledHead, WeightDecay, aggregate_experts, balanced_head, class_balanced, decay_in_gradient,
                              digits_lt, effective_weights, expert_net, features_of, mean_head, methods, ncl_net, queued_net, soft_cross_entropy, soft_labels, unaugmented)
 from ltrl_fastai.methods.nets import create_net
-from ltrl_fastai.methods.balancing import published_balancing
+from ltrl_fastai.methods.balancing import MaxNorm, published_balancing
 from ltrl_fastai.methods.ride import Distilled, GatedExperts, GateLoss, assignment, distillation, follow, gates_alone
 from test_methods import small_digits
 from test_vectors import close, load
@@ -282,6 +282,8 @@ def test_fault_22_the_stage_has_both():
     assert len(seen) == 1 and seen[0][0] is BinaryBalancedLoss and seen[0][1] is decay_in_gradient and seen[0][2] == .1
     class_balanced(learn, counts=torch.ones(10))
     assert type(learn.loss_func) is ClassBalancedLoss
+    cuts = [o.every_epoch for o in published_balancing.cbs([3, 2, 1]) if isinstance(o, MaxNorm)]
+    assert cuts == [True], 'the authors cut once an epoch'
     head, norm, decay = balanced_head(counts, wd=.2, every_epoch=True)
     assert (head.shift_bn, norm.every_epoch, decay.wd_of_fit, decay.in_gradient) == (False, True, .2, False)
 
@@ -476,3 +478,107 @@ def test_fault_28_queue_variants():
     row = [math.log(.1)]*10+[1., 1]  # centres, key, queue; the query itself is out
     lse = math.log(sum(math.exp(o) for o in row))
     assert of(0) == pytest.approx(lse-(math.log(.1)+2)/3, rel=1e-5) and of(1) == pytest.approx(lse-(math.log(.1)+1)/2, rel=1e-5)
+
+
+def balanced_by_pytorch(feats, targets, batches, head, n, lr=.01, wd=.1, beta=.9999):
+    "The authors' second stage by PyTorch alone: binary cross-entropy, decay of weight and bias, a cut after the epoch"
+    weights = (1-beta)/(1-torch.tensor([beta]).double()**torch.tensor(n))
+    weights = (weights/weights.sum()*len(n)).to(feats)
+    lengths = head.weight.detach().norm(dim=1)
+    radius = lengths.min()+.1*(lengths.max()-lengths.min())
+    opt = torch.optim.SGD(head.parameters(), lr=lr, momentum=.9, weight_decay=wd)
+    for i, ids in enumerate(batches):
+        for group in opt.param_groups: group['lr'] = lr*(1+math.cos(math.pi*i/len(batches)))/2
+        p, onehot = head(feats[ids]).softmax(1), F.one_hot(targets[ids], len(n)).to(feats)
+        loss = F.binary_cross_entropy(p, onehot, weight=weights[targets[ids]][:, None].expand_as(p))
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    with torch.no_grad():
+        lengths = head.weight.norm(dim=1, keepdim=True)
+        head.weight.mul_((radius/lengths).clamp(max=1))
+    return head
+
+
+def test_fault_22_a_whole_stage_by_pytorch_alone():
+    "Variant: three batches of the published stage on a linear net end where PyTorch's own parts end, weight and bias"
+    torch.manual_seed(0)
+    feats, targets = torch.randn(24, 6), torch.arange(24) % 4
+    dl = DataLoader(TensorDataset(feats, targets), bs=8)
+    net = nn.Sequential(nn.Identity(), nn.Linear(6, 4))
+    learn = Learner(DataLoaders(dl, dl), net, loss_func=nn.CrossEntropyLoss(), opt_func=partial(SGD, mom=.9))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, .5)
+    want = balanced_by_pytorch(feats, targets, torch.arange(24).split(8), deepcopy(net[1]), counts)
+    assert (published_balancing.epochs, published_balancing.lr) == (10, .01)
+    one_epoch = dataclasses.replace(published_balancing, epochs=1)
+    m = dataclasses.replace(methods['weight-balancing'], then=(one_epoch,))
+    learn.class_counts = counts
+    with learn.no_bar(), learn.no_logging(): m.fit(learn, 1, .01, first=lambda *_: None)
+    close(net[1].weight, want.weight, 1e-5)
+    close(net[1].bias, want.bias, 1e-5)
+
+
+def mdcs_by_definition(z, y, n, lambdas, weight=.6):
+    "One image and one expert at a time"
+    weak, strong = [[[[v.item()+lam*math.log(m) for v, m in zip(expert, n)] for lam, expert in zip(lambdas, image)]
+                     for image in view] for view in z]
+    logp = lambda net: [v-math.log(sum(math.exp(o) for o in net)) for v in net]
+    entropy = -sum(logp(view[i][k])[t] for view in (weak, strong) for i, t in enumerate(y) for k in range(len(lambdas)))
+    taught = 0.
+    for k in range(len(lambdas)):
+        right = [i for i, t in enumerate(y) if max(range(len(n)), key=weak[i][k].__getitem__) == t]
+        pairs = [(logp(weak[i][k]), logp(strong[i][k])) for i in right]
+        taught += sum(math.exp(a)*(a-b) for p, q in pairs for a, b in zip(p, q))/max(1, len(right))
+    return entropy/2/len(y)+weight*taught
+
+
+@pytest.mark.parametrize('lambdas', [(-.5, 1, 2.5), (0., 1, 2, 3), (1., -1)])
+def test_fault_23_by_definition(lambdas):
+    "Variant: other numbers of experts and powers, drawn views, image by image"
+    for seed in range(3):
+        torch.manual_seed(seed)
+        z, y = torch.randn(2, 7, len(lambdas), 4, dtype=torch.float64)*4, torch.randint(0, 4, (7,))
+        loss = MDCSLoss(counts, lambdas).double()(z, y).item()
+        assert loss == pytest.approx(mdcs_by_definition(z, y.tolist(), counts, lambdas), rel=1e-5)
+
+
+def test_fault_24_nets_that_agree():
+    "Variant: of alike nets no divergence is left; another order of classes, or of teachers, is the same loss"
+    torch.manual_seed(0)
+    z, y = torch.randn(5, 3, 4, dtype=torch.float64)*3, torch.tensor([0, 1, 2, 3, 0])
+    loss = lambda n, **args: NCLLoss(n, hard=2, **args).double()
+    alike = z[:, :1].expand(-1, 3, -1)
+    close(loss(counts)(alike, y), loss(counts, weight=0.)(alike, y), 1e-9)
+    order = torch.tensor([2, 0, 3, 1])
+    turned = loss([counts[i] for i in order])(z[..., order], order.argsort()[y])
+    close(turned, loss(counts)(z, y), 1e-9)
+    close(loss(counts)(z[:, [0, 2, 1]], y), loss(counts)(z, y), 1e-9)
+    first = loss(counts)(z[:, [1, 0, 2]], y)  # hard classes are those of the first net
+    assert abs(first-loss(counts)(z, y)) > 1e-3
+
+
+def test_fault_27_more_logits_than_classes():
+    "Variant: gates that look at 50 logits of 10 classes, or of 60; every image asks a number of experts"
+    for n_classes in (10, 60):
+        net = GatedExperts(expert_net(create_net('resnet8', n_classes, n_in=1)), top=50)
+        assert net.gates[0].out.in_features == 66
+        logits, feats = torch.randn(4, n_classes), torch.randn(4, net.gates[0].hidden.in_features)
+        best = F.pad(logits.sort(1, descending=True).values[:, :50], (0, max(0, 50-n_classes)))
+        seen = torch.cat([F.relu(net.gates[0].hidden(F.normalize(feats, dim=1))), best], 1)
+        close(net.gates[0](feats, logits), net.gates[0].out(seen)[:, 0], 1e-5)
+        with torch.no_grad(): out = net.eval()(torch.randn(9, 1, 8, 8))
+        assert out.shape == (9, n_classes) and net.asked.sum() == 9
+
+
+def test_fault_28_more_keys_than_the_queue_holds():
+    "Variant: the last of them stay; heads keep their scales and statistics when they are saved and loaded"
+    net = queued_net(create_net('resnet8', 10, n_in=1), size=8)
+    keys = F.normalize(torch.randn(20, 32), dim=1)
+    net.enqueue(keys, torch.arange(20) % 10)
+    assert net.labels.sort().values.tolist() == sorted((torch.arange(12, 20) % 10).tolist())
+    assert {tuple(o) for o in net.queue.tolist()} == {tuple(o) for o in keys[12:].tolist()}
+    scaled, other = ScaledHead(nn.Linear(4, 3)), ScaledHead(nn.Linear(4, 3))
+    with torch.no_grad(): scaled.scale.mul_(torch.tensor([2., 3, 4]))
+    other.load_state_dict(scaled.state_dict())
+    x = torch.randn(5, 4)
+    close(other(x), scaled(x), 0)

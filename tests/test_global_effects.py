@@ -1,11 +1,13 @@
 "Importing the package changes nothing of PyTorch, fastai or the process for good."
+import gc
 import json
 import subprocess
 import sys
+from contextlib import suppress
 
 import torch
-from fastai.vision.all import DataLoader
-from ltrl_fastai.all import ReflectiveLearning, WithIds
+from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
+from ltrl_fastai.all import ReflectiveLearning, WithIds, allow_cpu_ranks
 from ltrl_fastai.experiments.training import RunSettings, train_run
 
 program = '''
@@ -78,3 +80,63 @@ def test_a_run_puts_back_what_it_sets():
         assert flags() == before
         assert ReflectiveLearning() and flags() == before
     finally: torch.backends.cudnn.benchmark = False
+
+
+def test_ranks_on_cpus_are_allowed_for_a_while():
+    "fastai's loader is as it was after a `with` statement, also after an error; a call alone holds for good"
+    from fastai.distributed import DistributedDL
+    its_own = DistributedDL._broadcast
+    with allow_cpu_ranks():
+        assert DistributedDL._broadcast is not its_own
+        with allow_cpu_ranks(): pass
+        assert DistributedDL._broadcast is not its_own
+    assert DistributedDL._broadcast is its_own
+    with suppress(InterruptedError), allow_cpu_ranks(): raise InterruptedError
+    assert DistributedDL._broadcast is its_own
+    try:
+        allow_cpu_ranks()
+        gc.collect()
+        assert DistributedDL._broadcast is not its_own
+    finally: DistributedDL._broadcast = its_own
+
+
+class Crash(Callback):
+    def after_step(self): raise InterruptedError('as of a crash')
+
+
+class Looks(Callback):
+    "What PyTorch's compiler is told, within a fit"
+    def before_fit(self): self.seen = set()
+    def after_step(self): self.seen.add(compiler_settings())
+
+
+def compiler_settings():
+    import torch._functorch.config as functorch
+    import torch._inductor.config as inductor
+    return functorch.donated_buffer, inductor.force_disable_caches
+
+
+def test_a_fit_of_a_compiled_model_puts_back_what_it_tells_the_compiler():
+    "Buffers are kept and caches off during a fit alone; a second fit trains as an uncompiled model does"
+    before = compiler_settings()
+    assert before == (True, False)
+    learners = {}
+    for backend in (None, 'aot_eager'):
+        learn = learners[backend] = small_learner([ReflectiveLearning(preset='v0.0.1', kc=True), Looks()])
+        if backend: learn.model = torch.compile(learn.model, backend=backend)
+        for _ in range(2):
+            with learn.no_bar(), learn.no_logging(): learn.fit(2, .05)
+            assert compiler_settings() == before
+            assert learn.looks.seen == {(False, True) if backend else before}
+    plain, compiled = [list(o.model.parameters()) for o in learners.values()]
+    torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-6)
+    with suppress(InterruptedError), learn.no_bar(), learn.no_logging(): learn.fit(1, .05, cbs=Crash())
+    assert compiler_settings() == before
+
+
+def small_learner(cbs):
+    torch.manual_seed(0)
+    ds = [(torch.randn(6), i % 3) for i in range(48)]
+    dls = DataLoaders(DataLoader(ds, bs=16), DataLoader(ds, bs=16), device='cpu')
+    net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    return Learner(dls, net, loss_func=CrossEntropyLossFlat(), cbs=cbs)

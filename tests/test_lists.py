@@ -590,3 +590,69 @@ def test_a_folder_without_images_is_said(tmp_path):
     for i in range(12): (tmp_path/f'{i%2}').mkdir(exist_ok=True); Image.new('RGB', (8, 8)).save(tmp_path/f'{i%2}/{i}.png')
     (tmp_path/'pentagon').mkdir()
     with pytest.warns(DataNote, match='No image in 1 folder, left out: pentagon'): assert own_images(tmp_path).c == 2
+
+
+# Lines of the lists in public repositories: classifier-balancing (Kang et al.), SADE, LADE and MiSLAS
+as_published = {
+    'places-lt': {
+        'train': ('train/apartment_building-outdoor/00000794.jpg 8', 'data_256/a/apartment_building/outdoor/00000794.jpg 8'),
+        'valid': ('train/airfield/00002049.jpg 0', 'data_256/a/airfield/00002049.jpg 0'),
+        'test': ('val/airfield/Places365_val_00003597.jpg 0', 'val_256/Places365_val_00003597.jpg 0'),
+    },
+    'imagenet-lt': {
+        'train': ('train/n01440764/n01440764_10026.JPEG 0',),
+        'valid': ('train/n15075141/n15075141_10125.JPEG 999',),
+        'test': ('val/n01440764/ILSVRC2012_val_00029930.JPEG 0', 'val/ILSVRC2012_val_00007556.JPEG 999'),
+    },
+    'inaturalist18': {'test': ('train_val2018/Plantae/7291/9f8ecb39e5f767e39e9b28e34488f179.jpg 7291',)},
+}
+
+
+@pytest.mark.parametrize('last', ['\n', '', '\r\n'], ids=['a line feed', 'nothing', 'Windows'])
+def test_lines_of_public_lists(tmp_path, last):
+    "What stands in the lists of public repositories; one of them does not end its last line"
+    for lists in as_published.values():
+        for lines in lists.values():
+            for line in lines:
+                (tmp_path/'list.txt').write_bytes((f'{line}\n{line}{last}').encode())
+                images = read_list(tmp_path/'list.txt')
+                path, label = line.split()
+                assert images.paths == [path]*2 and images.labels == [int(label)]*2 and images.lines == [1, 2]
+
+
+def flat(root, name):
+    "Lists whose test images are listed without folders of classes, as SADE, LADE and MiSLAS have them"
+    f = root/list_sets[name]['lists']['test']
+    f.write_text(re.sub(r'^val(_256)?/(.*/)?', 'val_256/' if name == 'places-lt' else 'val/', f.read_text(), flags=re.M))
+
+
+@pytest.mark.parametrize('name', ['imagenet-lt', 'places-lt'])
+@pytest.mark.parametrize('easy', [True, False], ids=['easy lists', 'lists of data_256'])
+def test_flat_test_lists_of_images_in_folders(tmp_path, name, easy):
+    "The lists of data_256 with Places365's easy format, and LADE's of ImageNet-LT with validation images in folders"
+    from ltrl_fastai.data.lists import to_easy
+    if name == 'imagenet-lt': lines = imagenet(tmp_path)
+    else:
+        lines = places(tmp_path, easy, to_easy)
+        if not easy:
+            for p, y in lines['test']:
+                there = tmp_path/'val'/['airfield', 'apartment_building-outdoor', 'bar', 'zen_garden', 'zoo'][y]
+                there.mkdir(parents=True, exist_ok=True)
+                os.replace(tmp_path/p, there/os.path.basename(p))
+    flat(tmp_path, name)
+    dls = (imagenet_lt if name == 'imagenet-lt' else places_lt)(tmp_path, **kw)
+    assert sizes(dls) == [59, 10, 15] and list(dls.test.dataset.targets) == [y for _, y in lines['test']]
+    assert all(os.path.basename(os.path.dirname(f)) != 'val' for f in files_of(dls.test))
+    os.remove(files_of(dls.test)[4])
+    with pytest.raises(FileNotFoundError, match='1 of 15 images in test'): (imagenet_lt if name == 'imagenet-lt' else places_lt)(tmp_path, **kw)
+
+
+@pytest.mark.parametrize('folder', ['data_txt/Places_LT_v2', 'data/Places_LT', 'data/Places_LT_v2', 'Places_LT_v2', 'data_txt/Places_LT', 'Places_LT', '.'])
+def test_lists_as_repositories_have_them(tmp_path, folder):
+    "A checkout of SADE, LADE, MDCS or classifier-balancing beside the images"
+    places(tmp_path, True)
+    there = tmp_path/folder
+    there.mkdir(parents=True, exist_ok=True)
+    for o in list_sets['places-lt']['lists'].values():
+        if folder != '.': os.replace(tmp_path/o, there/o)
+    assert sizes(places_lt(tmp_path, **kw)) == [59, 10, 15]

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['list_sets', 'ImageList', 'text_of', 'read_list', 'read_inat', 'check_lists', 'as_listed', 'flat_val', 'flat_val256',
-           'to_easy', 'from_easy', 'locate', 'missing_images', 'leave_out_broken', 'broken_note', 'check_images',
-           'hold_out', 'TrainCrop', 'ImageAugment', 'photo_tfms', 'ImageFileDataLoaders', 'with_targets',
-           'image_dataloaders', 'find_lists', 'where_to_put', 'class_names', 'compare_published', 'read_lists',
-           'imagenet_lt', 'places_lt', 'inaturalist18']
+           'to_easy', 'from_easy', 'in_class_folders', 'locate', 'missing_images', 'leave_out_broken', 'broken_note',
+           'check_images', 'hold_out', 'TrainCrop', 'ImageAugment', 'photo_tfms', 'ImageFileDataLoaders',
+           'with_targets', 'image_dataloaders', 'find_lists', 'where_to_put', 'class_names', 'compare_published',
+           'read_lists', 'imagenet_lt', 'places_lt', 'inaturalist18']
 
 # %% ../../nbs/data/04_lists.ipynb #74a2a427
 from fastai.vision.all import *
@@ -164,6 +164,17 @@ def from_easy(p:str # Path as listed
              ) -> str:
     "From folders of Places365's easy format to those of letters."
     return re.sub(r'^train/((\w)[^/]*)/', lambda m: f"data_256/{m[2]}/{m[1].replace('-','/')}/", p)
+
+def in_class_folders(train:ImageList, # Whose folders are classes
+                     images:ImageList # Of validation or test, perhaps listed without folders
+                    ) -> Callable: # Function of a listed path
+    "A spelling that puts images of a flat list into folders of `val`, named as those of the training images."
+    folders = {}
+    for p,y in zip(train.paths, train.labels):
+        if y not in folders: folders[y] = Path(to_easy(p)).parent.name
+    flat = {p: f'val/{folders[y]}/{os.path.basename(p)}' for p,y in zip(images.paths, images.labels)
+            if p.count('/')==1 and y in folders}
+    return lambda p: flat.get(p, p)
 
 def locate(images:ImageList, # Whose files are wanted
            roots:list, # Folders to try
@@ -331,7 +342,7 @@ list_sets = { # By name: lists of image files, where images are looked for, what
         images=('ImageNet_LT','ImageNet','imagenet','ILSVRC2012','ILSVRC/Data/CLS-LOC'), spellings=(as_listed, flat_val),
         classes=1000, train=115846, valid=20000, test=50000, n_max=1280, n_min=5,
         put="ImageNet's `train/n01440764/*.JPEG` and `val` (with folders by class, or flat)"),
-    'places-lt': dict(title='Places-LT', folder='Places_LT', lists=dict(train='Places_LT_train.txt', valid='Places_LT_val.txt', test='Places_LT_test.txt'),
+    'places-lt': dict(title='Places-LT', folder='Places_LT', also=('Places_LT_v2',), lists=dict(train='Places_LT_train.txt', valid='Places_LT_val.txt', test='Places_LT_test.txt'),
         images=('Places_LT','Places365','places365','places365_standard'), spellings=(as_listed, to_easy, from_easy, flat_val, flat_val256),
         classes=365, train=62500, valid=7300, test=36500, n_max=4980, n_min=5,
         put="Places365's `data_256` and `val_256`, or `train` and `val` of its easy format"),
@@ -348,7 +359,8 @@ def find_lists(name:str, # In `list_sets`
               ) -> dict: # File by split
     "The files that list a data set; raises `FileNotFoundError` that says what is missing and where to put it."
     spec,base = list_sets[name],_base(path)
-    folders = [base, base/spec['folder'], base/'data_txt'/spec['folder']]
+    names = [spec['folder'], *spec.get('also', ())]
+    folders = [base, *(base/repository/o for repository in ('.','data_txt','data') for o in names)]
     ways = [spec['lists'], *([spec['json']] if 'json' in spec else [])]
     for way in ways:
         for o in folders:
@@ -402,7 +414,7 @@ def read_lists(name:str, # In `list_sets`
     folder = found['train'].parent
     if (f := folder/'categories.json').is_file(): names = _category_names(json.loads(f.read_bytes()))
     roots = list(dict.fromkeys([base, folder, *[o/image for o in (base, folder) for image in spec['images']]]))
-    for o in lists.values(): locate(o, roots, spec['spellings'])
+    for o in lists.values(): locate(o, roots, (*spec['spellings'], in_class_folders(lists['train'], o)))
     if not names or len({names.get(i) for i in range(n)}-{None})<n: vocab = class_names(lists['train'], n)
     else: vocab = [str(names[i]) for i in range(n)]
     return lists,vocab,roots

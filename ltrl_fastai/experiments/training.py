@@ -70,11 +70,12 @@ def _warm_cosine(learn, epochs, lr, cbs):
 schedules = { # By name: a function of learner, epochs, largest learning rate and callbacks, which trains
     'one-cycle': _one_cycle,
     'steps':  _stepwise(.8, .9), # 5 epochs of warm-up; a tenth from 80% on, a hundredth from 90%: CIFAR
+    'steps-warm-10': _stepwise(.8, .9, warm=10), # the same, 10 epochs of warm-up: PaCo on CIFAR
     'steps-hundredth': _stepwise(.8, .9, factor=.01), # a hundredth at each step: LDAM and RIDE on CIFAR
     'steps-60-80-hundredth': _stepwise(.6, .8, factor=.01), # BBN on CIFAR
     'steps-60-80': _stepwise(.6, .8), # iNaturalist 2018, and RIDE on ImageNet-LT
     'steps-50-80-90': _stepwise(.5, .8, .9), # 400 epochs on CIFAR
-    'steps-50-80-95': _stepwise(.5, .8, .95, warm=10), # MDCS on CIFAR
+    'steps-50-80-95': _stepwise(.5, .8, .95, warm=20), # 20 epochs of warm-up: MDCS on CIFAR
     'steps-60-80-90': _stepwise(.6, .8, .9), # 400 epochs on iNaturalist 2018
     'thirds': _stepwise(1/3, 2/3, warm=0), # no warm-up: Places-LT
     'cosine': lambda learn, epochs, lr, cbs: _by(learn, epochs, SchedCos(lr, 0.), cbs),

@@ -107,10 +107,11 @@ def balanced_head(counts:Collection, # Training images of each class; not looked
                   wd:float=.1, # Weight decay
                   in_gradient:bool=False, # See `WeightDecay`; True in the authors' code
                   shift_bn:bool=False, # See `HeadOnly`; True in the authors' code
-                  every_epoch:bool=False # See `MaxNorm`
+                  every_epoch:bool=False # See `MaxNorm`; True in the authors' code
                  ) -> list:
     "The callbacks that train a head alone, its class vectors within a ball."
     return [HeadOnly(shift_bn=shift_bn), MaxNorm(every_epoch=every_epoch), WeightDecay(wd, in_gradient)]
 balancing_stage = Stage('the head alone, its class vectors within a ball', class_balanced, balanced_head, epochs=10, lr=.01)
-published_balancing = Stage('the head alone, its class vectors within a ball, by the authors\' loss and decay', partial(class_balanced, binary=True),
-                            partial(balanced_head, in_gradient=True, shift_bn=True), epochs=10, lr=.01)
+published_balancing = Stage('the head alone, its class vectors within a ball, by the authors\' loss and decay',
+                            prepare=partial(class_balanced, binary=True), epochs=10, lr=.01,
+                            cbs=partial(balanced_head, in_gradient=True, shift_bn=True, every_epoch=True))

@@ -26,7 +26,7 @@ from .paco import PaCoLoss, KeyQueue, queued_net
 from .bbn import BBNLoss, ReversedBatch, bilateral_net
 from .decouple import crt, lws, tau_norm, ncm
 from .mislas import mislas_stage
-from .balancing import balancing_stage
+from .balancing import balancing_stage, published_balancing
 from .oltr import oltr_stage
 
 # %% ../../nbs/methods/21_catalogue.ipynb #c0d154a1
@@ -83,28 +83,45 @@ methods = Methods({ # All that `ltrl methods` lists
          'classifier-retraining': 'crt', 'learnable-weight-scaling': 'lws', 'tau-normalization': 'tau-norm', 'nearest-class-mean': 'ncm'})
 
 # %% ../../nbs/methods/21_catalogue.ipynb #3b80c0f6
-def _mislas_with(method, head=.4, tail=.1, factor=.2, mixup=1.):
+def _stage_with(method, **change):
+    "A method whose only stage is changed"
     stage, = method.then
-    return dataclasses.replace(method, cbs=lambda counts: [MixUp(mixup)],
-                               then=(dataclasses.replace(stage, prepare=partial(stage.prepare, head=head, tail=tail), lr=lambda lr: factor*lr),))
+    return dataclasses.replace(method, then=(dataclasses.replace(stage, **change),))
+def _mislas_with(method, head=.4, tail=.1, factor=.2, mixup=1., own=False):
+    prepare = partial(method.then[0].prepare, head=head, tail=tail, own=own)
+    return _mixup_with(_stage_with(method, prepare=prepare, lr=lambda lr: factor*lr), mixup)
 def _mixup_with(method, mixup=1.): return dataclasses.replace(method, cbs=lambda counts: [MixUp(mixup)])
-_of_stages = {'mislas': _mislas_with, 'mixup': _mixup_with} # whose constants are not the loss's or the net's
+def _crt_with(method, stage_lr=.2, stage_epochs=10): return _stage_with(method, lr=stage_lr, epochs=stage_epochs)
+def _lws_with(method, stage_lr=.2, stage_epochs=5): return _stage_with(method, lr=stage_lr, epochs=stage_epochs)
+def _balancing_with(method, published=False):
+    return dataclasses.replace(method, then=(published_balancing if published else balancing_stage,))
+def _assigned_with(method, top=30, gate_bs=None):
+    stage, = method.then
+    return _stage_with(method, prepare=partial(stage.prepare, top=top), cbs=partial(stage.cbs, bs=gate_bs))
+def _distilled_with(method, published=False):
+    return _stage_with(method, prepare=partial(method.then[0].prepare, published=published))
+def _aggregated_with(method, aggregation_lr=None):
+    return _stage_with(method, adapt=partial(method.then[0].adapt, lr=aggregation_lr))
+_of_stages = { # Whose constants are not the loss's or the net's alone: a function of the method and of these constants
+    'mislas': _mislas_with, 'mixup': _mixup_with, 'crt': _crt_with, 'lws': _lws_with,
+    'weight-balancing': _balancing_with, 'ride-assigned': _assigned_with, 'ride-distilled': _distilled_with,
+    'sade-aggregated': _aggregated_with,
+}
 _of_others = {'net','counts','class_counts','reduction','axis','weight','args','kwargs','method'}
 
 def _names(f): return [o for o in inspect.signature(f).parameters if o not in _of_others]
 
 def method_with(name:str, # A name in `methods`
-                **constants # Of its loss, of its net or, for mislas and mixup, of its stages
+                **constants # Of its loss, of its net or of its stages
                ) -> Method:
     "A method of the catalogue with other constants; raises `ValueError` for one that it does not have."
-    method,rest = methods[name],dict(constants)
-    if not rest: return method
-    known = [_of_stages[name]] if name in _of_stages else [method.loss, method.net]
+    method = methods[name]
+    if not constants: return method
+    known = [method.loss, method.net] + ([_of_stages[name]] if name in _of_stages else [])
     names = [o for f in known for o in _names(f)]
-    for k in rest:
+    for k in constants:
         if k not in names: raise ValueError(f"method_args: {name} has no {k!r}.{did_you_mean(k, names)} It has {', '.join(names) or 'none that can be changed'}.")
-    if name in _of_stages: return _of_stages[name](method, **rest)
-    of_loss,of_net = [{k: v for k,v in rest.items() if k in _names(f)} for f in (method.loss, method.net)]
+    of_loss,of_net,*of_stages = [{k: v for k,v in constants.items() if k in _names(f)} for f in known]
     if of_loss: method = dataclasses.replace(method, loss=partial(method.loss, **of_loss))
     if of_net: method = dataclasses.replace(method, net=partial(method.net, **of_net))
-    return method
+    return _of_stages[name](method, **of_stages[0]) if of_stages and of_stages[0] else method

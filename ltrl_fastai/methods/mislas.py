@@ -45,12 +45,13 @@ class LabelAwareSmoothing(MethodLoss):
 # %% ../../nbs/methods/10_mislas.ipynb #da2e6614
 def smooth(learn:Learner, # Its net and loss are changed
            counts:Collection, # Training images of each class
-           head:float=.4, tail:float=.1 # See `smoothing_by_class`
+           head:float=.4, tail:float=.1, # See `smoothing_by_class`
+           own:bool=False # See `LabelAwareSmoothing`
           ):
     "Put scales on a learner's head, and label-aware smoothing in place of its loss."
     check_trained(learn, 'MiSLAS')
     replace_head(learn.model, ScaledHead)
-    learn.loss_func = LabelAwareSmoothing(counts, head, tail)
+    learn.loss_func = LabelAwareSmoothing(counts, head, tail, own)
 
 def _head_and_scales(net): return [p for m in net.modules() if isinstance(m, ScaledHead) for p in m.parameters()]
 def shifted_and_even(counts:Collection # Training images of each class; not looked at

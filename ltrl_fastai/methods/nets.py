@@ -82,7 +82,13 @@ def mlp(n_in:int, # Dimensions of a feature vector
     "A classifier of feature vectors with one hidden layer, normalised over the batch."
     return nn.Sequential(nn.Linear(n_in, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, n_classes))
 
-def create_net(name:str, # 'resnet32', 'resnet8', ... (CIFAR), 'mlp256', ... (for feature vectors), or a torchvision classifier such as 'resnet18'
+def _small_stem(net):
+    "Let a torchvision ResNet see small images whole: a first layer of 3x3 without stride, and no pooling behind it"
+    net.conv1,net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False),nn.Identity()
+    nn.init.kaiming_normal_(net.conv1.weight, mode='fan_out', nonlinearity='relu') # as torchvision does
+    return net
+
+def create_net(name:str, # Of CIFAR: 'resnet32', ...; 'resnet34-3x3', ...; 'mlp256', ...; torchvision's 'resnet18', ...
                n_classes:int, # Number of classes
                n_in:int=3, # Channels of an image (torchvision's nets take 3), or dimensions of a feature vector
                **kwargs # Passed on to `CifarResNet` or to the torchvision builder
@@ -93,6 +99,9 @@ def create_net(name:str, # 'resnet32', 'resnet8', ... (CIFAR), 'mlp256', ... (fo
     if name in known and n_in!=3: raise ValueError(f"net: torchvision's {name} takes images of 3 channels, these have {n_in}. Take a CIFAR net: resnet8, resnet20, resnet32, ...")
     if (units := name.removeprefix('mlp'))!=name and units.isdigit() and int(units)>0: return mlp(n_in, int(units), n_classes)
     if name in known: return torchvision.models.get_model(name, num_classes=n_classes, **kwargs)
+    large = name.removesuffix('-3x3')
+    if large!=name and large in known and large.startswith('resnet') and n_in==3:
+        return _small_stem(torchvision.models.get_model(large, num_classes=n_classes, **kwargs))
     if name.startswith('resnet') and digits.isdigit() and (int(digits)-2)%6==0 and int(digits)>=8: return CifarResNet(n_classes, int(digits), n_in=n_in, **kwargs)
     raise ValueError(f"net: expected a CIFAR ResNet (resnet8, resnet20, resnet32, ...), mlp256 for features, or a torchvision classifier, got {name!r}."
         f"{did_you_mean(name, [*known, 'resnet8', 'resnet20', 'resnet32'], n=4)}")

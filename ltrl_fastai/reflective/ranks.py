@@ -6,7 +6,7 @@
 __all__ = ['Ranks', 'allow_cpu_ranks']
 
 # %% ../../nbs/reflective/01_ranks.ipynb #dbca5a1a
-import torch, torch.distributed as dist
+import contextlib, torch, torch.distributed as dist
 from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -69,11 +69,14 @@ class Ranks:
         return res
 
 # %% ../../nbs/reflective/01_ranks.ipynb #b86bc960
-def allow_cpu_ranks():
-    "Let fastai's `DistributedDL` share its order over any backend, not NCCL alone: call it once, before training on several CPUs."
+def allow_cpu_ranks() -> contextlib.ExitStack: # For a `with` statement, at whose end fastai's own way is back
+    "Let fastai's `DistributedDL` share its order over any backend, not NCCL alone: before training on several CPUs."
     from fastai.distributed import DistributedDL
+    undo = contextlib.ExitStack()
+    undo.callback(setattr, DistributedDL, '_broadcast', DistributedDL._broadcast)
     def _broadcast(self, t, rank):
         t = torch.as_tensor(t, dtype=torch.long, device='cuda' if dist.get_backend()=='nccl' else 'cpu')
         dist.broadcast(t, rank)
         return t.tolist()
-    DistributedDL._broadcast = _broadcast
+    DistributedDL._broadcast = _broadcast # type: ignore[method-assign]
+    return undo

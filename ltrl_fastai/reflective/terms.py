@@ -20,6 +20,7 @@ def _fit(self, *args, **kwargs):
     except BaseException:
         for cb in self.cbs: getattr(cb, 'after_crash', noop)()
         raise
+    finally: _restore_compiler()
 
 def _tells_of_crashes(learn, on=True):
     "Let `learn.fit` call `after_crash` before it raises, or `on=False`: do as its class does. Whoever has replaced it already keeps it"
@@ -86,8 +87,17 @@ def _keep_buffers(model):
     if not any(hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) is not None for m in model.modules()): return
     import torch._dynamo, torch._functorch.config as config, torch._inductor.config as inductor
     if not getattr(config, 'donated_buffer', False): return
+    _compiler_before.update(donated_buffer=config.donated_buffer, force_disable_caches=inductor.force_disable_caches)
     config.donated_buffer,inductor.force_disable_caches = False,True
     torch._dynamo.reset()
+
+_compiler_before = {} # settings of PyTorch's compiler before a fit changed them
+def _restore_compiler():
+    "Give the compiler back its settings at the end of a fit, so that other models are compiled as they were"
+    if not _compiler_before: return
+    import torch._functorch.config as config, torch._inductor.config as inductor
+    config.donated_buffer = _compiler_before.pop('donated_buffer')
+    inductor.force_disable_caches = _compiler_before.pop('force_disable_caches')
 
 def _weight_sums(model):
     "Two sums of each parameter, in float64: they differ if any weight does, but by chance"

@@ -353,7 +353,8 @@ def compare(
     from ltrl_fastai.experiments.progress import Watch
     _check_images(check)
     try:
-        if not tune and tune_seeds is not None: raise ValueError("--tune-seeds: settings are chosen with --tune only. Add it, or leave the seeds out.")
+        if not tune and tune_seeds is not None: raise ValueError(
+            "--tune-seeds: settings are chosen with --tune only. Add it, or leave the seeds out.")
         if tune: _check_tune(rl, ablate, grid, test)
         test = tune or not sweep if test is None else test
         common = dict(protocols[one_of('protocol', protocol, protocols)]) if protocol else {}
@@ -369,7 +370,8 @@ def compare(
         search = _search(plan, ways, sweeps, chosen, tune_seeds, factors, redraw, common) if tune else None
         if out.exists() and not out.is_dir(): raise NotADirectoryError(f"--out: {out} is a file, where a folder was expected.")
         if jobs is not None and jobs<1: raise ValueError(f"--jobs: expected at least 1, got {jobs}")
-        once = {json.dumps({**r.partner, 'seed': 0, 'lr': 0}, sort_keys=True): r for r in [*plan, *(search.examples if search else [])]}
+        looked_at = [*plan, *(search.examples if search else [])]
+        once = {json.dumps({**r.partner, 'seed': 0, 'lr': 0}, sort_keys=True): r for r in looked_at}
         for o in dict.fromkeys(o for r in once.values() for o in r.settings.check()): typer.echo(f"Note: {o}")
     except (ValueError, TypeError, OSError, ImportError) as e: fail(e)
     jobs,error,about = jobs or default_jobs(),None,{}
@@ -377,7 +379,8 @@ def compare(
     scored = 'validation images' if not test else 'test images' if plan[0].settings.imbalance_factor else 'test images, or on validation images if there are none'
     typer.echo(f"{len(plan)} runs, {jobs} at a time, scored on {scored}; results are in {out/'runs'}")
     with Watch(plan, jobs, lambda run: read_result(run_file(out, run)), Console()) as watch:
-        try: run_plan(plan, out, jobs, test, watch, command(), dict(command=command(), test=test, versions=versions(), **about))
+        about = dict(command=command(), test=test, versions=versions(), **about)
+        try: run_plan(plan, out, jobs, test, watch, command(), about)
         except Failed as e: error = e
         except ValueError as e: fail(e)
         except (RuntimeError, OSError) as e: fail(e)
@@ -394,9 +397,9 @@ def _check_tune(rl, ablate, grid, test):
     "Raise `ValueError` for an option that is incompatible with --tune"
     said = {
         '--rl': rl!='both' and "both sides are compared, with and without Reflective Learning. Leave it out.",
-        '--ablate': ablate is not None and "one kind of Reflective Learning is compared with none. Choose its parts by --set preset=..., or leave it out.",
+        '--ablate': ablate is not None and "one kind of Reflective Learning is compared with none. Leave it out.",
         '--grid': grid and "the search is ready-made, with the same number of runs on both sides. Leave it out.",
-        '--no-test': test is False and "settings are chosen on validation images, so the report has to be of the test set. Leave it out.",
+        '--no-test': test is False and "settings are chosen on validation images, so the test set has to be reported. Leave it out.",
     }
     for option,why in said.items():
         if why: raise ValueError(f"{option}: with --tune {why}")
@@ -419,7 +422,8 @@ def _search(plan, ways, sweeps, seeds, tune_seeds, factors, redraw, common):
         "Set it for all runs instead: --set.")
     baseline,with_rl = ways
     methods = list(dict.fromkeys(r.settings.method for r in plan))
-    return _Search(methods, known or None, parse_seeds(tune_seeds or '100-102'), seeds, factors, with_rl.reflective, redraw, {**common, **baseline.settings})
+    settings = {**common, **baseline.settings}
+    return _Search(methods, known or None, parse_seeds(tune_seeds or '100-102'), seeds, factors, with_rl.reflective, redraw, settings)
 
 def _tuned(search, out, jobs):
     "Choose settings; gives the plan of the final runs, and what of it belongs into compare.json"

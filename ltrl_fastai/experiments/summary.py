@@ -207,14 +207,14 @@ def _tuned_roles(folder):
 
 def tuned_gains(folder:Path # Of `ltrl compare --tune`
                ) -> pd.DataFrame: # A row for each group and baseline; empty if nothing was tuned in that folder
-    "Paired gains over the plain and the tuned baseline, and of the best setting with Reflective Learning over the best without, with 95% intervals."
+    "Paired gains over the plain net, over the tuned baseline, and of the best setting over the best without, with 95% intervals."
     rows,roles = [],_tuned_roles(folder)
     runs = runs_table(load_results(folder)) if roles else None
     for group,of in roles.items():
         for baseline,(without,with_rl) in _roles.items():
             a,b = (runs[(runs['group']==group) & (runs.variant==of[role])].set_index('seed') for role in (without,with_rl))
             both = a.index.intersection(b.index)
-            row = dict(group=group, baseline=baseline, without=of[without], **{'with': of[with_rl]}, on=runs.on.iloc[0], pairs=len(both))
+            row = {'group': group, 'baseline': baseline, 'without': of[without], 'with': of[with_rl], 'on': runs.on.iloc[0], 'pairs': len(both)}
             for k in shots:
                 x,y = (o[k].astype(float)[both] for o in (a,b))
                 row[k],row[f'{k}_rl'] = x.mean(),y.mean()
@@ -222,18 +222,24 @@ def tuned_gains(folder:Path # Of `ltrl compare --tune`
             rows.append(row)
     return pd.DataFrame(rows)
 
-_questions = {'plain': '(a) one line added, nothing tuned', 'tuned': '(b) on the tuned baseline', 'best': '(c) best with, over best without'}
+_questions = {
+    'plain': '(a) one line added, nothing tuned',
+    'tuned': '(b) on the tuned baseline',
+    'best': '(c) best with, over best without',
+}
 
 def tuned_markdown(gains:pd.DataFrame # As `tuned_gains` gives
                   ) -> str: # Empty for no gains
     "A table of the three gains for each data set and method, and the settings that were chosen."
     out = []
     for group,g in (gains.groupby('group', sort=False) if len(gains) else ()):
-        rows = [{'gain of Reflective Learning': _questions[r.baseline], 'pairs': r.pairs, 'All without': _num(r['all']), 'All with': _num(r.all_rl),
+        rows = [{'gain of Reflective Learning': _questions[r.baseline], 'pairs': r.pairs,
+                 'All without': _num(r['all']), 'All with': _num(r.all_rl),
                  'gain of All (95%)': show_gain(r, 'all'), 'gain of Few (95%)': show_gain(r, 'few')} for _,r in g.iterrows()]
         best = g.iloc[-1]
-        warning = [] if best.on=='test' else ["There is no test set: these are the validation images that settings were chosen on, so the accuracies look too good.", '']
-        out += [f'### {group}, tuned', '', text_table(rows), '', f"Chosen on validation images: {best['without']}; {best['with']}.", '', *warning]
+        chosen = f"Chosen on validation images: {best['without']}; {best['with']}."
+        out += [f'### {group}, tuned', '', text_table(rows), '', chosen, '']
+        if best.on!='test': out += ["There is no test set: settings were chosen on these same validation images, so accuracies look too good.", '']
     return '\n'.join(out)
 
 # %% ../../nbs/experiments/05_summary.ipynb #9b62cda4
@@ -246,7 +252,8 @@ def evidence(folder:Path # With the folders of comparisons by a protocol
     for o in result_folders(folder):
         plan = json.loads((o/'compare.json').read_text(encoding='utf-8')) if (o/'compare.json').exists() else {}
         bed = re.search(r'--protocol (\w+)', plan.get('command', ''))
-        by_hand = re.search(rf"--({'set' if 'tuned' in plan else 'set|sweep|grid'})\b(?! preset=)", plan.get('command', '')) # no name tells what these are
+        changes = 'set' if 'tuned' in plan else 'set|sweep|grid' # of --tune, a sweep is the grid
+        by_hand = re.search(rf'--({changes})\b(?! preset=)', plan.get('command', '')) # no name tells what these are
         if not bed or not plan['test'] or by_hand: continue
         results = load_results(o)
         for baseline,r in _by_baseline(summarise(runs_table(results)), o):

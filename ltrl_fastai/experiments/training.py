@@ -149,8 +149,8 @@ class RunSettings:
             check_type(f.name, value, f.type)
             if isinstance(value, str) and not value.strip() and f.name!='dataset': raise ValueError(
                 f"{f.name}: expected a text that is not empty, got {value!r}. Leave it out for the default.")
-        for k in ('dropout','mixup','label_smoothing','posthoc'):
-            if getattr(self, k)==0 and not isinstance(getattr(self, k), bool): setattr(self, k, None) # one way to say none
+        for k in ('dropout','mixup','label_smoothing','posthoc'): # one way to say none
+            if getattr(self, k)==0 and not isinstance(getattr(self, k), bool): setattr(self, k, None)
         if not isinstance(self.method_args, dict|None): raise ValueError(
             f"method_args: expected names and values, such as {{'tau': 1.}}, got {self.method_args!r}.")
         spec = spec_of(self.dataset)
@@ -188,8 +188,8 @@ class RunSettings:
             try: smooth_labels(self.made_method().loss(torch.tensor([3,2,1])), self.label_smoothing)
             except ValueError as e: raise ValueError(f"{e} The method is {self.method}.") from None
         if self.posthoc is not None:
-            if self.posthoc!='auto' and (isinstance(self.posthoc, (bool,str)) or not math.isfinite(self.posthoc)): raise ValueError(
-                f"posthoc: expected a number or 'auto', got {self.posthoc!r}.")
+            is_number = not isinstance(self.posthoc, (bool,str)) and math.isfinite(self.posthoc)
+            if not is_number and self.posthoc!='auto': raise ValueError(f"posthoc: expected a number or 'auto', got {self.posthoc!r}.")
             if self.method=='logit-adjustment': raise ValueError(
                 "posthoc: logit-adjustment takes the log prior off already. Take softmax with posthoc=1 or posthoc=auto.")
 
@@ -202,7 +202,7 @@ class RunSettings:
         if method.views>1 or any(isinstance(o, ReversedBatch) for o in cbs): raise ValueError(
             f"mixup: {self.method} trains on two images or two views at a time, which can't be mixed. Leave it out.")
         if isinstance(method.loss(counts), LADELoss): raise ValueError(
-            "mixup: LADE's second term is of a whole batch, and would be lost, as mixup mixes the losses of single images. Take bsce.")
+            "mixup: it mixes the losses of single images, and LADE's second term is of a whole batch. Take bsce, or leave it out.")
 
     def _check_takes(self, takes):
         "Refuse what data that are long-tailed already can't be asked for"
@@ -423,7 +423,7 @@ def _train_run(settings, bar, test, checkpoint, cbs, worlds):
     return res,report or valid
 
 def _on_valid(learn, settings):
-    "The report on validation images, and what of `posthoc` belongs into the result; from then on the learner adjusts its predictions"
+    "The report on validation images, and what the result says of `posthoc`; from then on the learner adjusts its predictions"
     if settings.posthoc is None: return ShotReport.from_learner(learn, label=label_of(settings)),{}
     counts,tau = learn.dls.class_counts,settings.posthoc
     if tau=='auto':

@@ -7,7 +7,7 @@ __all__ = ['default_grid', 'check_grid', 'check_disjoint', 'show_setting', 'Tuni
            'greedy_search', 'tune', 'tuned_plan']
 
 # %% ../../nbs/experiments/10_tuning.ipynb #08170613
-from collections.abc import Collection
+from collections.abc import Collection, Generator
 from fastai.basics import *
 import contextlib, dataclasses
 from itertools import chain
@@ -34,9 +34,12 @@ def check_grid(grid:dict # Lists of values by name
     if not grid: raise ValueError("grid: expected names and values, such as {'dropout': [0., .5]}, got none.")
     for name,values in grid.items():
         part,where = resolve(name)
-        if part is not None: raise ValueError(f"grid: {name} belongs to Reflective Learning, and both sides get the same grid. Set it for all runs instead.")
-        if where in _of_data: raise ValueError(f"grid: {name} changes the data, so that validation accuracies could not be compared. Set it for all runs instead.")
-        if not isinstance(values, (list,tuple)) or not values: raise ValueError(f"grid: expected a list of values for {name}, got {values!r}.")
+        if part is not None: raise ValueError(
+            f"grid: {name} belongs to Reflective Learning, and both sides get the same grid. Set it for all runs instead.")
+        if where in _of_data: raise ValueError(
+            f"grid: {name} changes the data, so validation accuracies could not be compared. Set it for all runs instead.")
+        if not isinstance(values, (list,tuple)) or not values: raise ValueError(
+            f"grid: expected a list of values for {name}, got {values!r}.")
 
 def check_disjoint(tuning:Collection, # Seeds that settings are chosen with
                    final:Collection # Seeds that are reported
@@ -44,7 +47,7 @@ def check_disjoint(tuning:Collection, # Seeds that settings are chosen with
     "Raise `ValueError` if a seed is used for tuning and for the final runs."
     both = sorted({*tuning} & {*final})
     if both: raise ValueError(f"seeds: {', '.join(map(str, both))} would be used for tuning and for the final runs. "
-        "A setting that was chosen with a seed looks too good on it: take others, such as 100-102 for tuning and 0-4 for the final runs.")
+        "A setting looks too good with the seeds that it was chosen with. Take others, such as 100-102 for tuning and 0-4 for the final runs.")
 
 def show_setting(setting:dict # Values by name
                 ) -> str: # Empty for no change
@@ -82,7 +85,7 @@ def tuning_cases(methods:list, # Names of methods
                  factors:Iterable=(None,), # Imbalance factors; None for the data set's default
                  **settings # Fields of `RunSettings` for all
                 ) -> list: # Of `TuningCase`
-    "What is to be tried for each method and imbalance factor; raises `ValueError` if no method can take a value of `grid`, or nothing is left to try."
+    "What to try for each method and imbalance factor; raises `ValueError` if no method takes a value of `grid`, or nothing is left."
     values = default_grid if grid is None else grid
     check_grid(values)
     res = [_case(method, values, factor, settings) for factor in factors for method in methods]
@@ -91,13 +94,14 @@ def tuning_cases(methods:list, # Names of methods
         text = min(useless)
         raise ValueError(f"grid: {text} can't be tried. {res[0].left_out[text]}")
     empty = [o.group for o in res if not o.changes]
-    if empty: raise ValueError(f"grid: nothing is left to try for {', '.join(empty)}. Give another value than the one that all runs have.")
+    if empty: raise ValueError(
+        f"grid: nothing is left to try for {', '.join(empty)}. Give another value than the one that all runs have.")
     return res
 
 def examples(cases:list, # As `tuning_cases` gives
              **settings # Fields of `RunSettings` for all
             ) -> list: # Of `PlannedRun`
-    "A run of each single change that is more than a number, to look at before anything is trained: see `RunSettings.check`."
+    "A run of each single change that is more than a number, to be checked before training: see `RunSettings.check`."
     numbers = ('epochs','lr','wd','posthoc','label_smoothing')
     return [make_plan([o.method], [_way(change, None, settings)], [0], [o.factor], **settings)[0]
             for o in cases for change in o.changes if not {*change} & {*numbers}]
@@ -106,7 +110,8 @@ def _case(method, values, factor, settings):
     run, = make_plan([method], [Variant('')], [0], [factor], **settings)
     res,met = TuningCase(run.group, method, factor, [], {}),[_meaning(run.settings)]
     for name,value in ((name, v) for name,vs in values.items() for v in vs):
-        try: changed, = make_plan([method], [Variant('', None, _fields({name: value}, settings))], [0], [factor], **settings)
+        way = Variant('', None, _fields({name: value}, settings))
+        try: changed, = make_plan([method], [way], [0], [factor], **settings)
         except ValueError as e:
             res.left_out[show_setting({name: value})] = str(e)
             continue
@@ -117,8 +122,8 @@ def _case(method, values, factor, settings):
 
 # %% ../../nbs/experiments/10_tuning.ipynb #f4372b90
 def greedy_search(changes:list # Of dicts, each with one name and its value
-                 ) -> Iterator: # Of lists of settings; send it a score for each
-    "Try the plain setting and every change, then add up the best values of the names while the score improves. How many settings it tries does not depend on the scores."
+                 ) -> Generator: # Of lists of settings; send it a score for each
+    "Try the plain setting and every change, then add up the best values while the score improves. The number of settings does not depend on scores."
     settings = [{}, *changes]
     scores = yield settings
     best = {}
@@ -145,24 +150,27 @@ class _Side:
 
     def plan(self, paired_data, settings):
         "The runs of each setting that is wanted"
-        case = self.case
-        return [make_plan([case.method], [_way(o, self.reflective, settings)], self.seeds, [case.factor], paired_data, **settings) for o in self.wanted]
+        case,ways = self.case,[_way(o, self.reflective, settings) for o in self.wanted]
+        return [make_plan([case.method], [way], self.seeds, [case.factor], paired_data, **settings) for way in ways]
 
     def take(self, accuracies):
         "Go on with the accuracy of each run of each setting that was wanted; None for a run that diverged"
         scores = [-math.inf if None in o else float(np.mean(o)) for o in accuracies]
         step = 1+max((o['step'] for o in self.tried), default=0)
-        for setting,accs,score in zip(self.wanted, accuracies, scores):
+        for setting,of_seeds,score in zip(self.wanted, accuracies, scores):
+            by_seed = dict(zip(map(str, self.seeds), of_seeds))
             mean = None if score==-math.inf else round(score, 5)
-            self.tried.append(dict(setting=setting, step=step, valid_accuracy=dict(zip(map(str, self.seeds), accs)), mean=mean))
+            self.tried.append(dict(setting=setting, step=step, valid_accuracy=by_seed, mean=mean))
         try: self.wanted = self.search.send(scores)
         except StopIteration: self.wanted = []
 
     @property
     def result(self):
         scored = [o for o in self.tried if o['mean'] is not None]
-        best = max(scored, key=lambda o: o['mean'], default=None)
-        return dict(chosen=best and dict(sorted(best['setting'].items())), mean=best and best['mean'], runs=sum(len(o['valid_accuracy']) for o in self.tried), tried=self.tried)
+        best = max(scored, key=lambda o: o['mean'], default=dict(setting=None, mean=None))
+        chosen = None if best['setting'] is None else dict(sorted(best['setting'].items()))
+        runs = sum(len(o['valid_accuracy']) for o in self.tried)
+        return dict(chosen=chosen, mean=best['mean'], runs=runs, tried=self.tried)
 
 def _way(setting, reflective, common):
     "A setting as a `Variant`"
@@ -180,7 +188,8 @@ def _accuracies(runs, folder, jobs, watcher, command):
         try: run_plan(plan, folder, jobs, test=False, watch=listen, command=command)
         except Failed: # a setting that diverges is not chosen; anything else has to be mended first
             if not all(o.startswith(FloatingPointError.__name__) for o in failed.values()): raise
-    return [[None if o.name in failed else read_result(run_file(folder, o))['valid_accuracy']['all'] for o in of_setting] for of_setting in runs]
+    def accuracy(run): return None if run.name in failed else read_result(run_file(folder, run))['valid_accuracy']['all']
+    return [[accuracy(run) for run in of_setting] for of_setting in runs]
 
 def tune(methods:list, # Names of methods
          folder:str|Path, # For `tuning.json`, and the runs in `tuning`
@@ -196,28 +205,31 @@ def tune(methods:list, # Names of methods
          command:str|None=None, # That started it, for the results
          **settings # Fields of `RunSettings` for all
         ) -> dict: # What `tuning.json` holds
-    "Choose the best setting of both sides on validation images; raises `ValueError` if seeds overlap or a side has no run that converges, `Failed` if runs fail otherwise."
+    "Choose the best setting of both sides on validation images; raises `ValueError` if seeds overlap or all settings of a side diverge."
     seeds,final_seeds,folder = list(seeds),list(final_seeds),Path(folder)
     check_disjoint(seeds, final_seeds)
     cases = tuning_cases(methods, grid, list(factors), **settings)
     arguments = {'without': None, 'with': reflective or {}}
     sides = [(case, side, _Side(case, arguments[side], seeds)) for case in cases for side in _sides]
     watcher = watcher or (lambda plan: contextlib.nullcontext(noop))
-    about = dict(grid=default_grid if grid is None else grid, score='class-balanced validation accuracy in percent, mean over the seeds',
-                 seeds=seeds, final_seeds=final_seeds, redraw=paired_data, command=command, versions=versions())
+    score = 'class-balanced validation accuracy in percent, mean over the seeds'
+    about = dict(grid=default_grid if grid is None else grid, score=score, seeds=seeds, final_seeds=final_seeds,
+                 redraw=paired_data, command=command, versions=versions())
     steps = max(o.budget-len(o.changes) for o in cases)
     for step in range(1, steps+1):
         searching = [o for _,_,o in sides if o.wanted]
         plans = [o.plan(paired_data, settings) for o in searching]
         n = sum(len(runs) for plan in plans for runs in plan)
-        echo(f"Tuning, step {step} of {steps}: {'plain settings and single changes' if step==1 else 'combinations'}, {n} runs on validation images")
+        what = 'plain settings and single changes' if step==1 else 'combinations'
+        echo(f"Tuning, step {step} of {steps}: {what}, {n} runs on validation images")
         found = iter(_accuracies([*chain(*plans)], folder/'tuning', jobs, watcher, command))
         for side,plan in zip(searching, plans): side.take([next(found) for _ in plan])
-        res = dict(**about, done=step==steps, cases=[_told(case, {side: o for c,side,o in sides if c is case}) for case in cases])
+        told = [_told(case, {side: o for of,side,o in sides if of is case}) for case in cases]
+        res = dict(**about, done=step==steps, cases=told)
         write_json(res, folder/'tuning.json')
     for case,side,o in sides:
-        if o.result['chosen'] is None: raise ValueError(
-            f"{case.group}, {side} Reflective Learning: training diverged with every setting that was tried. Lower the learning rate: `--set lr=...`.")
+        if o.result['chosen'] is None: raise ValueError(f"{case.group}, {side} Reflective Learning: "
+            "training diverged with every setting that was tried. Lower the learning rate: `--set lr=...`.")
     return res
 
 def _told(case, sides):
@@ -230,16 +242,16 @@ def tuned_plan(tuning:dict, # What `tune` gave
                reflective:dict|None=None, # Arguments of `ReflectiveLearning` on its side
                paired_data:bool=False, # A draw of the training images for each seed?
                **settings # Fields of `RunSettings` for all
-              ) -> tuple[list, dict]: # Of `PlannedRun`, seed by seed; and by group the variant of each role: 'plain', 'plain + RL', 'tuned', 'tuned + RL', 'best + RL'
-    "The runs that answer what Reflective Learning gains over a plain and a tuned baseline, and the best with it over the best without."
+              ) -> tuple[list, dict]: # Of `PlannedRun`, seed by seed; and by group the variant of each role
+    "The final runs. Roles are 'plain', 'plain + RL', 'tuned', 'tuned + RL' (the best without, and that with it) and 'best + RL'."
     plan,roles,rl = [],{},reflective or {}
     for case in tuning['cases']:
         tuned,best = (case['sides'][k]['chosen'] for k in _sides)
-        ways = {'plain': ({}, None), 'plain + RL': ({}, rl), 'tuned': (tuned, None), 'tuned + RL': (tuned, rl), 'best + RL': (best, rl)}
-        runs = {}
-        for role,(setting,on) in ways.items():
+        wanted = {'plain': ({}, None), 'plain + RL': ({}, rl), 'tuned': (tuned, None), 'tuned + RL': (tuned, rl), 'best + RL': (best, rl)}
+        runs,factors = {},[case['imbalance_factor']]
+        for role,(setting,on) in wanted.items():
             way = _way(setting, on, settings)
-            made = make_plan([case['method']], [way], tuning['final_seeds'], [case['imbalance_factor']], paired_data, **settings)
+            made = make_plan([case['method']], [way], tuning['final_seeds'], factors, paired_data, **settings)
             runs[made[0].variant] = made
             roles.setdefault(case['group'], {})[role] = made[0].variant
         plan += chain(*runs.values())

@@ -66,13 +66,14 @@ class BalancedSoftmaxLoss(BaseLoss):
         return x.argmax(dim=self.axis)
 
 # %% ../../nbs/methods/00_losses.ipynb #549b12eb
-def smooth_labels(loss:Callable, # Changed in place: `CrossEntropyLossFlat`, `BalancedSoftmaxLoss`, `LDAMLoss`, `SADELoss` or another with an attribute `label_smoothing`
+def smooth_labels(loss:Callable, # Changed in place: `BalancedSoftmaxLoss` or another that has an attribute `label_smoothing`
                   share:float # Of each label that is spread over all classes, from 0 to below 1
                  ) -> Callable: # The loss
     "Smooth the labels of a cross-entropy; raises `ValueError` for a loss that has no such labels, or if `share` is not 0 to below 1."
     if not 0<=share<1: raise ValueError(f"label_smoothing: expected a share from 0 to below 1, got {share}.")
     inner = getattr(loss, 'func', loss)
     if not hasattr(inner, 'label_smoothing'): raise ValueError(
-        f"label_smoothing: {type(loss).__name__} has no labels that could be smoothed. It is for cross-entropy, Balanced Softmax, LADE, LDAM and SADE.")
+        f"label_smoothing: {type(loss).__name__} has no labels that could be smoothed. "
+        "It is for cross-entropy, Balanced Softmax, LADE, LDAM and SADE.")
     inner.label_smoothing = share
     return loss

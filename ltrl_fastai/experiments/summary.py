@@ -239,7 +239,7 @@ def tuned_markdown(gains:pd.DataFrame # As `tuned_gains` gives
         best = g.iloc[-1]
         chosen = f"Chosen on validation images: {best['without']}; {best['with']}."
         out += [f'### {group}, tuned', '', text_table(rows), '', chosen, '']
-        if best.on!='test': out += ["There is no test set: settings were chosen on these same validation images, so accuracies look too good.", '']
+        if best.on!='test': out += ["There is no test set: settings were chosen on validation images, and scored on them again. Accuracies look too good.", '']
     return '\n'.join(out)
 
 # %% ../../nbs/experiments/05_summary.ipynb #9b62cda4

@@ -178,8 +178,9 @@ def test_the_committed_evidence_is_that_of_the_results(tmp_path):
     rows = json.loads((root/'evidence.json').read_text())
     assert rows == evidence(root)
     assert {o['protocol'] for o in rows} == {'P1', 'P2o', 'P2u'} and {o['method'] for o in rows} == {'softmax', 'bsce', 'ldam-drw', 'ride', 'sade', 'mislas', 'lade'}
-    keys = set('protocol imbalance_factor method rl seeds many medium few all train_accuracy command'.split())
+    keys = set('protocol imbalance_factor method rl baseline seeds many medium few all train_accuracy command'.split())
     for o in rows: assert set(o) == keys | ({'gain_all', 'gain_few', 'ci_low', 'ci_high'} if o['rl'] else set())
+    assert {o['baseline'] for o in rows} == {'plain'}  # none of these was tuned
     names = {o['rl'] for o in rows if o['protocol'] == 'P1' and o['method'] == 'bsce'}
     assert {None, 'v0.0.1', 'paper', 'published', 'KS', 'KR + KS', 'KR + KS + KC'} == names
     with pytest.raises(ValueError, match='no comparison by a protocol'):

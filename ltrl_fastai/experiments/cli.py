@@ -45,6 +45,7 @@ def fail(e:object # What is said of it is printed
 
 def _opt(panel, help, *names): return typer.Option(*names, help=help, rich_help_panel=panel)
 _what,_rl,_how,_where = "What to train","Reflective Learning","How to train","Input and output"
+_tuning = "Tuning"
 
 @app.command()
 def train(
@@ -314,7 +315,7 @@ def compare(
     dataset:Annotated[str|None, _opt(_what, "A name that `ltrl datasets` shows, or your own folder or CSV file. Default: digits-lt, or what the protocol says.")]=None,
     imbalance_factor:Annotated[str|None, _opt(_what, "One or several, as in 10,50,100.")]=None,
     methods:Annotated[str, _opt(_what, "One or several, as in softmax,bsce,ride: `ltrl methods` lists them.")]='bsce',
-    seeds:Annotated[str, _opt(_what, "How many (5 is seeds 0 to 4), a list (3,7) or a range (10-14).")]='3',
+    seeds:Annotated[str|None, _opt(_what, "How many (5 is seeds 0 to 4), a list (3,7) or a range (10-14). Default: 3, and with --tune 5.")]=None,
     rl:Annotated[str, _opt(_rl, "With Reflective Learning and without (both), on, or off.")]='both',
     ablate:Annotated[str|None, _opt(_rl, "Parts to take away from all three, each alone and together: kr,ks,kc trains review alone, summary alone, both, and all three.")]=None,
     sweep:Annotated[list[str]|None, _opt(_rl, "Values to try, one at a time: tau=1,2,4, kr.weight=1,3, lr=.1,.2. Several times for several. Scored on validation images.")]=None,
@@ -322,6 +323,8 @@ def compare(
     set_:Annotated[list[str]|None, _opt(_how, "A value for all runs: epochs=10, size=16, tau=4, kr.on=logits, preset=paper. Several times for several.", '--set')]=None,
     redraw:Annotated[bool, _opt(_how, "Draw the training images anew for each seed. Default: the same images for all seeds.", '--redraw')]=False,
     test:Annotated[bool|None, _opt(_how, "Read the test set at the end of each run, or score on validation images. Default: test; sweeps: validation.", '--test/--no-test')]=None,
+    tune:Annotated[bool, _opt(_tuning, "Choose the best setting of both sides on validation images first. Grid: --sweep, or a ready one.", '--tune')]=False,
+    tune_seeds:Annotated[str|None, _opt(_tuning, "Seeds to choose settings with; none of --seeds. Default: 100-102.")]=None,
     check:Annotated[bool, _opt(_how, "Read all images of your own beforehand, to find broken ones, or begin at once.", '--check/--no-check')]=True,
     skip_broken:Annotated[bool, _opt(_how, "Leave out images that can't be read; the result names them. Default: an error.", '--skip-broken')]=False,
     jobs:Annotated[int|None, _opt(_how, "Runs at a time. Default: one for each core, or one on a GPU.")]=None,
@@ -336,6 +339,11 @@ def compare(
       ltrl compare --protocol frozen --ablate kr,ks,kc --seeds 10 --out runs/ablation
 
       ltrl compare --protocol frozen --rl on --sweep tau=1,2,4 --seeds 100-104 --out runs/tau
+
+    With --tune both sides are tuned first, with other seeds and without the test set. It then reports the gain over a plain net,
+    the gain over the tuned baseline, and that of the best setting with Reflective Learning over the best without:
+
+      ltrl compare --protocol frozen --methods bsce --tune --out runs/tuned
     """
     _quiet()
     from rich.console import Console
@@ -344,8 +352,11 @@ def compare(
     from ltrl_fastai.experiments.runner import run_plan, run_file, read_result, default_jobs, Failed
     from ltrl_fastai.experiments.progress import Watch
     _check_images(check)
-    test = not sweep if test is None else test
     try:
+        if not tune and tune_seeds is not None: raise ValueError(
+            "--tune-seeds: settings are chosen with --tune only. Add it, or leave the seeds out.")
+        if tune: _check_tune(rl, ablate, grid, test)
+        test = tune or not sweep if test is None else test
         common = dict(protocols[one_of('protocol', protocol, protocols)]) if protocol else {}
         if dataset: common['dataset'] = dataset
         if data: common['data'] = str(data)
@@ -353,18 +364,23 @@ def compare(
         parts = [] if ablate is None else _listed('--ablate', ablate)
         sweeps,fixed = [parse_setting(o, many=True) for o in sweep or []],[parse_setting(o) for o in set_ or []]
         factors = [None] if imbalance_factor is None else _numbers('--imbalance-factor', imbalance_factor)
-        ways = variants(rl, parts, sweeps, fixed, grid)
-        plan = make_plan(_listed('--methods', methods), ways, parse_seeds(seeds), factors, redraw, **common)
+        ways = variants(rl, parts, [] if tune else sweeps, fixed, grid)
+        chosen = parse_seeds(seeds or ('5' if tune else '3'))
+        plan = make_plan(_listed('--methods', methods), ways, chosen, factors, redraw, **common)
+        search = _search(plan, ways, sweeps, chosen, tune_seeds, factors, redraw, common) if tune else None
         if out.exists() and not out.is_dir(): raise NotADirectoryError(f"--out: {out} is a file, where a folder was expected.")
         if jobs is not None and jobs<1: raise ValueError(f"--jobs: expected at least 1, got {jobs}")
-        once = {json.dumps({**r.partner, 'seed': 0, 'lr': 0}, sort_keys=True): r for r in plan}
+        looked_at = [*plan, *(search.examples if search else [])]
+        once = {json.dumps({**r.partner, 'seed': 0, 'lr': 0}, sort_keys=True): r for r in looked_at}
         for o in dict.fromkeys(o for r in once.values() for o in r.settings.check()): typer.echo(f"Note: {o}")
     except (ValueError, TypeError, OSError, ImportError) as e: fail(e)
-    jobs,error = jobs or default_jobs(), None
+    jobs,error,about = jobs or default_jobs(),None,{}
+    if search: plan,about = _tuned(search, out, jobs)
     scored = 'validation images' if not test else 'test images' if plan[0].settings.imbalance_factor else 'test images, or on validation images if there are none'
     typer.echo(f"{len(plan)} runs, {jobs} at a time, scored on {scored}; results are in {out/'runs'}")
     with Watch(plan, jobs, lambda run: read_result(run_file(out, run)), Console()) as watch:
-        try: run_plan(plan, out, jobs, test, watch, command(), dict(command=command(), test=test, versions=versions()))
+        about = dict(command=command(), test=test, versions=versions(), **about)
+        try: run_plan(plan, out, jobs, test, watch, command(), about)
         except Failed as e: error = e
         except ValueError as e: fail(e)
         except (RuntimeError, OSError) as e: fail(e)
@@ -376,6 +392,65 @@ def compare(
     if error: typer.echo(f"Error: {error}", err=True)
     if watch.known+watch.finished: _report(out)
     if error: raise typer.Exit(1)
+
+def _check_tune(rl, ablate, grid, test):
+    "Raise `ValueError` for an option that is incompatible with --tune"
+    said = {
+        '--rl': rl!='both' and "both sides are compared, with and without Reflective Learning. Leave it out.",
+        '--ablate': ablate is not None and "one kind of Reflective Learning is compared with none. Leave it out.",
+        '--grid': grid and "the search is ready-made, with the same number of runs on both sides. Leave it out.",
+        '--no-test': test is False and "settings are chosen on validation images, so the test set has to be reported. Leave it out.",
+    }
+    for option,why in said.items():
+        if why: raise ValueError(f"{option}: with --tune {why}")
+
+class _Search:
+    "What `tune` is to be called with"
+    def __init__(self, methods, grid, seeds, final_seeds, factors, reflective, redraw, settings):
+        from ltrl_fastai.experiments.tuning import check_disjoint, examples, tuning_cases
+        check_disjoint(seeds, final_seeds)
+        self.reflective,self.redraw,self.settings = reflective,redraw,settings
+        self.arguments = dict(methods=methods, grid=grid, seeds=seeds, final_seeds=final_seeds, factors=factors)
+        self.cases = tuning_cases(methods, grid, factors, **settings)
+        self.examples = examples(self.cases, **settings)
+
+def _search(plan, ways, sweeps, seeds, tune_seeds, factors, redraw, common):
+    from ltrl_fastai.experiments.plan import parse_seeds
+    known = {name: values for (part,name),values in sweeps if part is None}
+    of_rl = [f'{part}.{name}' for (part,name),_ in sweeps if part is not None]
+    if of_rl: raise ValueError(f"--sweep: {', '.join(of_rl)} belongs to Reflective Learning, and --tune gives both sides the same grid. "
+        "Set it for all runs instead: --set.")
+    baseline,with_rl = ways
+    methods = list(dict.fromkeys(r.settings.method for r in plan))
+    settings = {**common, **baseline.settings}
+    return _Search(methods, known or None, parse_seeds(tune_seeds or '100-102'), seeds, factors, with_rl.reflective, redraw, settings)
+
+def _tuned(search, out, jobs):
+    "Choose settings; gives the plan of the final runs, and what of it belongs into compare.json"
+    from rich.console import Console
+    from ltrl_fastai.experiments.progress import Watch
+    from ltrl_fastai.experiments.runner import Failed, read_result, run_file
+    from ltrl_fastai.experiments.training import command
+    from ltrl_fastai.experiments.tuning import show_setting, tune, tuned_plan
+    kwargs = dict(reflective=search.reflective, paired_data=search.redraw, **search.settings)
+    for o in search.cases:
+        typer.echo(f"{o.group}: {o.budget} settings on each side")
+        for name,why in o.left_out.items(): typer.echo(f"  without {name}: {why}")
+    def watcher(plan): return Watch(plan, jobs, lambda run: read_result(run_file(out/'tuning', run)), Console())
+    try: res = tune(**search.arguments, folder=out, jobs=jobs, watcher=watcher, echo=typer.echo, command=command(), **kwargs)
+    except Failed as e:
+        typer.echo(f"Error: {e} Nothing was chosen, and the test set was not read.", err=True)
+        raise typer.Exit(1) from None
+    except (ValueError, RuntimeError, OSError) as e: fail(e)
+    except KeyboardInterrupt:
+        typer.echo("\nInterrupted. What is done is kept; the same command goes on.", err=True)
+        raise typer.Exit(130) from None
+    for case in res['cases']:
+        for side,o in case['sides'].items():
+            said = show_setting(o['chosen']) or 'the plain setting'
+            typer.echo(f"{case['group']}, best {side} Reflective Learning: {said} ({o['mean']:.1f} on validation images, {o['runs']} runs)")
+    plan,roles = tuned_plan(res, **kwargs)
+    return plan,dict(tuned=roles)
 
 def _numbers(name, s):
     try: return [float(o) for o in _listed(name, s)]
@@ -393,9 +468,12 @@ def _quiet():
 
 def _report(folder, write=True, classes=False):
     from ltrl_fastai.experiments.summary import (class_markdown, load_results, markdown, recipe_table, result_folders,
-        runs_table, summarise, write_summary)
+        runs_table, summarise, tuned_gains, tuned_markdown, write_summary)
+    from ltrl_fastai.experiments.training import write_text
     if write:
-        typer.echo(markdown(write_summary(load_results(folder), folder)))
+        said = markdown(write_summary(load_results(folder), folder))
+        if (tuned := tuned_markdown(tuned_gains(folder))): write_text(said := f'{said}\n{tuned}', folder/'summary.md')
+        typer.echo(said)
         typer.echo(f"Written: {folder/'summary.md'}, summary.csv, runs.csv and summary.png.")
         return
     made = []
@@ -410,6 +488,7 @@ def _report(folder, write=True, classes=False):
             typer.echo(f"## {o}\n\n{class_markdown(results)}")
             continue
         if (others := [r for r in results if 'recipe' not in r]): typer.echo(f"## {o}\n\n{markdown(summarise(runs_table(others)))}")
+        if (tuned := tuned_markdown(tuned_gains(o))): typer.echo(tuned)
     if made: typer.echo(recipe_table(made))
 
 @app.command()

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from fastai.basics import *
 import dataclasses, hashlib, inspect
 from itertools import combinations, product
+from ..methods.catalogue import method_constants, methods
 from ..reflective.learning import ReflectiveLearning
 from .training import RunSettings, check_type, one_of
 
@@ -37,9 +38,19 @@ def parse_value(s:str # As typed
         try: return float(s)
         except ValueError: return s
 
-def resolve(name:str # `epochs`, `tau`, `kr.tau` or `preset`
-           ) -> tuple: # (None, field of `RunSettings`) or (part, argument)
+_of_method = 'method.'
+
+def _method_constants():
+    "Parameters of all methods by name, as `method.tau`: of the first method that has it"
+    res = {}
+    for method in methods:
+        for name,parameter in method_constants(method).items(): res.setdefault(f'{_of_method}{name}', parameter)
+    return res
+
+def resolve(name:str # `epochs`, `tau`, `kr.tau`, `method.tau` or `preset`
+           ) -> tuple: # (None, field of `RunSettings` or `method.` and a constant of the method) or (part, argument)
     "Where a value of that name belongs; raises `ValueError` with names like it."
+    if name.startswith(_of_method): return None,one_of('name of a setting', name, _method_constants())
     fields = [f.name for f in dataclasses.fields(RunSettings) if f.name not in ('reflective','data','seed','method')]
     parts = _part_args()
     both = [k for k in parts if k.endswith(f'.{name}')]
@@ -67,6 +78,9 @@ def _kind(where):
     "The annotated type of what is set there"
     part,name = where
     if part=='rl': return str
+    if name.startswith(_of_method):
+        constant = _method_constants()[name]
+        return type(constant.default) if constant.annotation is constant.empty else constant.annotation
     if part is None: return next(f.type for f in dataclasses.fields(RunSettings) if f.name==name)
     return inspect.signature(ReflectiveLearning._classes[part].__init__).parameters[name].annotation
 
@@ -81,6 +95,9 @@ class Variant:
 def _merge(reflective, settings, where, value):
     "Both with `value` put in its place"
     part,name = where
+    if name.startswith(_of_method):
+        args = {**(settings.get('method_args') or {}), name.removeprefix(_of_method): value}
+        return reflective,{**settings, 'method_args': args}
     if part is None: return reflective,{**settings, name: value}
     if part=='rl': return {**reflective, name: value},settings
     old = reflective.get(part, {})
@@ -108,7 +125,7 @@ def variants(rl:str='both', # 'both' with and without Reflective Learning, 'on',
     sweeps = [list(o) for o in product(*changes)] if grid and changes else [[o] for values in changes for o in values]
     res = []
     def add(label, r, s):
-        plain = Variant(label if r is None else ', '.join(f'{k}={v}' for k,v in s.items() if sets.get(k)!=v), None, s)
+        plain = Variant(label if r is None else ', '.join(_changes(sets, s)), None, s)
         if rl!='on' and not any(o.reflective is None and o.settings==s for o in res): res.append(plain)
         if rl!='off' and not any(_same(o.reflective, r) and o.settings==s for o in res): res.append(Variant(label, r, s))
     if not sweeps or ablate: add('RL', refl, sets)
@@ -121,6 +138,13 @@ def variants(rl:str='both', # 'both' with and without Reflective Learning, 'on',
         more = [k.upper() for k,o in r.items() if k in ReflectiveLearning._classes and o and not refl.get(k) and not ReflectiveLearning(preset=r.get('preset', 'default')).is_on(k)]
         add(f"{' + '.join(['RL',*more])} ({', '.join(_show(*o) for o in change)})", r, s) # a value for a part that is off switches it on
     return res
+
+def _changes(old, new):
+    "Texts of the settings that differ, `method.tau=1.5` for a constant of the method"
+    args = old.get('method_args') or {}
+    for k,v in new.items():
+        if k=='method_args': yield from (f'{_of_method}{name}={o}' for name,o in (v or {}).items() if args.get(name)!=o)
+        elif old.get(k)!=v: yield f'{k}={v}'
 
 def _same(a, b):
     "Do both arguments of `ReflectiveLearning` mean the same?"

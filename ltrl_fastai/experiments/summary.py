@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['shots', 'result_folders', 'load_results', 'runs_table', 'summarise', 'slides_row', 'show_gain', 'text_table',
-           'markdown', 'recipe_table', 'class_table', 'class_markdown', 'evidence', 'plot_gains', 'write_summary']
+           'markdown', 'recipe_table', 'class_table', 'class_markdown', 'tuned_gains', 'tuned_markdown', 'evidence',
+           'plot_gains', 'write_summary']
 
 # %% ../../nbs/experiments/05_summary.ipynb #ae5bec50
 from fastai.basics import *
@@ -24,9 +25,14 @@ def result_folders(folder:Path # Of `ltrl compare` or of `ltrl train`, or one th
     "The folders that one of our commands wrote, at `folder` or below it; raises `FileNotFoundError` if there is none."
     folder = Path(folder)
     if not folder.exists(): raise FileNotFoundError(f"{folder} does not exist. Expected a folder that `ltrl compare` or `ltrl train` wrote.")
-    res = sorted({f.parent.parent for f in _run_files(folder.rglob)} | {f.parent for f in folder.rglob('result.json')})
+    found = {f.parent.parent for f in _run_files(folder.rglob)} | {f.parent for f in folder.rglob('result.json')}
+    res = sorted(o for o in found if o==folder or not _is_search(o))
     if not res: raise FileNotFoundError(f"{folder}: no result in it. Expected `runs/*.json` (of `ltrl compare`) or `result.json` (of `ltrl train`).")
     return res
+
+def _is_search(folder):
+    "Are these the runs that `ltrl compare --tune` has chosen settings by?"
+    return folder.name=='tuning' and (folder.parent/'tuning.json').exists()
 
 def _run_files(glob): return sorted(f for f in glob('runs/*.json') if f.name not in ('compare.json','result.json')) # a folder may be called runs
 
@@ -186,28 +192,89 @@ def class_markdown(results:list # As `load_results` gives
         out += [f'### {group}', '', text_table(rows), '']
     return '\n'.join(out)+'\nAccuracy of each class in percent, mean over runs; images are those of training.\n'
 
+# %% ../../nbs/experiments/05_summary.ipynb #fe28b68e
+_roles = { # By baseline: the role without Reflective Learning and the role with it, as `tuned_plan` names them
+    'plain': ('plain','plain + RL'),
+    'tuned': ('tuned','tuned + RL'),
+    'best': ('tuned','best + RL'),
+}
+
+def _tuned_roles(folder):
+    "By group the variant of each role in a comparison that was tuned; empty for any other"
+    file = Path(folder)/'compare.json'
+    plan = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
+    return plan.get('tuned', {}) if isinstance(plan, dict) else {}
+
+def tuned_gains(folder:Path # Of `ltrl compare --tune`
+               ) -> pd.DataFrame: # A row for each group and baseline; empty if nothing was tuned in that folder
+    "Paired gains over the plain net, over the tuned baseline, and of the best setting over the best without, with 95% intervals."
+    rows,roles = [],_tuned_roles(folder)
+    runs = runs_table(load_results(folder)) if roles else None
+    for group,of in roles.items():
+        for baseline,(without,with_rl) in _roles.items():
+            a,b = (runs[(runs['group']==group) & (runs.variant==of[role])].set_index('seed') for role in (without,with_rl))
+            both = a.index.intersection(b.index)
+            row = {'group': group, 'baseline': baseline, 'without': of[without], 'with': of[with_rl], 'on': runs.on.iloc[0], 'pairs': len(both)}
+            for k in shots:
+                x,y = (o[k].astype(float)[both] for o in (a,b))
+                row[k],row[f'{k}_rl'] = x.mean(),y.mean()
+                row[f'gain_{k}'],row[f'gain_{k}_lo'],row[f'gain_{k}_hi'] = interval(y-x)
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+_questions = {
+    'plain': '(a) one line added, nothing tuned',
+    'tuned': '(b) on the tuned baseline',
+    'best': '(c) best with, over best without',
+}
+
+def tuned_markdown(gains:pd.DataFrame # As `tuned_gains` gives
+                  ) -> str: # Empty for no gains
+    "A table of the three gains for each data set and method, and the settings that were chosen."
+    out = []
+    for group,g in (gains.groupby('group', sort=False) if len(gains) else ()):
+        rows = [{'gain of Reflective Learning': _questions[r.baseline], 'pairs': r.pairs,
+                 'All without': _num(r['all']), 'All with': _num(r.all_rl),
+                 'gain of All (95%)': show_gain(r, 'all'), 'gain of Few (95%)': show_gain(r, 'few')} for _,r in g.iterrows()]
+        best = g.iloc[-1]
+        chosen = f"Chosen on validation images: {best['without']}; {best['with']}."
+        out += [f'### {group}, tuned', '', text_table(rows), '', chosen, '']
+        if best.on!='test': out += ["There is no test set: settings were chosen on validation images, and scored on them again. Accuracies look too good.", '']
+    return '\n'.join(out)
+
 # %% ../../nbs/experiments/05_summary.ipynb #9b62cda4
 _beds = dict(frozen='P1', overfit='P2o', underfit='P2u')
 
 def evidence(folder:Path # With the folders of comparisons by a protocol
-            ) -> list: # Of dicts: protocol, imbalance_factor, method, rl (the name of a preset or of parts, or None), seeds, accuracies, gains, command
-    "What was found on the test set, a row for each protocol, imbalance factor, method and kind of Reflective Learning, in percent points; raises `ValueError` if nothing was."
+            ) -> list: # Of dicts: protocol, imbalance_factor, method, rl (the name of a preset or of parts, or None), baseline, seeds, accuracies, gains, command
+    "What was found on the test set, by protocol, imbalance factor, method, Reflective Learning and baseline, in percent points; raises `ValueError` if nothing was."
     rows = {}
     for o in result_folders(folder):
         plan = json.loads((o/'compare.json').read_text(encoding='utf-8')) if (o/'compare.json').exists() else {}
         bed = re.search(r'--protocol (\w+)', plan.get('command', ''))
-        by_hand = re.search(r'--(set|sweep|grid)\b(?! preset=)', plan.get('command', '')) # no name tells what these are
+        changes = 'set' if 'tuned' in plan else 'set|sweep|grid' # of --tune, a sweep is the grid
+        by_hand = re.search(rf'--({changes})\b(?! preset=)', plan.get('command', '')) # no name tells what these are
         if not bed or not plan['test'] or by_hand: continue
         results = load_results(o)
-        for _,r in summarise(runs_table(results)).iterrows():
+        for baseline,r in _by_baseline(summarise(runs_table(results)), o):
             run = first(e for e in results if (e['group'],e['variant'])==(r.group,r.variant))
-            rl = _name_of(run['reflective'], r.variant)
-            row = dict(protocol=_beds[bed[1]], imbalance_factor=run['imbalance_factor'], method=run['method'], rl=rl, seeds=int(r.runs),
+            rl = _name_of(run['reflective'], '' if baseline!='plain' else r.variant)
+            row = dict(protocol=_beds[bed[1]], imbalance_factor=run['imbalance_factor'], method=run['method'], rl=rl, baseline=baseline, seeds=int(r.runs),
                        **{k: _rounded(r[k]) for k in shots}, train_accuracy=_rounded(r.train))
             if rl: row.update(gain_all=_rounded(r.gain_all), gain_few=_rounded(r.gain_few), ci_low=_rounded(r.gain_all_lo), ci_high=_rounded(r.gain_all_hi))
-            rows.setdefault(tuple(row[k] for k in ('protocol','imbalance_factor','method','rl')), {**row, 'command': plan['command']})
+            rows.setdefault(tuple(row[k] for k in ('protocol','imbalance_factor','method','rl','baseline')), {**row, 'command': plan['command']})
     if not rows: raise ValueError(f"{folder}: no comparison by a protocol that has read the test set. `ltrl compare --protocol frozen --out {folder}/frozen` makes one.")
     return list(rows.values())
+
+def _by_baseline(summary, folder):
+    "Rows of a summary with their baseline: 'plain', or what `ltrl compare --tune` has measured it against"
+    roles,gains = _tuned_roles(folder),tuned_gains(folder)
+    if not roles: yield from (('plain', r) for _,r in summary.iterrows())
+    for _,g in gains.iterrows():
+        done = {r.variant: r for _,r in summary.iterrows() if r.group==g['group']}
+        gains_of = {k: v for k,v in g.items() if k.startswith('gain_')}
+        if g.baseline!='best' and g['without'] in done: yield g.baseline,done[g['without']]
+        if g['with'] in done: yield g.baseline,pd.Series({**done[g['with']], **gains_of})
 
 def _name_of(config, label):
     "The preset, if its parts are on and nothing else was changed; else the parts that are, and what was changed"

@@ -18,12 +18,16 @@ from ..data.benchmarks import digits_lt, cifar10_lt, cifar100_lt
 from ..data.frozen import cifar100_frozen_lt
 from ..data.lists import imagenet_lt, places_lt, inaturalist18
 from ..data.own import own_images
-from ..methods.nets import create_net
+from ..methods.nets import check_dropout, create_net, drop_features, is_mlp
 from ..methods.heads import pretrained_net
+from ..methods.bbn import ReversedBatch
 from ..methods.catalogue import method_with, methods
+from ..methods.lade import LADELoss
+from ..methods.losses import smooth_labels
 from ..methods.method import Method
 from ..methods.optimizer import BodyRate, benchmark_sgd, body_and_head
-from ..evaluation.metrics import shot_accuracies
+from ..methods.posthoc import LogitAdjustment, best_tau, crossfit_adjusted
+from ..evaluation.metrics import class_hits, shot_accuracies
 from ..evaluation.report import ShotReport
 from ..evaluation.shift import adapted_table, shifted_table, world_loaders
 from ..evaluation.diagnosis import Diagnosis, diagnosis_of
@@ -120,6 +124,10 @@ class RunSettings:
     nesterov:bool|None=None # Nesterov momentum? Default: as the method's authors have it
     decouple_wd:bool=False # fastai's decoupled weight decay, a tenth as strong? If not, it is part of the gradient, as in the published benchmarks
     wd_bn_bias:bool=True # Weight decay of biases and of batch normalisation too?
+    dropout:float|None=None # Share of the features dropped before the classifier in training; an MLP drops 0.6 times as much of its input too; 0 for none
+    mixup:float|None=None # Mix images in training, with this `alpha` (fastai's `MixUp`); 0 for none
+    label_smoothing:float|None=None # Share of each label that is spread over all classes; 0 for none
+    posthoc:float|str|None=None # Take this many times the log prior off the trained logits; 'auto' chooses on validation images; 0 for none
     seed:int=0 # Of weights, batches and augmentation
     data_seed:int=0 # Of the choice of training images
     n_max:int|None=None # Training images of the largest class; default: as many as there are (120 for digits)
@@ -142,6 +150,8 @@ class RunSettings:
             check_type(f.name, value, f.type)
             if isinstance(value, str) and not value.strip() and f.name!='dataset': raise ValueError(
                 f"{f.name}: expected a text that is not empty, got {value!r}. Leave it out for the default.")
+        for k in ('dropout','mixup','label_smoothing','posthoc'): # one way to say none
+            if getattr(self, k)==0 and not isinstance(getattr(self, k), bool): setattr(self, k, None)
         if not isinstance(self.method_args, dict|None): raise ValueError(
             f"method_args: expected names and values, such as {{'tau': 1.}}, got {self.method_args!r}.")
         spec = spec_of(self.dataset)
@@ -149,6 +159,7 @@ class RunSettings:
         for k,v in {**spec['defaults'], 'wd': 5e-4, 'nesterov': True, **methods[self.method].defaults}.items():
             if getattr(self, k) is None: setattr(self, k, v)
         self.made_method() # refuses arguments that it has not
+        self._check_regularizers()
         if 'takes' in spec: self._check_takes(spec['takes'])
         else: check_imbalance_factor(self.imbalance_factor)
         if self.keep_train and not self.dataset.startswith('cifar'): raise ValueError(
@@ -164,6 +175,35 @@ class RunSettings:
         for k in ('lr','body_lr'):
             if getattr(self, k) is not None and not 0<getattr(self, k)<math.inf: raise ValueError(f"{k}: expected a finite learning rate above 0, got {getattr(self, k)}.")
         if self.data is not None and self.dataset=='digits-lt': raise ValueError("data: digits-lt is installed with scikit-learn and is not read from a path.")
+
+    def _check_regularizers(self):
+        "Refuse values that are none, and what the method can't be combined with"
+        if self.dropout is not None:
+            check_dropout(self.dropout)
+            if self.method=='ride-distilled': raise ValueError(
+                "dropout: ride-distilled trains a second net in its second stage, which would have none. Leave it out.")
+        if self.mixup is not None: self._check_mixup()
+        if self.label_smoothing is not None:
+            if 'label_smoothing' in (self.method_args or {}): raise ValueError(
+                "label_smoothing: it is given among the method's arguments, too. Leave one of the two.")
+            try: smooth_labels(self.made_method().loss(torch.tensor([3,2,1])), self.label_smoothing)
+            except ValueError as e: raise ValueError(f"{e} The method is {self.method}.") from None
+        if self.posthoc is not None:
+            is_number = not isinstance(self.posthoc, (bool,str)) and math.isfinite(self.posthoc)
+            if not is_number and self.posthoc!='auto': raise ValueError(f"posthoc: expected a number or 'auto', got {self.posthoc!r}.")
+            if self.method=='logit-adjustment': raise ValueError(
+                "posthoc: logit-adjustment takes the log prior off already. Take softmax with posthoc=1 or posthoc=auto.")
+
+    def _check_mixup(self):
+        if not 0<self.mixup<math.inf: raise ValueError(f"mixup: expected an alpha above 0, or 0 for none, got {self.mixup}.")
+        method,counts = self.made_method(),torch.tensor([3,2,1])
+        cbs = L(method.cbs(counts))
+        if any(isinstance(o, MixHandler) for o in cbs): raise ValueError(
+            f"mixup: {self.method} mixes images already. Its alpha is its argument `mixup`: `--set method.mixup=...`.")
+        if method.views>1 or any(isinstance(o, ReversedBatch) for o in cbs): raise ValueError(
+            f"mixup: {self.method} trains on two images or two views at a time, which can't be mixed. Leave it out.")
+        if isinstance(method.loss(counts), LADELoss): raise ValueError(
+            "mixup: it mixes the losses of single images, and LADE's second term is of a whole batch. Take bsce, or leave it out.")
 
     def _check_takes(self, takes):
         "Refuse what data that are long-tailed already can't be asked for"
@@ -195,16 +235,27 @@ class RunSettings:
         "The method, with the constants of `method_args`; raises `ValueError` for one that it does not have."
         return method_with(self.method, **(self.method_args or {}))
 
+    def _regularized(self) -> Method:
+        "The method with dropout, mixup and smoothed labels, as settings say"
+        method = self.made_method()
+        net,loss,cbs = method.net,method.loss,method.cbs
+        changed:dict = {}
+        if self.dropout and not is_mlp(self.net): changed['net'] = lambda o, counts: drop_features(net(o, counts), self.dropout)
+        if self.label_smoothing: changed['loss'] = lambda counts: smooth_labels(loss(counts), self.label_smoothing)
+        if self.mixup: changed['cbs'] = lambda counts: [*cbs(counts), MixUp(self.mixup)] # of the first stage, as in `methods['mislas']`
+        return dataclasses.replace(method, **changed)
+
     def learner(self) -> Learner:
         "A learner, seeded: data, net, loss, metrics and callbacks as settings say."
         set_seed(self.seed, reproducible=True)
         dls = self.dls()
         counts = dls.class_counts
-        net = pretrained_net(self.net, dls.c) if self.pretrained else create_net(self.net, dls.c, n_in=dls.n_in)
+        made = dict(dropout=self.dropout) if is_mlp(self.net) else {}
+        net = pretrained_net(self.net, dls.c) if self.pretrained else create_net(self.net, dls.c, n_in=dls.n_in, **made)
         cbs = ([] if self.reflective is None else [ReflectiveLearning(**self.reflective)]) + ([Diagnosis()] if self.diagnose else [])
         sgd = partial(benchmark_sgd, nesterov=self.nesterov, decouple_wd=self.decouple_wd)
         groups = {} if self.body_lr is None else dict(splitter=body_and_head)
-        return self.made_method().learner(dls, net, counts, cbs, opt_func=sgd, wd=self.wd, wd_bn_bias=self.wd_bn_bias, moms=(.9,.9,.9),
+        return self._regularized().learner(dls, net, counts, cbs, opt_func=sgd, wd=self.wd, wd_bn_bias=self.wd_bn_bias, moms=(.9,.9,.9),
                                           metrics=shot_accuracies(counts), **groups)
 
     def check(self, worlds:bool=False # Is the run to be measured in other worlds too?
@@ -215,6 +266,8 @@ class RunSettings:
         try:
             with torch.no_grad(): learn.model.eval()(x.cpu())
         except Exception as e: raise ValueError(f"net: {self.net} can't take images of shape {tuple(x.shape[1:])}: {e}") from e
+        if self.mixup and not x.is_floating_point(): raise ValueError(
+            f"mixup: items of {self.data_name} are {x.dtype}, which can't be mixed. It is for images and features.")
         if worlds and methods[self.method].adapt: world_loaders(learn.dls.test or learn.dls.valid, learn.dls.class_counts) # refuses what it can't draw images of
         return list(learn.dls.notes)
 
@@ -335,7 +388,7 @@ def _cudnn_flags_kept():
     finally: torch.backends.cudnn.deterministic,torch.backends.cudnn.benchmark = flags
 
 def _train_run(settings, bar, test, checkpoint, cbs, worlds):
-    start,method,hists,kept = time.time(),settings.made_method(),[],[]
+    start,method,hists,kept = time.time(),settings._regularized(),[],[]
     learn = settings.learner()
     data = listing_summary(data_listing(learn.dls))
     if not test: learn.dls.loaders = learn.dls.loaders[:2] # so that no stage looks at it
@@ -349,7 +402,7 @@ def _train_run(settings, bar, test, checkpoint, cbs, worlds):
             rates = [BodyRate(settings.body_lr/settings.lr)] if settings.body_lr is not None and i==0 else []
             return L(cbs) + rates + [_Diverged(settings.lr)] + keep
         method.fit(learn, settings.epochs, settings.lr, schedules[settings.schedule], of_stage, lambda i: hists.append(history(learn)))
-    valid = ShotReport.from_learner(learn, label=label_of(settings))
+    valid,adjusted = _on_valid(learn, settings)
     test = learn.dls.test is not None
     report = ShotReport.from_learner(learn, dl=learn.dls.test, label=label_of(settings)) if test else None
     train = ShotReport.from_learner(learn, dl=learn.dls.valid.new(eval_view(learn.dls.train_ds)))
@@ -361,7 +414,7 @@ def _train_run(settings, bar, test, checkpoint, cbs, worlds):
         **(dict(accuracy=_percent(report.accuracy)) if test else {}), valid_accuracy=_percent(valid.accuracy),
         train_accuracy=_plain(100*train.hits.sum().item()/train.totals.sum().item()),
         classes=(report or valid).vocab, per_class=[_plain(v) for v in (report or valid).per_class],
-        class_counts=valid.counts.tolist(), history=hists[0], **look,
+        class_counts=valid.counts.tolist(), history=hists[0], **look, **adjusted,
         **(dict(worlds=[dict(order=o, factor=f, accuracy=_plain(v)) for (o,f),v in table.iloc[0].items()]) if worlds else {}),
         **(dict(stages=[dict(about=s.about, history=h) for s,h in zip(method.then, hists[1:])]) if method.then else {}),
         **(dict(skipped=[os.path.relpath(o, learn.dls.root) for o in learn.dls.skipped]) if learn.dls.skipped else {}),
@@ -369,6 +422,19 @@ def _train_run(settings, bar, test, checkpoint, cbs, worlds):
         versions=versions(), command=command(),
         settings={k: v for k,v in dataclasses.asdict(settings).items() if k not in ('reflective','data')})
     return res,report or valid
+
+def _on_valid(learn, settings):
+    "The report on validation images, and what the result says of `posthoc`; from then on the learner adjusts its predictions"
+    if settings.posthoc is None: return ShotReport.from_learner(learn, label=label_of(settings)),{}
+    counts,tau = learn.dls.class_counts,settings.posthoc
+    if tau=='auto':
+        with learn.no_bar(): logits,targets = learn.get_preds(act=noop)
+        tau = best_tau(logits, targets, counts)
+    learn.add_cb(LogitAdjustment(counts, tau))
+    valid = ShotReport.from_learner(learn, label=label_of(settings))
+    if settings.posthoc=='auto': # no image is scored by a tau that it had a say in
+        valid.hits,_ = class_hits(crossfit_adjusted(logits, targets, counts), targets, len(valid.counts))
+    return valid,dict(posthoc=dict(tau=tau, chosen=settings.posthoc=='auto'))
 
 def stage_file(file:Path, # Of the first stage
                i:int # Which stage, from 0
@@ -391,5 +457,3 @@ def label_of(settings:RunSettings # Of the run
     rl,usual = ReflectiveLearning(**settings.reflective),ReflectiveLearning(preset=settings.reflective.get('preset', 'default'))
     on = [k for k in rl.parts if rl.is_on(k)]
     return f"{settings.method} + " + ('RL' if on==[k for k in rl.parts if usual.is_on(k)] else ' + '.join(map(str.upper, on)) or 'nothing')
-
-

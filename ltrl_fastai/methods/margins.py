@@ -13,6 +13,7 @@ from .losses import check_class_counts
 # %% ../../nbs/methods/03_margins.ipynb #eb1898c1
 class LDAM(nn.Module):
     "Cross-entropy of logits, that of the right class less its margin (Cao et al. 2019, eq. 13); raises `ValueError` if `max_margin` is below 0, or `scale` not above 0."
+    label_smoothing = 0. # Share of each label that is spread over all classes: see `smooth_labels`
     def __init__(self,
         class_counts:Collection, # Training images of each class, each at least 1
         max_margin:float=.5, # Of the smallest class, in units of the cosine
@@ -32,7 +33,8 @@ class LDAM(nn.Module):
         if logits.dtype in (torch.float16, torch.bfloat16): logits = logits.float()
         right = F.one_hot(targets, logits.shape[-1])
         weight = None if self.weight is None else self.weight.to(logits)
-        return F.cross_entropy(logits - self.scale*self.margins.to(logits)*right, targets, weight=weight, reduction=self.reduction)
+        margined = logits - self.scale*self.margins.to(logits)*right
+        return F.cross_entropy(margined, targets, weight=weight, reduction=self.reduction, label_smoothing=self.label_smoothing)
 
 class LDAMLoss(BaseLoss):
     "Label-distribution-aware margins (Cao et al. 2019, eq. 13), for the logits of a `CosineHead`; with `DeferredWeights` it is LDAM-DRW."

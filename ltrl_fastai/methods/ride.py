@@ -11,7 +11,7 @@ from collections.abc import Collection
 from fastai.basics import *
 from .losses import check_class_counts
 from .margins import LDAM
-from .heads import EvenClasses, HeadOnly
+from .heads import EvenClasses, HeadOnly, head_of
 from .method import MethodLoss, Stage, check_trained
 from .experts import ExpertNet, ExpertsLoss, expert_net
 from .weights import DeferredWeights
@@ -78,7 +78,7 @@ class GatedExperts(nn.Module):
             "Expert assignment is a second stage: train the experts first.")
         self.net = net
         out = nn.Linear(hidden+top, 1)
-        self.gates = nn.ModuleList([Gate(net.heads.heads[0].in_features, top, hidden, out) for _ in net.experts[1:]])
+        self.gates = nn.ModuleList([Gate(head_of(net)[1].in_features, top, hidden, out) for _ in net.experts[1:]])
         self.register_buffer('asked', torch.zeros(len(net.experts), dtype=torch.long)) # images that asked 1, 2, ... experts
     def get_classifier(self) -> nn.Module:
         "The experts' heads."

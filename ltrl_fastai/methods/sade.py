@@ -25,6 +25,7 @@ def mirrored(x:Tensor # `(C,)`
 class SADELoss(ExpertsLoss):
     "Cross-entropy under three priors, one for each expert: the training set's, a balanced one and the mirrored one (Zhang et al. 2022, eq. 1 to 3)."
     balances_classes = True # its experts aim at even classes together
+    label_smoothing = 0. # Share of each label that is spread over all classes, for every expert: see `smooth_labels`
     def __init__(self,
         class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         tau:float=2., # How much of the mirrored prior is taken off for the third expert
@@ -40,7 +41,8 @@ class SADELoss(ExpertsLoss):
         if pred.ndim!=3 or pred.shape[1:]!=self.shifts.shape: raise ValueError(
             f"SADE: expected logits (B, 3, {self.shifts.shape[1]}) of three experts, for as many classes as there are counts, got shape {tuple(pred.shape)}: `expert_net(net, 3)`.")
         return super().parts(pred, targets)
-    def each(self, logits, k, targets): return F.cross_entropy(logits+self.shifts[k].to(logits), targets, reduction='none')
+    def each(self, logits, k, targets):
+        return F.cross_entropy(logits+self.shifts[k].to(logits), targets, reduction='none', label_smoothing=self.label_smoothing)
     def trained_logits(self, logits:Tensor # `(B, C)`, mean of the experts
                       ) -> Tensor:
         "The mean of the distributions that experts are trained on, in log space: that of the mean logits, and of the mean shift."

@@ -666,6 +666,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'ltrl_fastai/experiments/cli.py'),
                                              'ltrl_fastai.experiments.cli._check_out': ( 'experiments/cli.html#_check_out',
                                                                                          'ltrl_fastai/experiments/cli.py'),
+                                             'ltrl_fastai.experiments.cli._check_views': ( 'experiments/cli.html#_check_views',
+                                                                                           'ltrl_fastai/experiments/cli.py'),
                                              'ltrl_fastai.experiments.cli._identity': ( 'experiments/cli.html#_identity',
                                                                                         'ltrl_fastai/experiments/cli.py'),
                                              'ltrl_fastai.experiments.cli._interrupted': ( 'experiments/cli.html#_interrupted',

@@ -68,7 +68,7 @@ def train(
     lr:Annotated[float|None, _opt(_how,
         "Largest learning rate of the one-cycle schedule. Default: 0.1 for photos, 0.05 for digits, 0.2 for "
         "CIFAR.")]=None,
-    bs:Annotated[int|None, _opt(_how, "Batch size. Default: 128 for photos and CIFAR, 32 for digits.")]=None,
+    bs:Annotated[int|None, _opt(_how, "Batch size. Default: 256 for photos, 32 for digits, 128 for CIFAR.")]=None,
     policy:Annotated[str|None, _opt(_how, "More augmentation: randaugment or autoaugment.")]=None,
     cut:Annotated[int|None, _opt(_how, "Pixels of a side of Cutout's square, for small images: 16 is usual for CIFAR. Default: none.")]=None,
     size:Annotated[int|None, _opt(_how, "Pixels of a side. Default: digits and CIFAR as they are, photographs 224, small images of your own as they are.")]=None,
@@ -129,6 +129,7 @@ def train(
         if rl is not False and not any(map(ReflectiveLearning(**refl).is_on, ('kr','ks','kc'))): raise ValueError(
             "--no-kr: nothing of Reflective Learning is left, so there is nothing to compare. Add --ks or --kc, or train without it: --no-rl.")
         todo = [RunSettings(**common, reflective=o) for o in runs]
+        _check_views(todo[0])
         out = out or Path('ltrl-runs')/_name(todo[0], rl is None, chosen)
         _check_folder(out)
     except (ValueError, TypeError, OSError) as e: fail(e)
@@ -168,6 +169,14 @@ def train(
         if worlds: typer.echo(f"\nAccuracy over images in other worlds, by imbalance factor, in percent:\n{_worlds_table([(r.label, o) for o,r in reversed(results)])}")
         if rest: typer.echo("One seed decides little: --seeds 5 trains five, and tells the gain with its interval.")
         typer.echo(f"\nWritten: {out/'result.json'}, {out/'per_class.png'}\n{_next(s, rl)}")
+
+def _check_views(s):
+    "Raise `ValueError` if a method wants augmented images and the data are features"
+    from ltrl_fastai.methods.catalogue import methods
+    m = methods[s.method]
+    if s.dataset in ('photos-lt','cifar100-frozen-lt') and max(m.views, *(o.views for o in m.then), 1)>1: raise ValueError(
+        f"--method: {s.method} looks at two augmented views of each image, and {s.dataset} is made of features, which can't be augmented. "
+        "Take images: --dataset digits-lt, cifar100-lt or a folder of your own.")
 
 def _seeds(dataset, seed, seeds, rl, worlds):
     "The seeds to train with; raises `ValueError` if that can't be told"

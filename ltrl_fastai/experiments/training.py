@@ -36,7 +36,7 @@ from .identity import data_listing, listing_summary
 # %% ../../nbs/experiments/01_training.ipynb #a70625ff
 datasets = { # By name: the function that makes loaders, defaults of `RunSettings`, and which other settings the function takes
     'digits-lt':   dict(make=digits_lt,   defaults=dict(imbalance_factor=20.,  net='resnet8',  epochs=30, bs=32,  lr=.05), tfms=dict(crop=1, flip=False)),
-    'photos-lt':   dict(make=photos_lt,   defaults=dict(imbalance_factor=100., net='mlp256',   epochs=20, bs=128, lr=.1)),
+    'photos-lt':   dict(make=photos_lt,   defaults=dict(imbalance_factor=100., net='mlp256',   epochs=20, bs=256, lr=.1)),
     'cifar10-lt':  dict(make=cifar10_lt,  defaults=dict(imbalance_factor=100., net='resnet32', epochs=30, bs=128, lr=.2)),
     'cifar100-lt': dict(make=cifar100_lt, defaults=dict(imbalance_factor=100., net='resnet32', epochs=30, bs=128, lr=.2)),
     'cifar100-frozen-lt': dict(make=cifar100_frozen_lt, defaults=dict(imbalance_factor=100., net='mlp256', epochs=20, bs=128, lr=.1)),

@@ -15,6 +15,7 @@ from ltrl_fastai.data.images import *
 from ltrl_fastai.data.fast import *
 from ltrl_fastai.data.benchmarks import *
 from ltrl_fastai.data.frozen import *
+from ltrl_fastai.data.shipped import *
 from ltrl_fastai.data.lists import *
 from ltrl_fastai.data.own import *
 from ltrl_fastai.methods.losses import *

@@ -21,12 +21,12 @@ def run(*args, cwd, check=True):
 
 @pytest.fixture(scope='module')
 def both(tmp_path_factory):
-    "One run of the bare command, shortened"
+    "One pair of runs, on digits, shortened"
     cwd = tmp_path_factory.mktemp('both')
-    return run('train', '--epochs', '3', cwd=cwd), cwd
+    return run('train', '--dataset', 'digits-lt', '--epochs', '3', cwd=cwd), cwd
 
 
-def test_bare_command(both):
+def test_one_pair_of_runs(both):
     r, cwd = both
     out = next((cwd/'ltrl-runs').iterdir())
     assert sorted(o.name for o in out.iterdir()) == ['per_class.png', 'result.json']
@@ -35,7 +35,7 @@ def test_bare_command(both):
     assert 'Traceback' not in r.stderr and 'Warning' not in r.stderr, r.stderr
     res = json.loads((out/'result.json').read_text())
     assert set('dataset imbalance_factor method reflective seed epochs accuracy per_class class_counts history seconds versions command'.split()) <= set(res)
-    assert list(res['accuracy']) == ['many', 'medium', 'few', 'all'] and res['reflective']['kr']['tau'] == 2. and res['command'] == 'ltrl train --epochs 3'
+    assert list(res['accuracy']) == ['many', 'medium', 'few', 'all'] and res['reflective']['kr']['tau'] == 2. and res['command'] == 'ltrl train --dataset digits-lt --epochs 3'
     assert len(res['per_class']) == len(res['class_counts']) == 10 and sum(res['class_counts']) == 405
     assert {'train_loss', 'base_loss', 'review_loss', 'right', 'all'} <= set(res['history'])
     assert res['baseline']['reflective'] is None and res['gain']['all'] == pytest.approx(res['accuracy']['all']-res['baseline']['accuracy']['all'], abs=1e-5)
@@ -46,18 +46,18 @@ def test_bare_command(both):
 def test_same_seed_same_numbers(both, tmp_path):
     _, cwd = both
     first = json.loads(next((cwd/'ltrl-runs').glob('*/result.json')).read_text())
-    run('train', '--epochs', '3', '--out', 'again', cwd=tmp_path)
+    run('train', '--dataset', 'digits-lt', '--epochs', '3', '--out', 'again', cwd=tmp_path)
     again = json.loads((tmp_path/'again/result.json').read_text())
     timed = ('seconds', 'command')
     assert {k: v for k, v in first.items() if k not in (*timed, 'baseline')} == {k: v for k, v in again.items() if k not in (*timed, 'baseline')}
     assert first['baseline']['history'] == again['baseline']['history']
-    run('train', '--epochs', '3', '--seed', '1', '--no-rl', '--out', 'other', cwd=tmp_path)
+    run('train', '--dataset', 'digits-lt', '--epochs', '3', '--seed', '1', '--no-rl', '--out', 'other', cwd=tmp_path)
     other = json.loads((tmp_path/'other/result.json').read_text())
     assert other['reflective'] is None and 'gain' not in other and other['history'] != first['baseline']['history']
 
 
 def test_toggles_and_a_group_that_is_absent(tmp_path):
-    r = run('train', '--epochs', '2', '--rl', '--no-kc', '--no-ks', '--imbalance-factor', '2', '--out', 'a', cwd=tmp_path)
+    r = run('train', '--dataset', 'digits-lt', '--epochs', '2', '--rl', '--no-kc', '--no-ks', '--imbalance-factor', '2', '--out', 'a', cwd=tmp_path)
     res = json.loads((tmp_path/'a/result.json').read_text(), parse_constant=lambda c: pytest.fail(f'{c} in result.json'))
     assert res['reflective']['kc'] is False and res['reflective']['ks'] is False and res['reflective']['kr']
     assert res['accuracy']['few'] is None and 'Few (0)' in r.stdout and 'NaN' not in r.stdout
@@ -65,14 +65,14 @@ def test_toggles_and_a_group_that_is_absent(tmp_path):
 
 def test_cutout(tmp_path):
     "By the name of its setting; another training than without, in a folder of its own, and pixels that are no number are refused"
-    for args in ([], ['--cut', '4']): run('train', '--epochs', '1', '--no-rl', *args, cwd=tmp_path)
+    for args in ([], ['--cut', '4']): run('train', '--dataset', 'digits-lt', '--epochs', '1', '--no-rl', *args, cwd=tmp_path)
     plain, cut = sorted((json.loads(o.read_text()) for o in (tmp_path/'ltrl-runs').glob('*/result.json')), key=lambda o: o['settings']['cut'] or 0)
     assert (plain['settings']['cut'], cut['settings']['cut']) == (None, 4) and plain['history']['train_loss'] != cut['history']['train_loss']
     assert run('train', '--cut', 'much', cwd=tmp_path, check=False).returncode == 2
 
 
 def test_results_are_not_replaced_by_others(tmp_path):
-    args = ('train', '--epochs', '1', '--no-rl', '--out', 'a')
+    args = ('train', '--dataset', 'digits-lt', '--epochs', '1', '--no-rl', '--out', 'a')
     run(*args, cwd=tmp_path)
     kept = (tmp_path/'a/result.json').read_text()
     r = run(*args, '--seed', '1', cwd=tmp_path, check=False)
@@ -80,7 +80,7 @@ def test_results_are_not_replaced_by_others(tmp_path):
     run(*args, '--seed', '1', '--force', cwd=tmp_path)
     assert (tmp_path/'a/result.json').read_text() != kept
     (tmp_path/'file').write_text('')
-    r = run('train', '--out', 'file', cwd=tmp_path, check=False)
+    r = run('train', '--dataset', 'digits-lt', '--out', 'file', cwd=tmp_path, check=False)
     assert r.returncode == 2 and 'is a file' in r.stderr and 'Traceback' not in r.stderr
 
 
@@ -94,18 +94,18 @@ def test_a_data_set_that_is_not_there(tmp_path):
 
 
 def test_killed_in_the_middle_leaves_no_half_result(tmp_path):
-    p = subprocess.Popen([ltrl, 'train', '--epochs', '500', '--no-rl', '--out', 'a'], cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+    p = subprocess.Popen([ltrl, 'train', '--dataset', 'digits-lt', '--epochs', '500', '--no-rl', '--out', 'a'], cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
     for line in p.stdout:
         if line.split()[:1] == ['1']: break
     p.kill()
     p.wait()
     assert not [o.name for o in (tmp_path/'a').iterdir() if not o.name.startswith(('.fit-0.pt', '..fit-0.pt'))]  # a checkpoint, and perhaps what was being written of the next
-    run('train', '--epochs', '1', '--no-rl', '--out', 'a', '--force', cwd=tmp_path)
+    run('train', '--dataset', 'digits-lt', '--epochs', '1', '--no-rl', '--out', 'a', '--force', cwd=tmp_path)
     assert sorted(o.name for o in (tmp_path/'a').iterdir()) == ['per_class.png', 'result.json']
 
 
 def test_a_finished_run_is_kept_when_the_next_is_killed(tmp_path):
-    p = subprocess.Popen([ltrl, 'train', '--epochs', '20', '--out', 'a'], cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+    p = subprocess.Popen([ltrl, 'train', '--dataset', 'digits-lt', '--epochs', '20', '--out', 'a'], cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
     for line in p.stdout:
         if 'bsce, 20 epochs' in line: break  # the second run begins
     p.kill()
@@ -138,7 +138,7 @@ def test_real_cifar_if_it_is_there(tmp_path):
 def test_an_interrupted_run_is_resumed(both, tmp_path):
     "kill -9 after a checkpoint; the same numbers as without, and never silently lost or mixed up"
     import time
-    args, log = ('train', '--epochs', '3', '--out', 'a'), tmp_path/'a'
+    args, log = ('train', '--dataset', 'digits-lt', '--epochs', '3', '--out', 'a'), tmp_path/'a'
     p = subprocess.Popen([ltrl, *args], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.time()+120
     while not (log/'.fit-0.pt').exists() and p.poll() is None and time.time() < until: time.sleep(.01)
@@ -146,7 +146,7 @@ def test_an_interrupted_run_is_resumed(both, tmp_path):
     assert (log/'.fit-0.pt').exists()
     r = run(*args, cwd=tmp_path, check=False)
     assert r.returncode == 2 and '--resume' in r.stderr and (log/'.fit-0.pt').exists()
-    r = run('train', '--epochs', '4', '--out', 'a', '--resume', cwd=tmp_path, check=False)
+    r = run('train', '--dataset', 'digits-lt', '--epochs', '4', '--out', 'a', '--resume', cwd=tmp_path, check=False)
     assert r.returncode == 2 and 'another fit' in r.stderr and 'Traceback' not in r.stderr
     assert 'going on' in run(*args, '--resume', cwd=tmp_path).stdout
     got, want = [json.loads(next(o.glob('*/result.json')).read_text()) for o in (tmp_path, both[1]/'ltrl-runs')]
@@ -159,8 +159,8 @@ def test_an_interrupt_says_how_to_go_on(tmp_path):
     import signal
     import time
     listens = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL) # where tests run in the background interrupts are ignored, by children too
-    p = subprocess.Popen([ltrl, 'train', '--rl', '--epochs', '200', '--out', 'a'], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                         preexec_fn=listens)
+    p = subprocess.Popen([ltrl, 'train', '--dataset', 'digits-lt', '--rl', '--epochs', '200', '--out', 'a'], cwd=tmp_path, env=env,
+                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=listens)
     try:
         end = time.time()+300
         while not (tmp_path/'a/.fit-0.pt').exists(): assert time.time() < end and p.poll() is None; time.sleep(.02)

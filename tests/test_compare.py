@@ -107,7 +107,7 @@ def test_report_shows_it_again(done):
 
 
 def test_report_of_a_single_training(tmp_path):
-    run('train', '--epochs', '1', '--out', 'a', cwd=tmp_path)
+    run('train', '--dataset', 'digits-lt', '--epochs', '1', '--out', 'a', cwd=tmp_path)
     assert 'bsce + RL' in run('report', 'a', cwd=tmp_path)
 
 

@@ -487,7 +487,7 @@ def test_fault_18_empty_texts_in_python(tmp_path, monkeypatch):
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
-    args = ('train', '--epochs', '400', '--no-rl', '--out', 'a')
+    args = ('train', '--dataset', 'digits-lt', '--epochs', '400', '--no-rl', '--out', 'a')
     first = subprocess.Popen([ltrl, *args], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         end = time.time()+200
@@ -496,7 +496,7 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
             assert 'another process is training in this folder' in run(*args, *more, cwd=tmp_path, code=2)
         assert first.poll() is None
     finally: first.kill(); first.wait()
-    run('train', '--epochs', '1', '--no-rl', '--out', 'a', '--force', cwd=tmp_path)  # at once: what was killed locks nothing
+    run('train', '--dataset', 'digits-lt', '--epochs', '1', '--no-rl', '--out', 'a', '--force', cwd=tmp_path)  # at once: what was killed locks nothing
     assert sorted(o.name for o in (tmp_path/'a').iterdir()) == ['per_class.png', 'result.json']
 
 

@@ -46,7 +46,7 @@ def test_stages_are_resumed_where_they_were(method, fit, epoch, tmp_path):
 
 def test_nothing_is_left_of_checkpoints(tmp_path):
     "Of no stage"
-    run('train', '--method', 'ride-assigned', '--epochs', '2', '--rl', '--out', 'out', cwd=tmp_path)
+    run('train', '--dataset', 'digits-lt', '--method', 'ride-assigned', '--epochs', '2', '--rl', '--out', 'out', cwd=tmp_path)
     assert sorted(o.name for o in (tmp_path/'out').iterdir()) == ['per_class.png', 'result.json']
     res = json.loads((tmp_path/'out'/'result.json').read_text())
     assert res['method'] == 'ride-assigned' and len(res['stages']) == 1 and len(res['stages'][0]['history']['train_loss']) == 2
@@ -98,7 +98,7 @@ def test_the_test_images_are_looked_at_or_else_those_for_validation():
 
 def test_other_worlds(tmp_path):
     "For each run a row, of a method that looks at their images and of one that doesn't; the balanced world is the balanced test set; again to the same numbers"
-    out = run('train', '--epochs', '2', '--worlds', '--out', 'a', cwd=tmp_path).stdout
+    out = run('train', '--dataset', 'digits-lt', '--epochs', '2', '--worlds', '--out', 'a', cwd=tmp_path).stdout
     res = json.loads((tmp_path/'a/result.json').read_text())
     assert 'forward' in out and 'backward' in out and re.search(r'^bsce \+ RL( +\d+\.\d){11}', out, re.M) and re.search(r'^bsce( +\d+\.\d){11}', out, re.M)
     assert [(o['order'], o['factor']) for o in res['worlds']] == [('forward', o) for o in (50, 25, 10, 5, 2)]+[('uniform', 1)]+[('backward', o) for o in (2, 5, 10, 25, 50)]

@@ -207,7 +207,7 @@ def test_report_sets_measured_beside_reported(done):
     _, cwd = done
     run('run', 'table1/BSCE+RL/100', *tiny, '--budget', '.03', '--seed', '1', '--out', 'a/s1', cwd=cwd)
     run('run', 'table6/Softmax', *tiny, '--set', 'epochs=2', '--out', 'a/full', cwd=cwd)
-    run('train', '--epochs', '1', '--no-rl', '--out', 'a/plain', cwd=cwd)
+    run('train', '--dataset', 'digits-lt', '--epochs', '1', '--no-rl', '--out', 'a/plain', cwd=cwd)
     said = said_here('report', str(cwd/'a'))
     accs = [json.loads((cwd/f'a/{o}/result.json').read_text())['accuracy']['all'] for o in ('s0', 's1')]
     m = sum(accs)/2

@@ -14,6 +14,9 @@ from .lists import list_sets, read_lists, check_images, compare_published
 
 # %% ../../nbs/data/06_catalogue.ipynb #a391f8fe
 def _digits(path): return dict(classes=10, train=sum(imbalanced_counts(120, 10, 20)), test=400, found="installed with scikit-learn", missing='', notes=[])
+def _photos(path):
+    train = sum(imbalanced_counts(500, 100, 100))-20 # of its largest class, held back for validation
+    return dict(classes=100, train=train, test=10000, found="part of this package", missing='', notes=[])
 
 def _cifar_at(n, path):
     spec = _cifar[n]
@@ -40,7 +43,8 @@ def _listed(name, path):
     except (ValueError, OSError) as e: res['missing'] = str(e) # said in the table
     return res
 
-_looks = {'digits-lt': _digits, 'cifar10-lt': partial(_cifar_at, 10), 'cifar100-lt': partial(_cifar_at, 100), 'cifar100-frozen-lt': _frozen,
+_looks = {'digits-lt': _digits, 'photos-lt': _photos, 'cifar10-lt': partial(_cifar_at, 10),
+          'cifar100-lt': partial(_cifar_at, 100), 'cifar100-frozen-lt': _frozen,
           **{k: partial(_listed, k) for k in list_sets}}
 
 def catalogue(path:str|Path|None=None # Folder to look in, as `--data` of training; default: fastai's data folder

@@ -49,27 +49,42 @@ _tuning = "Tuning"
 
 @app.command()
 def train(
-    dataset:Annotated[str, _opt(_what, "digits-lt (installed, nothing is downloaded), a name from `ltrl datasets`, or a path: a folder of images or a CSV file.")]='digits-lt',
-    imbalance_factor:Annotated[float|None, _opt(_what, "Images of the largest class over those of the smallest; 1 is balanced. Default: 20 for digits, 100 for CIFAR.")]=None,
-    n_max:Annotated[int|None, _opt(_what, "Training images of the largest class. Default: all there are (500 of CIFAR-100), 120 for digits.")]=None,
+    dataset:Annotated[str, _opt(_what,
+        "photos-lt or digits-lt (both are installed, nothing is downloaded), a name from `ltrl datasets`, or "
+        "a path: a folder of images or a CSV file.")]='photos-lt',
+    imbalance_factor:Annotated[float|None, _opt(_what,
+        "Images of the largest class over those of the smallest; 1 is balanced. Default: 20 for digits, 100 "
+        "for photos and CIFAR.")]=None,
+    n_max:Annotated[int|None, _opt(_what,
+        "Training images of the largest class. Default: all there are (500 of photos and CIFAR-100), 120 for "
+        "digits.")]=None,
     method:Annotated[str, _opt(_what, "softmax, bsce (Balanced Softmax), ldam-drw, ride, ...: `ltrl methods` lists them.")]='bsce',
     net:Annotated[str|None, _opt(_what, "resnet8, resnet20, resnet32, ... (for CIFAR), or a torchvision classifier. Default: as the data set says.")]=None,
-    rl:Annotated[bool|None, _opt(_rl, "Train with Reflective Learning, or without. Default: both, on the same seed, and compare.", '--rl/--no-rl')]=None,
+    rl:Annotated[bool|None, _opt(_rl, "Train with Reflective Learning, or without. Default: both, on the same seeds, and compare.", '--rl/--no-rl')]=None,
     kr:Annotated[bool|None, _opt(_rl, "Knowledge Review: stay close to last epoch's right predictions. Default: as the preset says.", '--kr/--no-kr')]=None,
     ks:Annotated[bool|None, _opt(_rl, "Knowledge Summary: soften labels by class similarity.", '--ks/--no-ks')]=None,
     kc:Annotated[bool|None, _opt(_rl, "Knowledge Correction: project away conflicting gradients. Costs a second backward pass.", '--kc/--no-kc')]=None,
     preset:Annotated[str, _opt(_rl, "default (ours), paper (as on the slides) or published (as the released code).")]='default',
-    epochs:Annotated[int|None, _opt(_how, "Default: 30.")]=None,
-    lr:Annotated[float|None, _opt(_how, "Largest learning rate of the one-cycle schedule. Default: 0.05 for digits, 0.2 for CIFAR.")]=None,
-    bs:Annotated[int|None, _opt(_how, "Batch size. Default: 32 for digits, 128 for CIFAR.")]=None,
+    epochs:Annotated[int|None, _opt(_how, "Default: 20 for photos-lt, else 30.")]=None,
+    lr:Annotated[float|None, _opt(_how,
+        "Largest learning rate of the one-cycle schedule. Default: 0.1 for photos, 0.05 for digits, 0.2 for "
+        "CIFAR.")]=None,
+    bs:Annotated[int|None, _opt(_how, "Batch size. Default: 256 for photos, 32 for digits, 128 for CIFAR.")]=None,
     policy:Annotated[str|None, _opt(_how, "More augmentation: randaugment or autoaugment.")]=None,
     cut:Annotated[int|None, _opt(_how, "Pixels of a side of Cutout's square, for small images: 16 is usual for CIFAR. Default: none.")]=None,
     size:Annotated[int|None, _opt(_how, "Pixels of a side. Default: digits and CIFAR as they are, photographs 224, small images of your own as they are.")]=None,
-    n_valid:Annotated[int|None, _opt(_how, "Validation images of each class, at most. Default: 10 for digits, 20 for CIFAR, 1 for iNaturalist, a fifth of your own.")]=None,
+    n_valid:Annotated[int|None, _opt(_how,
+        "Validation images of each class, at most. Default: 10 for digits, 20 for photos and CIFAR, 1 for "
+        "iNaturalist, a fifth of your own.")]=None,
     check:Annotated[bool, _opt(_how, "Read all images of your own beforehand, to find broken ones, or begin at once.", '--check/--no-check')]=True,
     skip_broken:Annotated[bool, _opt(_how, "Leave out images that can't be read; the result names them. Default: an error.", '--skip-broken')]=False,
     worlds:Annotated[bool, _opt(_how, "Measure in other worlds too: classes as frequent as in training (forward), all alike, the other way round (backward).", '--worlds')]=False,
-    seed:Annotated[int, _opt(_how, "Of weights, batches and augmentation. The same seed gives the same numbers on the same machine.")]=0,
+    seed:Annotated[int|None, _opt(_how,
+        "Of weights, batches and augmentation, for a single run. The same seed gives the same numbers on the "
+        "same machine. Default: 0.")]=None,
+    seeds:Annotated[str|None, _opt(_how,
+        "Several seeds: how many (5 is seeds 0 to 4), a list (3,7) or a range (10-14). Default: 5 for photos- "
+        "lt with and without Reflective Learning, else one.")]=None,
     data_seed:Annotated[int, _opt(_how, "Of the choice of training images.")]=0,
     data:Annotated[Path|None, _opt(_where, "Where the data set is: `ltrl datasets` says what is looked for. Default: where fastai keeps it.")]=None,
     out:Annotated[Path|None, _opt(_where, "Folder for result.json and per_class.png. Default: ltrl-runs/ and a name made of the settings.")]=None,
@@ -78,8 +93,12 @@ def train(
 ):
     """Train on long-tailed data and report Many, Medium, Few and All accuracy.
 
-    Without options: scikit-learn's handwritten digits, made long-tailed, Balanced Softmax, with Reflective Learning and then without it on
-    the same seed; a table, a picture of every class (per_class.png) and a result.json, in under a minute on two cores.
+    Without options: CIFAR-100-LT as small features, which come with the package, Balanced Softmax, with Reflective Learning and without it,
+    five seeds each; a table with the gain and its 95% interval, a picture of every class (per_class.png) and a result.json, in about a minute on two cores.
+
+    One pair of runs, on scikit-learn's handwritten digits, is
+
+      ltrl train --dataset digits-lt
 
     For CIFAR-100 the published benchmark is
 
@@ -100,20 +119,26 @@ def train(
     _check_images(check)
     if rl is False and ({kr,ks,kc}!={None} or preset!='default'): fail(ValueError(
         "--no-rl trains without Reflective Learning, so its parts and preset can't be chosen. Leave out --no-rl."))
+    try: chosen = _seeds(dataset, seed, seeds, rl, worlds)
+    except ValueError as e: fail(e)
     common = dict(dataset=dataset, imbalance_factor=imbalance_factor, method=method, net=net, epochs=epochs, lr=lr, bs=bs, policy=policy, cut=cut,
-                  n_max=n_max, n_valid=n_valid, size=size, seed=seed, data_seed=data_seed, data=str(data) if data else None,
+                  n_max=n_max, n_valid=n_valid, size=size, seed=chosen[0], data_seed=data_seed, data=str(data) if data else None,
                   skip_broken=skip_broken)
     refl = dict(**{k: v for k,v in dict(kr=kr, ks=ks, kc=kc).items() if v is not None}, preset=preset)
     runs = ([None] if rl is False else []) + ([refl] if rl is not False else []) + ([None] if rl is None else [])
+    try:
+        if rl is not False and not any(map(ReflectiveLearning(**refl).is_on, ('kr','ks','kc'))): raise ValueError(
+            "--no-kr: nothing of Reflective Learning is left, so there is nothing to compare. Add --ks or --kc, or train without it: --no-rl.")
+        todo = [RunSettings(**common, reflective=o) for o in runs]
+        _check_views(todo[0])
+        out = out or Path('ltrl-runs')/_name(todo[0], rl is None, chosen)
+        _check_folder(out)
+    except (ValueError, TypeError, OSError) as e: fail(e)
+    if len(chosen)>1: return _train_seeds(todo[::-1], chosen, out, resume, force)
     with contextlib.ExitStack() as alone: # in the folder
         try:
-            if rl is not False and not any(map(ReflectiveLearning(**refl).is_on, ('kr','ks','kc'))): raise ValueError(
-                "--no-kr: nothing of Reflective Learning is left, so there is nothing to compare. Add --ks or --kc, or train without it: --no-rl.")
-            todo = [RunSettings(**common, reflective=o) for o in runs]
-            out = out or Path('ltrl-runs')/_name(todo[0], both=rl is None)
             settings = _identity(todo)
             kept = [Checkpoint(out/f'.fit-{i}.pt') for i in range(2)]
-            _check_folder(out)
             alone.enter_context(alone_in(out))
             if _ready(out, kept, settings, lambda: data_listing(todo[0].dls()), resume, force, ['worlds']*worlds):
                 return typer.echo(f"Nothing to go on with: {out/'result.json'} is complete.")
@@ -140,11 +165,95 @@ def train(
         for o in kept: o.remove()
         first,*others = [r for _,r in reversed(results)]
         fig = draw_report(first, *others); fig.savefig(out/'.per_class.png', dpi=120); (out/'.per_class.png').replace(out/'per_class.png')
-        where = 'validation images, since there is no test set' if on!='accuracy' else 'the test set' if s.imbalance_factor is None else 'the balanced test set'
+        where = _where_scored(s, on)
         typer.echo(f"\nAccuracy on {where}, in percent (number of classes), one seed:\n{first.table(*others).to_string()}")
         if worlds: typer.echo(f"\nAccuracy over images in other worlds, by imbalance factor, in percent:\n{_worlds_table([(r.label, o) for o,r in reversed(results)])}")
-        if rest: typer.echo("One seed decides little: repeat with --seed 1, --seed 2 ... before you believe a gain.")
+        if rest: typer.echo("One seed decides little: --seeds 5 trains five, and tells the gain with its interval.")
         typer.echo(f"\nWritten: {out/'result.json'}, {out/'per_class.png'}\n{_next(s, rl)}")
+
+def _check_views(s):
+    "Raise `ValueError` if a method wants augmented images and the data are features"
+    from ltrl_fastai.methods.catalogue import methods
+    m = methods[s.method]
+    if s.dataset in ('photos-lt','cifar100-frozen-lt') and max(m.views, *(o.views for o in m.then), 1)>1: raise ValueError(
+        f"--method: {s.method} looks at two augmented views of each image, and {s.dataset} is made of features, which can't be augmented. "
+        "Take images: --dataset digits-lt, cifar100-lt or a folder of your own.")
+
+def _seeds(dataset, seed, seeds, rl, worlds):
+    "The seeds to train with; raises `ValueError` if that can't be told"
+    from ltrl_fastai.experiments.plan import parse_seeds
+    if seeds is None:
+        decides = dataset=='photos-lt' and seed is None and rl is None and not worlds
+        return list(range(5)) if decides else [seed or 0]
+    if seed is not None: raise ValueError("--seed is for a single run, and --seeds for several. Leave one of the two out.")
+    res = parse_seeds(seeds)
+    if worlds and len(res)>1: raise ValueError("--worlds measures a single run. Leave --seeds out, or give --seed.")
+    return res
+
+def _train_seeds(ways, seeds, out, resume, force):
+    "Train each way with each of the seeds, as `ltrl compare` does; report the gain with its interval"
+    from rich.console import Console
+    from ltrl_fastai.experiments.checkpoint import Checkpoint
+    from ltrl_fastai.experiments.identity import data_listing
+    from ltrl_fastai.experiments.progress import Watch
+    from ltrl_fastai.experiments.runner import Failed, default_jobs, read_result, run_file, run_plan
+    from ltrl_fastai.experiments.seeds import draw_seeds, gain_sentence, gain_table, scored_on, seed_plan, seeds_result
+    from ltrl_fastai.experiments.training import alone_in, command, versions, write_json
+    s,plan,kept = ways[-1],seed_plan(ways, seeds),[_SeveralRuns(out)]
+    settings = _identity([o.settings for o in plan])
+    with contextlib.ExitStack() as alone: # in the folder
+        try:
+            alone.enter_context(alone_in(out))
+            others = [Checkpoint(out/f'.fit-{i}.pt') for i in range(2)]
+            if _ready(out, kept, settings, lambda: data_listing(s.dls()), resume, force, others=others):
+                return typer.echo(f"Nothing to go on with: {out/'result.json'} is complete.")
+            for o in s.check(): typer.echo(f"Note: {o}")
+        except (ValueError, TypeError, OSError) as e: fail(e)
+        jobs = min(default_jobs(), len(plan))
+        typer.echo(f"{_about(s, len(ways)>1)}, {_seeds_text(seeds)}: {len(plan)} runs, {jobs} at a time{', going on' if _begun(kept) else ''}")
+        with Watch(plan, jobs, lambda run: read_result(run_file(out, run)), Console()) as watch:
+            try: results = run_plan(plan, out, jobs, True, watch, command(), dict(command=command(), test=True, versions=versions()))
+            except (Failed, ValueError, OSError) as e: fail(f"{e} The same command with --resume goes on.")
+            except KeyboardInterrupt: _interrupted(kept[0])
+        for o in watch.again: typer.echo(o)
+        if watch.known: typer.echo(f"{watch.known} of {len(plan)} runs were there already.")
+        res = dict(**seeds_result(results), command=command(), identity=settings)
+        write_json(res, out/'result.json')
+        draw_seeds(results).savefig(out/'.per_class.png', dpi=120)
+        (out/'.per_class.png').replace(out/'per_class.png')
+        where = _where_scored(s, scored_on(results))
+        typer.echo(f"\nAccuracy on {where}, in percent (number of classes), mean of {len(seeds)} seeds:\n{gain_table(results).to_string()}")
+        if (said := gain_sentence(results)): typer.echo(f"\n{said}")
+        typer.echo(f"\nWritten: {out/'result.json'}, {out/'per_class.png'} and a file for each run in {out/'runs'}\n{_next_after_seeds(s, out)}")
+
+class _SeveralRuns:
+    "What a training with several seeds keeps in its folder"
+    def __init__(self, out): self.out,self.files = out,[out/'runs', out/'.unfinished', out/'.data', out/'compare.json', out/'.lock']
+    @property
+    def there(self): return any((self.out/'runs').glob('*.json')) or self.unfinished
+    @property
+    def unfinished(self): return any((self.out/'.unfinished').glob('*'))
+    @property
+    def begun(self): return self.unfinished or self.there and not (self.out/'result.json').exists()
+    def remove(self):
+        import shutil
+        if not self.there: return
+        for o in self.files: shutil.rmtree(o) if o.is_dir() else o.unlink(missing_ok=True)
+        (self.out/'result.json').unlink(missing_ok=True) # of these runs
+
+def _seeds_text(seeds):
+    if len(seeds)>2 and seeds==list(range(seeds[0], seeds[-1]+1)): return f'seeds {seeds[0]} to {seeds[-1]}'
+    return f"seeds {', '.join(map(str, seeds))}"
+
+def _about(s, both):
+    from ltrl_fastai.experiments.training import label_of
+    factor = 'as it is' if s.imbalance_factor is None else f'imbalance factor {s.imbalance_factor:g}'
+    way = f'{label_of(s)} and {s.method} alone' if both else label_of(s)
+    return f"{s.dataset}, {factor}, {s.net}, {way}, {s.epochs} epochs"
+
+def _where_scored(s, on):
+    if on!='accuracy': return 'validation images, since there is no test set'
+    return 'the test set' if s.imbalance_factor is None else 'the balanced test set'
 
 def _worlds_table(results):
     "Worlds in columns, runs in rows, as text"
@@ -159,27 +268,34 @@ def _interrupted(cp):
 
 _anew = "On the command line, --force instead of --resume starts anew."
 
-def _begun(kept): return any(o.file.exists() or o.older.exists() for o in kept)
+def _begun(kept): return any(o.begun if isinstance(o, _SeveralRuns) else o.file.exists() or o.older.exists() for o in kept)
 
-def _name(s, both):
+def _name(s, both, seeds):
     from ltrl_fastai.experiments.plan import hash_of
+    first = seeds==list(range(len(seeds)))
+    which = f'seed{s.seed}' if len(seeds)==1 else f'{len(seeds)}seeds' if first else f"seeds{'-'.join(map(str, seeds))}"
     rl = '' if s.reflective is None else '-rl-and-without' if both else '-rl'
     usual = type(s)(s.dataset, s.imbalance_factor, s.method, epochs=s.epochs, seed=s.seed, reflective=s.reflective and dict(preset='default'), data=s.data)
     more = '' if _identity([s])==_identity([usual]) else f'-{hash_of(_identity([s]))}' # settings that the name doesn't tell
     factor = '' if s.imbalance_factor is None else f'-if{s.imbalance_factor:g}'
-    return f"{s.data_name}{factor}-{s.method}{rl}-{s.epochs}ep-seed{s.seed}{more}"
+    return f"{s.data_name}{factor}-{s.method}{rl}-{s.epochs}ep-{which}{more}"
 
 def _identity(todo) -> list:
     "What decides the numbers of these runs, as JSON would give it back"
     import dataclasses
     return json.loads(json.dumps([{k: v for k,v in dataclasses.asdict(s).items() if k!='data'} for s in todo]))
 
-def _ready(out, kept, settings, data, resume, force, wanted=()) -> bool:
+def _ready(out, kept, settings, data, resume, force, wanted=(), others=None) -> bool:
     "Make the folder ready for a run. Is what is there complete, with all that is wanted of it and nothing to go on with?"
+    others = [_SeveralRuns(out)] if others is None else others # of trainings of another kind
     complete = resume and not _begun(kept) and (out/'result.json').exists()
     _check_out(out, settings, data, force and not complete)
     complete = complete and set(wanted)<=set(json.loads((out/'result.json').read_text()))
-    if force and not resume: [o.remove() for o in kept]
+    if force and not resume:
+        for o in (*kept, *others): o.remove()
+    if _begun(others): raise ValueError(
+        f"--out: {out} holds an interrupted training with {'several seeds' if isinstance(others[0], _SeveralRuns) else 'one seed'}. "
+        "Choose another folder, or add --force, without --resume, to start anew.")
     if _begun(kept) and not resume: raise ValueError(
         f"--out: {out} holds an interrupted run. Add --resume to go on with it, or --force to start anew.")
     return complete
@@ -200,10 +316,15 @@ def _check_out(out, settings, data, force):
 
 def _next(s, rl):
     if s.dataset=='digits-lt': return ("Digits show that it runs; what it gains they are too few to tell. "
-        "Next: `ltrl train --dataset cifar100-lt --epochs 30` for real photographs (over an hour on two cores), or `ltrl train --help`; "
+        "Next: `ltrl train` for real photographs with several seeds (about a minute, nothing is downloaded), or `ltrl train --help`; "
         "in Python, `learn.add_cbs(ReflectiveLearning())`.")
-    other = 'the other side of the comparison, `--no-rl`' if rl else 'the same with `--rl`' if rl is False else 'another seed'
-    return f"Next: {other}; or other parts: `--ks`, `--kc`, `--no-kr`."
+    other = 'the other side of the comparison, `--no-rl`' if rl else 'the same with `--rl`' if rl is False else 'more seeds, `--seeds 5`'
+    return f"Next: {other}; or other parts: `--kc`, `--no-ks`, `--no-kr`."
+
+def _next_after_seeds(s, out):
+    if s.dataset!='photos-lt': return f"Next: other parts, `--kc`, `--no-ks`, `--no-kr`; `ltrl report {out}` shows this again."
+    return ("Next: your own images, `ltrl train --dataset path/to/folder`; another method, `ltrl train --method ldam-drw` (`ltrl methods` lists them); "
+        "in Python, `learn.add_cbs(ReflectiveLearning())`.")
 
 # %% ../../nbs/experiments/07_cli.ipynb #f1b9bd39
 @app.command()

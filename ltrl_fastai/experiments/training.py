@@ -16,6 +16,7 @@ except ImportError: fcntl = None # Windows
 from ..data.imbalance import check_imbalance_factor, eval_view
 from ..data.benchmarks import digits_lt, cifar10_lt, cifar100_lt
 from ..data.frozen import cifar100_frozen_lt
+from ..data.shipped import photos_lt
 from ..data.lists import imagenet_lt, places_lt, inaturalist18
 from ..data.own import own_images
 from ..methods.nets import check_dropout, create_net, drop_features, is_mlp
@@ -39,6 +40,7 @@ from .identity import data_listing, listing_summary
 # %% ../../nbs/experiments/01_training.ipynb #a70625ff
 datasets = { # By name: the function that makes loaders, defaults of `RunSettings`, and which other settings the function takes
     'digits-lt':   dict(make=digits_lt,   defaults=dict(imbalance_factor=20.,  net='resnet8',  epochs=30, bs=32,  lr=.05), tfms=dict(crop=1, flip=False)),
+    'photos-lt':   dict(make=photos_lt,   defaults=dict(imbalance_factor=100., net='mlp256',   epochs=20, bs=256, lr=.1)),
     'cifar10-lt':  dict(make=cifar10_lt,  defaults=dict(imbalance_factor=100., net='resnet32', epochs=30, bs=128, lr=.2)),
     'cifar100-lt': dict(make=cifar100_lt, defaults=dict(imbalance_factor=100., net='resnet32', epochs=30, bs=128, lr=.2)),
     'cifar100-frozen-lt': dict(make=cifar100_frozen_lt, defaults=dict(imbalance_factor=100., net='mlp256', epochs=20, bs=128, lr=.1)),
@@ -46,6 +48,7 @@ datasets = { # By name: the function that makes loaders, defaults of `RunSetting
     'places-lt':     dict(make=places_lt,     defaults=dict(net='resnet50', epochs=30, bs=256, lr=.2), takes='size policy flip data'.split()),
     'inaturalist18': dict(make=inaturalist18, defaults=dict(net='resnet50', epochs=90, bs=256, lr=.2), takes='size policy flip data n_valid data_seed'.split()),
 }
+_installed = {'digits-lt': 'installed with scikit-learn', 'photos-lt': 'part of this package'}
 _own = dict(make=own_images, defaults=dict(net='resnet18', epochs=30, bs=64, lr=.05), takes='size policy flip n_valid data_seed'.split())
 
 def spec_of(dataset:str # A name in `datasets`, or a folder or CSV file
@@ -174,7 +177,8 @@ class RunSettings:
             if getattr(self, k) is not None and not 0<=getattr(self, k)<math.inf: raise ValueError(f"{k}: expected 0 or more, got {getattr(self, k)}.")
         for k in ('lr','body_lr'):
             if getattr(self, k) is not None and not 0<getattr(self, k)<math.inf: raise ValueError(f"{k}: expected a finite learning rate above 0, got {getattr(self, k)}.")
-        if self.data is not None and self.dataset=='digits-lt': raise ValueError("data: digits-lt is installed with scikit-learn and is not read from a path.")
+        if self.data is not None and self.dataset in _installed: raise ValueError(
+            f"data: {self.dataset} is {_installed[self.dataset]} and is not read from a path. Leave it out.")
 
     def _check_regularizers(self):
         "Refuse values that are none, and what the method can't be combined with"

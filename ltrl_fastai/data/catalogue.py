@@ -10,6 +10,7 @@ from fastai.data.all import *
 import importlib.util
 from .imbalance import imbalanced_counts
 from .benchmarks import _cifar, _not_found, fastai_path
+from .beds import find_folder, folder_sets
 from .lists import list_sets, read_lists, check_images, compare_published
 
 # %% ../../nbs/data/06_catalogue.ipynb #a391f8fe
@@ -43,9 +44,25 @@ def _listed(name, path):
     except (ValueError, OSError) as e: res['missing'] = str(e) # said in the table
     return res
 
+def _in_folder(name, path):
+    spec = folder_sets[name]
+    res = dict(classes=spec['classes'], train=spec['train'], test=spec['test'], found='', missing='', notes=[])
+    try: folder = find_folder(name, path)
+    except FileNotFoundError as e: return {**res, 'missing': str(e)} # said in the table
+    got = {k: len(get_image_files(folder/k)) for k in ('train','test')}
+    other = [f"{got[k]:,} images in {k} ({spec[k]:,})" for k in got if got[k]!=spec[k]]
+    if other: res['notes'] = [f"{name} is not the usual {spec['title']}: there are {', '.join(other)}."]
+    return {**res, 'found': f"at {folder}"}
+
+def _made(classes, train, test, source, path):
+    return dict(classes=classes, train=train, test=test, found=source, missing='', notes=[])
+
 _looks = {'digits-lt': _digits, 'photos-lt': _photos, 'cifar10-lt': partial(_cifar_at, 10),
           'cifar100-lt': partial(_cifar_at, 100), 'cifar100-frozen-lt': _frozen,
-          **{k: partial(_listed, k) for k in list_sets}}
+          **{k: partial(_listed, k) for k in list_sets}, **{k: partial(_in_folder, k) for k in folder_sets},
+          'unicode-names': partial(_made, 20, 4000, 571, "names of characters, which come with Python"),
+          'landforms': partial(_made, 10, 5000, 1000, "heights of a terrain, installed with Matplotlib"),
+          'digits-folder': partial(_made, 7, 131, 140, "made of scikit-learn's digits when it is first used")}
 
 def catalogue(path:str|Path|None=None # Folder to look in, as `--data` of training; default: fastai's data folder
              ) -> list: # Of dicts: name, classes, train and test (images, at the default imbalance factor), state, found, missing, notes

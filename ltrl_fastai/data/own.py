@@ -10,6 +10,7 @@ from fastai.vision.all import *
 import csv, PIL.Image
 from .benchmarks import few_of, without_images
 from .images import wants_check
+from .imbalance import long_tail_indices
 from .lists import ImageList, ImageFileDataLoaders, check_images, check_lists, hold_out, image_dataloaders
 from .lists import broken_note, leave_out_broken, text_of
 
@@ -258,7 +259,23 @@ def common_size(files:list # Paths of images
         res = w
     return res
 
-def _own_lists(path, n_valid, data_seed, check, skip_broken, columns):
+def _draw_test(lists, share, seed):
+    "Take test images out of training, and say so"
+    if not 0<share<1: raise ValueError(f"test_share: expected a share between 0 and 1, such as 0.25, got {share}.")
+    train,test = hold_out(lists['train'].labels, share, seed=seed)
+    lists['train'],lists['test'] = lists['train'].take(train),lists['train'].take(test)
+    return f"There is no test part: {len(test):,} test images were drawn from training, {share:.0%} of each class."
+
+def _drawn_anew(train, valid, seed):
+    "Both parts, drawn anew from all of their images, each with as many of every class as before"
+    lines = None if train.lines is None or valid.lines is None else train.lines+valid.lines
+    both = ImageList(train.file, train.paths+valid.paths, train.labels+valid.labels, lines, train.word)
+    both.root,both.files = train.root,train.files+valid.files
+    wanted = np.bincount(valid.labels, minlength=max(both.labels)+1)
+    drawn = long_tail_indices(both.labels, wanted.tolist(), seed)
+    return both.take(np.setdiff1d(np.arange(len(both)), drawn).tolist()),both.take(drawn)
+
+def _own_lists(path, n_valid, data_seed, check, skip_broken, columns, test_share=None, redraw=False):
     "Lists, class names, notes and left-out files of a folder or a CSV file, with a validation part"
     path = Path(path).expanduser()
     if not path.exists(): raise FileNotFoundError(
@@ -272,6 +289,10 @@ def _own_lists(path, n_valid, data_seed, check, skip_broken, columns):
     if skip_broken or wants_check(check):
         lists,skipped = leave_out_broken(lists, vocab, skip_broken)
         notes += broken_note(skipped, lists['train'].root)
+    if 'test' not in lists and test_share: notes.append(_draw_test(lists, test_share, data_seed))
+    if 'valid' in lists and redraw:
+        lists['train'],lists['valid'] = _drawn_anew(lists['train'], lists['valid'], data_seed)
+        notes.append("Training and validation images were drawn anew from both parts, as many of each class as before.")
     if 'valid' not in lists:
         train,valid = hold_out(lists['train'].labels, n_valid=n_valid, seed=data_seed)
         lists['train'],lists['valid'] = lists['train'].take(train),lists['train'].take(valid)
@@ -289,10 +310,13 @@ def own_images(path:str|Path, # A folder or a CSV file
                path_col:str|None=None, label_col:str|None=None, split_col:str|None=None, # See `read_csv`
                check:bool|None=None, # Read all images beforehand, to find broken ones? Default: see `wants_check`
                skip_broken:bool=False, # Leave broken images out, named in `notes` and `skipped`? Default: an error
+               test_share:float|None=None, # Share of each class to draw for a test part, where there is none; default: no test part
+               redraw:bool=False, # Draw a validation part that is there anew too, by `data_seed`, from it and training?
                **kwargs # Passed on to `image_dataloaders`
               ) -> ImageFileDataLoaders: # Without `test`, if there is no such split
     "A folder of images or a CSV file as loaders; what its user should know is in `notes`; errors say what is wrong."
-    lists,vocab,notes,skipped = _own_lists(path, n_valid, data_seed, check, skip_broken, (path_col,label_col,split_col))
+    columns = (path_col,label_col,split_col)
+    lists,vocab,notes,skipped = _own_lists(path, n_valid, data_seed, check, skip_broken, columns, test_share, redraw)
     own = None if size else common_size([f for o in lists.values() for f in o.files])
     name = Path(path).expanduser().stem
     return image_dataloaders(lists, vocab, bs=bs, size=size or own or 224, small=bool(own), name=name, notes=notes,

@@ -16,10 +16,18 @@ from ..reflective.learning import ReflectiveLearning
 from .training import RunSettings, check_type, one_of
 
 # %% ../../nbs/experiments/02_plan.ipynb #7dbe1d85
-protocols = { # Settings of `ltrl compare --protocol`, all of CIFAR-100-LT
+protocols = { # Settings of `ltrl compare --protocol`; the first three of CIFAR-100-LT
     'frozen':   dict(dataset='cifar100-frozen-lt', epochs=20, lr=.1), # P1: an MLP on features of an ImageNet net
     'overfit':  dict(dataset='cifar100-lt', net='resnet8', size=16, crop=0, flip=False, epochs=30, lr=.4), # P2o: from scratch, more than 95% of the training images known
     'underfit': dict(dataset='cifar100-lt', net='resnet8', size=16, epochs=30, lr=.4), # P2u: the same net and schedule with crop and flip, about half of them known
+    'frozen-grocery':  dict(dataset='grocery',  extract='lite0'), # the head of P1 on features of photographs
+    'frozen-magnetic': dict(dataset='magnetic', extract='lite0'),
+    'finetune-grocery':  dict(dataset='grocery',  net='efficientnet-lite0', pretrained=True, schedule='fine-tune', size=96, crop=8, epochs=3, bs=32, lr=.02, body_lr=.005),
+    'finetune-magnetic': dict(dataset='magnetic', net='efficientnet-lite0', pretrained=True, schedule='fine-tune', size=96, crop=8, epochs=4, bs=32, lr=.02, body_lr=.005),
+    'text':    dict(dataset='unicode-names'),
+    'tabular': dict(dataset='landforms'),
+    'digits':  dict(dataset='digits-lt'),
+    'folder':  dict(dataset='digits-folder'), # of the tutorial on your own images
 }
 
 # %% ../../nbs/experiments/02_plan.ipynb #884b7b4e

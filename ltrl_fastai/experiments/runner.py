@@ -42,7 +42,7 @@ def data_identity(settings:RunSettings # Of the run
     "A hash of all that a run is trained, validated and tested on, class names included: see `data_listing`."
     return listing_digest(data_listing(settings.dls()))
 
-_data_fields = 'dataset imbalance_factor data_seed n_max n_valid size data keep_train skip_broken'.split()
+_data_fields = 'dataset imbalance_factor data_seed n_max n_valid size data keep_train skip_broken extract'.split()
 
 class Identities:
     "The identity of each run of a plan; data that several of them share are read once, and kept as `listings` by digest."

@@ -243,15 +243,15 @@ def tuned_markdown(gains:pd.DataFrame # As `tuned_gains` gives
     return '\n'.join(out)
 
 # %% ../../nbs/experiments/05_summary.ipynb #9b62cda4
-_beds = dict(frozen='P1', overfit='P2o', underfit='P2u')
+_beds = dict(frozen='P1', overfit='P2o', underfit='P2u') # names of the first protocols; others are called as their bed
 
 def evidence(folder:Path # With the folders of comparisons by a protocol
-            ) -> list: # Of dicts: protocol, imbalance_factor, method, rl (the name of a preset or of parts, or None), baseline, seeds, accuracies, gains, command
+            ) -> list: # Of dicts: protocol, bed, imbalance_factor, method, rl (a preset, parts or None), baseline, seeds, accuracies, gains, command
     "What was found on the test set, by protocol, imbalance factor, method, Reflective Learning and baseline, in percent points; raises `ValueError` if nothing was."
     rows = {}
     for o in result_folders(folder):
         plan = json.loads((o/'compare.json').read_text(encoding='utf-8')) if (o/'compare.json').exists() else {}
-        bed = re.search(r'--protocol (\w+)', plan.get('command', ''))
+        bed = re.search(r'--protocol[ =]([\w-]+)', plan.get('command', ''))
         changes = 'set' if 'tuned' in plan else 'set|sweep|grid' # of --tune, a sweep is the grid
         by_hand = re.search(rf'--({changes})\b(?! preset=)', plan.get('command', '')) # no name tells what these are
         if not bed or not plan['test'] or by_hand: continue
@@ -259,7 +259,7 @@ def evidence(folder:Path # With the folders of comparisons by a protocol
         for baseline,r in _by_baseline(summarise(runs_table(results)), o):
             run = first(e for e in results if (e['group'],e['variant'])==(r.group,r.variant))
             rl = _name_of(run['reflective'], '' if baseline!='plain' else r.variant)
-            row = dict(protocol=_beds[bed[1]], imbalance_factor=run['imbalance_factor'], method=run['method'], rl=rl, baseline=baseline, seeds=int(r.runs),
+            row = dict(protocol=_beds.get(bed[1], bed[1]), bed=bed[1], imbalance_factor=run['imbalance_factor'], method=run['method'], rl=rl, baseline=baseline, seeds=int(r.runs),
                        **{k: _rounded(r[k]) for k in shots}, train_accuracy=_rounded(r.train))
             if rl: row.update(gain_all=_rounded(r.gain_all), gain_few=_rounded(r.gain_few), ci_low=_rounded(r.gain_all_lo), ci_high=_rounded(r.gain_all_hi))
             rows.setdefault(tuple(row[k] for k in ('protocol','imbalance_factor','method','rl','baseline')), {**row, 'command': plan['command']})

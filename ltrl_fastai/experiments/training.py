@@ -15,12 +15,12 @@ try: import fcntl
 except ImportError: fcntl = None # Windows
 from ..data.imbalance import check_imbalance_factor, eval_view
 from ..data.benchmarks import digits_lt, cifar10_lt, cifar100_lt
-from ..data.frozen import cifar100_frozen_lt
+from ..data.frozen import cifar100_frozen_lt, check_extractor
 from ..data.shipped import photos_lt
+from ..data.beds import digits_folder, folder_data, folder_sets, grocery, landforms, magnetic, unicode_names
 from ..data.lists import imagenet_lt, places_lt, inaturalist18
-from ..data.own import own_images
 from ..methods.nets import check_dropout, create_net, drop_features, is_mlp
-from ..methods.heads import pretrained_net
+from ..methods.finetuning import HeadFirst, finetuned_net
 from ..methods.bbn import ReversedBatch
 from ..methods.catalogue import method_with, methods
 from ..methods.lade import LADELoss
@@ -46,14 +46,22 @@ datasets = { # By name: the function that makes loaders, defaults of `RunSetting
     'cifar100-frozen-lt': dict(make=cifar100_frozen_lt, defaults=dict(imbalance_factor=100., net='mlp256', epochs=20, bs=128, lr=.1)),
     'imagenet-lt':   dict(make=imagenet_lt,   defaults=dict(net='resnet50', epochs=90, bs=256, lr=.2), takes='size policy flip data'.split()),
     'places-lt':     dict(make=places_lt,     defaults=dict(net='resnet50', epochs=30, bs=256, lr=.2), takes='size policy flip data'.split()),
-    'inaturalist18': dict(make=inaturalist18, defaults=dict(net='resnet50', epochs=90, bs=256, lr=.2), takes='size policy flip data n_valid data_seed'.split()),
+    'inaturalist18': dict(make=inaturalist18, defaults=dict(net='resnet50', epochs=90, bs=256, lr=.2), takes='size policy flip crop data n_valid data_seed'.split()),
+    'grocery':  dict(make=grocery,  defaults=dict(net='resnet18', epochs=30, bs=64, lr=.05), takes='size policy flip crop data n_valid data_seed'.split()),
+    'magnetic': dict(make=magnetic, defaults=dict(net='resnet18', epochs=30, bs=64, lr=.05), takes='size policy flip crop data n_valid data_seed'.split()),
+    'unicode-names': dict(make=unicode_names, defaults=dict(net='mlp256', epochs=20, bs=128, lr=.1), takes='n_valid data_seed'.split(), files=False),
+    'landforms':     dict(make=landforms,     defaults=dict(net='mlp256', epochs=20, bs=128, lr=.1), takes='n_valid data_seed'.split(), files=False),
+    'digits-folder': dict(make=digits_folder, defaults=dict(net='resnet8', epochs=30, bs=16, lr=.05), takes='size policy flip n_valid data_seed'.split()),
 }
 _installed = {'digits-lt': 'installed with scikit-learn', 'photos-lt': 'part of this package'}
-_own = dict(make=own_images, defaults=dict(net='resnet18', epochs=30, bs=64, lr=.05), takes='size policy flip n_valid data_seed'.split())
+_own = dict(make=folder_data, defaults=dict(net='resnet18', epochs=30, bs=64, lr=.05), takes='size policy flip crop n_valid data_seed'.split())
+_own_features = dict(defaults=dict(net='mlp256', epochs=20, bs=128, lr=.1), takes='size n_valid data_seed extract'.split())
 
-def spec_of(dataset:str # A name in `datasets`, or a folder or CSV file
+def spec_of(dataset:str, # A name in `datasets`, or a folder or CSV file
+            extract:str|None=None # Of features of these images: see `extractor_of`
            ) -> dict: # How to make it, its defaults, and what else it takes
-    "What there is to know of a data set; raises `ValueError` or `FileNotFoundError` if there is none."
+    "What there is to know of a data set; raises `ValueError` or `FileNotFoundError` if there is none, or none of which features can be had."
+    if extract is not None: return _features_of(dataset, spec_of(dataset), extract)
     if dataset in datasets: return datasets[dataset]
     if not dataset.strip(): raise ValueError(
         f"dataset: expected {', '.join(datasets)}, or a path to your own images, got {dataset!r}. "
@@ -61,8 +69,17 @@ def spec_of(dataset:str # A name in `datasets`, or a folder or CSV file
     if (p := Path(dataset).expanduser()).exists() or p.suffix=='.csv' or len(p.parts)>1:
         if not (p.is_dir() or p.is_file() and p.suffix.lower()=='.csv'): raise FileNotFoundError(
             f"dataset: expected {', '.join(datasets)}, a folder of images or a CSV file, and {p} is {'neither' if p.exists() else 'not there'}.")
-        return {**_own, 'make': partial(own_images, dataset)}
+        return {**_own, 'make': partial(folder_data, dataset)}
     return datasets[one_of('dataset', dataset, [*datasets, 'a path to your own images'])]
+
+def _features_of(dataset, spec, extract):
+    "Of a folder or CSV file of images: what there is to know of their features"
+    if dataset in datasets and dataset not in folder_sets: raise ValueError(
+        f"extract: features can be had of {', '.join(folder_sets)}, a folder or a CSV file of your own, not of {dataset}. "
+        "Leave it out; features of CIFAR-100-LT are cifar100-frozen-lt.")
+    check_extractor(extract)
+    more = [k for k in spec['takes'] if k=='data']
+    return {**spec, **_own_features, 'takes': _own_features['takes']+more}
 
 def _one_cycle(learn, epochs, lr, cbs): learn.fit_one_cycle(epochs, lr, pct_start=min(.25, 5/epochs), cbs=cbs)
 def _by(learn, epochs, sched, cbs): learn.fit(epochs, cbs=L(ParamScheduler({'lr': sched}))+L(cbs))
@@ -71,6 +88,12 @@ def _stepwise(*at, factor=.1, warm=5):
     "A schedule that multiplies the rate at shares of the epochs, after epochs of warm-up"
     def fit(learn, epochs, lr, cbs): _by(learn, epochs, _steps(lr, min(.25, warm/epochs), factor, at), cbs)
     return fit
+def _fine_tune(learn, epochs, lr, cbs):
+    "As fastai's `fine_tune`: an epoch of the head alone, then the whole net in one cycle at half the rate"
+    alone = min(1, epochs-1)
+    share,warm_up,whole = alone/epochs,SchedCos(lr/25, lr),combined_cos(.3, lr/10, lr/2, 0.)
+    def rate(pos): return warm_up(pos/share) if pos<share else whole((pos-share)/(1-share))
+    _by(learn, epochs, rate, L(cbs)+HeadFirst(alone))
 def _warm_cosine(learn, epochs, lr, cbs):
     warm = min(.25, 10/epochs)
     _by(learn, epochs, lambda pos: lr*pos/warm if pos<warm else SchedCos(lr, 0.)((pos-warm)/(1-warm)), cbs)
@@ -87,6 +110,7 @@ schedules = { # By name: a function of learner, epochs, largest learning rate an
     'thirds': _stepwise(1/3, 2/3, warm=0), # no warm-up: Places-LT
     'cosine': lambda learn, epochs, lr, cbs: _by(learn, epochs, SchedCos(lr, 0.), cbs),
     'warm-cosine': _warm_cosine, # 10 epochs of warm-up: PaCo
+    'fine-tune': _fine_tune, # the head first, then all: pretrained nets, with `body_lr`
 }
 
 def one_of(name:str, # Of the argument, for the message
@@ -146,6 +170,7 @@ class RunSettings:
     reflective:dict|None=None # Arguments of `ReflectiveLearning`; None trains without it
     keep_train:bool=False # CIFAR-LT: keep the published training set whole, though its largest class then has no validation image
     skip_broken:bool=False # Leave out images that can't be read? The result names them
+    extract:str|None=None # Train on features of a frozen net, of a folder or CSV file: 'lite0', or a torchvision classifier
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -157,7 +182,7 @@ class RunSettings:
             if getattr(self, k)==0 and not isinstance(getattr(self, k), bool): setattr(self, k, None)
         if not isinstance(self.method_args, dict|None): raise ValueError(
             f"method_args: expected names and values, such as {{'tau': 1.}}, got {self.method_args!r}.")
-        spec = spec_of(self.dataset)
+        spec = spec_of(self.dataset, self.extract)
         one_of('method', self.method, methods); one_of('schedule', self.schedule, schedules)
         for k,v in {**spec['defaults'], 'wd': 5e-4, 'nesterov': True, **methods[self.method].defaults}.items():
             if getattr(self, k) is None: setattr(self, k, v)
@@ -167,7 +192,7 @@ class RunSettings:
         else: check_imbalance_factor(self.imbalance_factor)
         if self.keep_train and not self.dataset.startswith('cifar'): raise ValueError(
             f"keep_train: this is for CIFAR-LT; {self.dataset} has validation images of its own. Leave it out.")
-        if self.skip_broken and 'takes' not in spec: raise ValueError(
+        if self.skip_broken and not spec.get('files', 'takes' in spec): raise ValueError(
             f"skip_broken: {self.dataset} is complete, or can't be used; this is for images of your own and for lists. Leave it out.")
         for k in ('epochs','bs','n_max','n_valid','size'):
             if getattr(self, k) is not None and getattr(self, k)<1: raise ValueError(f"{k}: expected at least 1, got {getattr(self, k)}.")
@@ -215,20 +240,27 @@ class RunSettings:
                    n_max=f"{self.dataset} is long-tailed already: all its images are used.",
                    n_valid=f"{self.dataset} has a list of validation images.",
                    crop="photographs are cropped by `size`.", cut="photographs are not cut out of.", data="the path of your images is the data set itself.")
+        if self.dataset in datasets: why['data'] = f"{self.dataset} is made by this package and is not read from a path."
+        if 'policy' not in takes: why.update(dict.fromkeys(('policy','flip','crop','cut'), "vectors are not augmented as images are."))
+        if self.crop is not None and self.policy is not None and 'extract' not in takes and 'crop' in takes: raise ValueError(
+            "crop: images that are cropped from a padding are augmented by it and by `flip` alone. Leave out crop, or policy.")
+        if 'size' not in takes: why['size'] = f"{self.dataset} has no images."
         for k,text in why.items():
             if k not in takes and getattr(self, k) is not None: raise ValueError(f"{k}: {text} Leave it out.")
 
     @property
     def data_name(self) -> str:
         "The data set in few words, for tables and names of files."
-        return self.dataset if self.dataset in datasets else Path(self.dataset).expanduser().resolve().stem
+        name = self.dataset if self.dataset in datasets else Path(self.dataset).expanduser().resolve().stem
+        return f'{name}-{self.extract}' if self.extract else name
 
     def dls(self) -> DataLoaders:
         "The data, as settings say."
-        spec = spec_of(self.dataset)
+        spec = spec_of(self.dataset, self.extract)
         if 'takes' in spec:
             given = {dict(data='path').get(k, k): getattr(self, k) for k in spec['takes'] if getattr(self, k) is not None}
-            return spec['make'](bs=self.bs, skip_broken=self.skip_broken, **given)
+            if spec.get('files', True): given['skip_broken'] = self.skip_broken
+            return spec['make'](bs=self.bs, **given)
         tfms = {**datasets[self.dataset].get('tfms', {}), **{k: getattr(self, k) for k in ('policy','crop','flip','cut') if getattr(self, k) is not None}}
         kw = dict(path=self.data) if self.data is not None else {}
         kw.update({k: getattr(self, k) for k in ('n_max','n_valid','size') if getattr(self, k) is not None})
@@ -255,7 +287,7 @@ class RunSettings:
         dls = self.dls()
         counts = dls.class_counts
         made = dict(dropout=self.dropout) if is_mlp(self.net) else {}
-        net = pretrained_net(self.net, dls.c) if self.pretrained else create_net(self.net, dls.c, n_in=dls.n_in, **made)
+        net = finetuned_net(self.net, dls.c) if self.pretrained else create_net(self.net, dls.c, n_in=dls.n_in, **made)
         cbs = ([] if self.reflective is None else [ReflectiveLearning(**self.reflective)]) + ([Diagnosis()] if self.diagnose else [])
         sgd = partial(benchmark_sgd, nesterov=self.nesterov, decouple_wd=self.decouple_wd)
         groups = {} if self.body_lr is None else dict(splitter=body_and_head)

@@ -1071,6 +1071,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'ltrl_fastai/experiments/summary.py'),
                                                  'ltrl_fastai.experiments.summary._by_baseline': ( 'experiments/summary.html#_by_baseline',
                                                                                                    'ltrl_fastai/experiments/summary.py'),
+                                                 'ltrl_fastai.experiments.summary._decay': ( 'experiments/summary.html#_decay',
+                                                                                             'ltrl_fastai/experiments/summary.py'),
                                                  'ltrl_fastai.experiments.summary._draw_gains': ( 'experiments/summary.html#_draw_gains',
                                                                                                   'ltrl_fastai/experiments/summary.py'),
                                                  'ltrl_fastai.experiments.summary._is_first_version': ( 'experiments/summary.html#_is_first_version',

@@ -179,7 +179,7 @@ def test_the_committed_evidence_is_that_of_the_results(tmp_path):
     assert rows == evidence(root)
     assert {(o['protocol'], o['bed']) for o in rows} == {('P1', 'frozen'), ('P2o', 'overfit'), ('P2u', 'underfit')}
     assert {o['method'] for o in rows} == {'softmax', 'bsce', 'ldam-drw', 'ride', 'sade', 'mislas', 'lade'}
-    keys = set('protocol bed imbalance_factor method rl baseline seeds many medium few all train_accuracy command'.split())
+    keys = set('protocol bed imbalance_factor method rl baseline decay seeds many medium few all train_accuracy command'.split())
     for o in rows: assert set(o) == keys | ({'gain_all', 'gain_few', 'ci_low', 'ci_high'} if o['rl'] else set())
     assert {o['baseline'] for o in rows} == {'plain'}  # none of these was tuned
     names = {o['rl'] for o in rows if o['protocol'] == 'P1' and o['method'] == 'bsce'}

@@ -246,7 +246,7 @@ def tuned_markdown(gains:pd.DataFrame # As `tuned_gains` gives
 _beds = dict(frozen='P1', overfit='P2o', underfit='P2u') # names of the first protocols; others are called as their bed
 
 def evidence(folder:Path # With the folders of comparisons by a protocol
-            ) -> list: # Of dicts: protocol, bed, imbalance_factor, method, rl (a preset, parts or None), baseline, seeds, accuracies, gains, command
+            ) -> list: # Of dicts: protocol, bed, imbalance_factor, method, rl (a preset, parts or None), baseline, decay, seeds, accuracies, gains, command
     "What was found on the test set, by protocol, imbalance factor, method, Reflective Learning and baseline, in percent points; raises `ValueError` if nothing was."
     rows = {}
     for o in result_folders(folder):
@@ -259,10 +259,11 @@ def evidence(folder:Path # With the folders of comparisons by a protocol
         for baseline,r in _by_baseline(summarise(runs_table(results)), o):
             run = first(e for e in results if (e['group'],e['variant'])==(r.group,r.variant))
             rl = _name_of(run['reflective'], '' if baseline!='plain' else r.variant)
-            row = dict(protocol=_beds.get(bed[1], bed[1]), bed=bed[1], imbalance_factor=run['imbalance_factor'], method=run['method'], rl=rl, baseline=baseline, seeds=int(r.runs),
+            row = dict(protocol=_beds.get(bed[1], bed[1]), bed=bed[1], imbalance_factor=run['imbalance_factor'], method=run['method'], rl=rl, baseline=baseline,
+                       decay=_decay(run), seeds=int(r.runs),
                        **{k: _rounded(r[k]) for k in shots}, train_accuracy=_rounded(r.train))
             if rl: row.update(gain_all=_rounded(r.gain_all), gain_few=_rounded(r.gain_few), ci_low=_rounded(r.gain_all_lo), ci_high=_rounded(r.gain_all_hi))
-            rows.setdefault(tuple(row[k] for k in ('protocol','imbalance_factor','method','rl','baseline')), {**row, 'command': plan['command']})
+            rows.setdefault(tuple(row[k] for k in ('protocol','imbalance_factor','method','rl','baseline','decay')), {**row, 'command': plan['command']})
     if not rows: raise ValueError(f"{folder}: no comparison by a protocol that has read the test set. `ltrl compare --protocol frozen --out {folder}/frozen` makes one.")
     return list(rows.values())
 
@@ -284,6 +285,10 @@ def _name_of(config, label):
     changed = re.search(r'\(.*\)$', label)
     same = on==[k for k in usual.parts if usual.is_on(k)] and not changed
     return preset if same else ' + '.join(map(str.upper, on)) + (f' {changed[0]}' if changed else '')
+
+def _decay(run):
+    "Was weight decay in the gradient, or decoupled and a tenth as strong, as in all runs before there was a choice?"
+    return 'decoupled' if run['settings'].get('decouple_wd', True) else 'gradient'
 
 def _is_first_version(config):
     "Was it recorded by version 0.0.1, whose parts had fewer arguments?"

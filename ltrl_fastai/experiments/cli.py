@@ -432,7 +432,7 @@ class _Compare(typer.core.TyperCommand):
 @app.command(cls=_Compare)
 def compare(
     out:Annotated[Path, _opt(_where, "Folder for runs/*.json, summary.md, summary.csv, runs.csv and summary.png.")],
-    protocol:Annotated[str|None, _opt(_what, "Ready settings of a test bed: frozen (features of CIFAR-100-LT), overfit, underfit, frozen-grocery, text, tabular, ... The documentation lists them.")]=None,
+    protocol:Annotated[str|None, _opt(_what, "Ready settings of a test bed: frozen (features of CIFAR-100-LT), overfit, underfit, frozen-grocery, text, tabular, ...")]=None,
     dataset:Annotated[str|None, _opt(_what, "A name that `ltrl datasets` shows, or your own folder or CSV file. Default: digits-lt, or what the protocol says.")]=None,
     imbalance_factor:Annotated[str|None, _opt(_what, "One or several, as in 10,50,100.")]=None,
     methods:Annotated[str, _opt(_what, "One or several, as in softmax,bsce,ride: `ltrl methods` lists them.")]='bsce',

@@ -177,13 +177,16 @@ def test_the_committed_evidence_is_that_of_the_results(tmp_path):
     root = Path(__file__).parent.parent/'results'
     rows = json.loads((root/'evidence.json').read_text())
     assert rows == evidence(root)
-    assert {(o['protocol'], o['bed']) for o in rows} == {('P1', 'frozen'), ('P2o', 'overfit'), ('P2u', 'underfit')}
+    first = {('P1', 'frozen'), ('P2o', 'overfit'), ('P2u', 'underfit')}
+    others = {(o, o) for o in ('frozen-grocery', 'frozen-magnetic', 'text', 'tabular', 'folder', 'digits')}
+    assert {(o['protocol'], o['bed']) for o in rows} == first | others
     assert {o['method'] for o in rows} == {'softmax', 'bsce', 'ldam-drw', 'ride', 'sade', 'mislas', 'lade'}
     keys = set('protocol bed imbalance_factor method rl baseline decay seeds many medium few all train_accuracy command'.split())
     for o in rows: assert set(o) == keys | ({'gain_all', 'gain_few', 'ci_low', 'ci_high'} if o['rl'] else set())
     assert {o['baseline'] for o in rows} == {'plain'}  # none of these was tuned
-    names = {o['rl'] for o in rows if o['protocol'] == 'P1' and o['method'] == 'bsce'}
-    assert {None, 'v0.0.1', 'paper', 'published', 'KS', 'KR + KS', 'KR + KS + KC'} == names
+    names = {decay: {o['rl'] for o in rows if (o['protocol'], o['method'], o['decay']) == ('P1', 'bsce', decay)} for decay in ('decoupled', 'gradient')}
+    assert names['decoupled'] == {None, 'v0.0.1', 'paper', 'published', 'KS', 'KR + KS', 'KR + KS + KC'}
+    assert names['gradient'] == {None, 'default', 'KR', 'KS', 'KR + KS + KC'}
     with pytest.raises(ValueError, match='no comparison by a protocol'):
         (tmp_path/'a/runs').mkdir(parents=True); (tmp_path/'a/runs/x.json').write_text('{}'); evidence(tmp_path)
 

@@ -94,10 +94,10 @@ class GeneralizationGap(Remembers):
                          "`BalancedSoftmaxLoss(class_counts(dls))` does")
         if self.valid_counts is None or self.valid_counts.shape!=self.train_counts.shape:
             return None,"there are no validation images to measure the generalization gap on"
-        accuracies = balanced_accuracies(train, terms.ranks.sum(self.valid_counts))
-        self.fitted = accuracies[0]
-        self.best_valid = accuracies[1] if self.best_valid is None else torch.maximum(self.best_valid, accuracies[1])
-        return (accuracies[0]-self.best_valid).clamp(min=0.),None
+        fitted,valid = balanced_accuracies(train, terms.ranks.sum(self.valid_counts))
+        self.fitted = fitted.clone() # a view would keep both
+        self.best_valid = valid.clone() if self.best_valid is None else torch.maximum(self.best_valid, valid)
+        return (fitted-self.best_valid).clamp(min=0.),None
 
     def _say(self):
         "Print once why the parts rest, if there are any that would"

@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from fastai.vision.all import L, MixUp, nn, set_seed
 from ltrl_fastai.all import ReflectiveLearning, frozen_loaders
-from ltrl_fastai.data.benchmarks import LongTailDataLoaders
+from ltrl_fastai.data.benchmarks import LongTailDataLoaders, load_cifar
 from ltrl_fastai.data.fast import FeatureTensors, tensor_dataloaders
 from ltrl_fastai.data.frozen import Lite0, default_features, frozen_features
-from ltrl_fastai.data.benchmarks import load_cifar
 from ltrl_fastai.data.imbalance import imbalanced_counts
 from ltrl_fastai.methods.catalogue import method_with
 from ltrl_fastai.methods.nets import create_net

@@ -1,6 +1,9 @@
 "Everything that a notebook or a script wants: `from ltrl_fastai.all import *`, after `from fastai.vision.all import *`."
+from ltrl_fastai.core.tensors import *
+from ltrl_fastai.core.counts import *
+from ltrl_fastai.core.memory import *
+from ltrl_fastai.core.ranks import *
 from ltrl_fastai.reflective.functional import *
-from ltrl_fastai.reflective.ranks import *
 from ltrl_fastai.reflective.samples import *
 from ltrl_fastai.reflective.stores import *
 from ltrl_fastai.reflective.memory import *
@@ -50,5 +53,5 @@ from ltrl_fastai.experiments.recipes import Recipe as Recipe, recipe as recipe, 
 # Left out, since a star import must shadow nothing and bring no everyday word: import these by name, from their modules.
 del fastai_path # noqa: F821 - fastai has another
 del follow, interval, locate, smooth # noqa: F821
-del as_listed, dealt, did_you_mean, few_of, flat_val, read_csv, shrink, where_to_put, with_targets # noqa: F821
+del as_listed, dealt, few_of, flat_val, read_csv, shrink, where_to_put, with_targets # noqa: F821
 del alone_and_even, scales_alone_and_even, shifted_and_even # noqa: F821

@@ -23,7 +23,8 @@ from ltrl_fastai.experiments.cli import app
 from ltrl_fastai.experiments.plan import make_plan, protocols, variants
 from ltrl_fastai.experiments.runner import Identities, run_plan
 from ltrl_fastai.experiments.summary import evidence
-from ltrl_fastai.experiments.training import RunSettings, datasets, spec_of, train_run, write_json
+from ltrl_fastai.core.files import write_json
+from ltrl_fastai.experiments.training import RunSettings, datasets, spec_of, train_run
 from ltrl_fastai.methods.finetuning import HeadFirst, finetuned_net
 from ltrl_fastai.methods.optimizer import body_and_head
 from typer.testing import CliRunner

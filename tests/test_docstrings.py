@@ -36,7 +36,7 @@ def shared(o, arg):
 def test_there_is_something_to_look_at():
     names = {str(o).removeprefix('ltrl_fastai.') for o in everything}
     assert {'reflective.learning.ReflectiveLearning','reflective.learning.ReflectiveLearning.switch','methods.losses.BalancedSoftmaxLoss','evaluation.report.ShotReport.plot',
-            'evaluation.pictures.Learner.plot_shots','experiments.plan.PlannedRun','reflective.ranks.Ranks.of','data.fast.TensorItems.set_split_idx'} <= names
+            'evaluation.pictures.Learner.plot_shots','experiments.plan.PlannedRun','core.ranks.Ranks.of','data.fast.TensorItems.set_split_idx'} <= names
     assert len(everything)>400
 
 

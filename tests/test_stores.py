@@ -8,6 +8,7 @@ import torch
 from fastai.callback.data import WeightedDL
 from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, nn, set_seed
 from ltrl_fastai.all import KnowledgeReview, ReflectiveLearning, digits_lt
+from ltrl_fastai.core import memory
 from ltrl_fastai.reflective import stores
 
 GB = 2**30
@@ -17,7 +18,7 @@ docker = '/docker/4f2a'
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
     "A machine with 64 GB free, of which the files that it is asked for are made up"
-    monkeypatch.setattr(stores, '_root', tmp_path)
+    for module in (memory, stores): monkeypatch.setattr(module, '_root', tmp_path)
     monkeypatch.delenv('LOCAL_WORLD_SIZE', raising=False)
     def write(files):
         for k, v in {'proc/meminfo': f'MemTotal: {128*GB//1024} kB\nMemAvailable: {64*GB//1024} kB\n', **files}.items():
@@ -47,9 +48,9 @@ own2, own1 = {'proc/self/cgroup': '0::/\n'}, {'proc/self/cgroup': f'5:cpu,cpuacc
 ], ids=['no container', 'no limit', 'limit', 'more than there is', 'used up', 'of an outer group', 'outside of what is seen', 'v1', 'v1, as the host sees it', 'v1, no limit'])
 def test_free_memory_is_what_is_left_of_a_limit(files, free, machine, monkeypatch):
     machine(files)
-    assert stores.free_memory() == free*GB
+    assert memory.free_memory() == free*GB
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
-    assert stores.free_memory() == free*GB//4
+    assert memory.free_memory() == free*GB//4
 
 
 def test_a_container_decides_which_store(machine):

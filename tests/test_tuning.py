@@ -8,6 +8,7 @@ import pytest
 import torch
 from fastai.callback.mixup import MixUp
 from fastai.vision.all import Callback, F, first, nn, noop
+from ltrl_fastai.core.files import write_json
 from ltrl_fastai.experiments import cli, runner, training, tuning
 from ltrl_fastai.experiments.plan import Variant, make_plan, parse_setting, variants
 from ltrl_fastai.experiments.runner import Failed, finish, look
@@ -290,7 +291,7 @@ def run_here(plan, folder, jobs=None, test=True, watch=None, command=None, about
     watch, failed = watch or noop, {}
     todo = look(plan, folder, test)
     made_of = [runner.hash_of(o.identity) for o in todo]
-    if about is not None: training.write_json({**about, 'runs': [o.name for o in plan], 'made_of': made_of}, folder/'compare.json')
+    if about is not None: write_json({**about, 'runs': [o.name for o in plan], 'made_of': made_of}, folder/'compare.json')
     for o in todo:
         if o.done: watch('known', o); continue
         if len(run_here.trained) == run_here.killed_after: raise KeyboardInterrupt
@@ -474,7 +475,7 @@ def test_the_command_line_tunes_and_reports_three_gains(compared):
 def test_evidence_says_which_baseline(compared, tmp_path):
     _, out, _ = compared
     plan = json.loads((out/'compare.json').read_text())
-    training.write_json({**plan, 'command': 'ltrl compare --protocol frozen --tune --sweep dropout=0,.5 --out a'}, tmp_path/'a'/'compare.json')
+    write_json({**plan, 'command': 'ltrl compare --protocol frozen --tune --sweep dropout=0,.5 --out a'}, tmp_path/'a'/'compare.json')
     (tmp_path/'a'/'runs').symlink_to(out/'runs')
     rows, gains = evidence(tmp_path/'a'), tuned_gains(out).set_index('baseline')
     expected = [('plain', None), ('plain', 'default'), ('tuned', None), ('tuned', 'default'), ('best', 'default')]
@@ -482,7 +483,7 @@ def test_evidence_says_which_baseline(compared, tmp_path):
     for o in rows:
         of = gains.loc[o['baseline']]
         if o['rl']: assert (o['gain_all'], o['ci_low'], o['ci_high']) == (round(of.gain_all, 2), round(of.gain_all_lo, 2), round(of.gain_all_hi, 2))
-    training.write_json({**plan, 'command': 'ltrl compare --protocol frozen --tune --set bs=64 --out a'}, tmp_path/'a'/'compare.json')
+    write_json({**plan, 'command': 'ltrl compare --protocol frozen --tune --set bs=64 --out a'}, tmp_path/'a'/'compare.json')
     with pytest.raises(ValueError, match='no comparison by a protocol'): evidence(tmp_path/'a')
 
 

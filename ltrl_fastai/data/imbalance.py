@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_imbalance_factor', 'imbalanced_counts', 'long_tail_indices', 'long_tail_subset', 'LongTailSplitter',
-           'dataset_targets', 'eval_view', 'check_counts', 'class_counts']
+           'dataset_targets', 'eval_view', 'class_counts']
 
 # %% ../../nbs/data/00_imbalance.ipynb #5a6a132c
 from collections.abc import Collection
@@ -132,19 +132,6 @@ def eval_view(ds:Any # A training set: fastai `Datasets`, or anything with a `sp
     res = Datasets(tls=[o._new(o.items, split_idx=1) for o in ds.tls], n_inp=ds.n_inp) # its own `split_idx` can't be set
     if getattr(ds, 'targets', None) is not None: res.targets = ds.targets
     return res
-
-def check_counts(class_counts:Collection # Training images of each class: a list, array or tensor
-                ) -> Tensor: # `(C,)`
-    "Check that there is a number for each class; raises `TypeError` or `ValueError` that says what is wrong."
-    if isinstance(class_counts, (DataLoaders,Learner)): raise TypeError(f"class_counts: expected one count per class, got a {type(class_counts).__name__}: "
-        f"`class_counts({'learn.dls' if isinstance(class_counts, Learner) else 'dls'})` counts them.")
-    if callable(class_counts): raise TypeError(
-        f"class_counts: expected one count per class, got the function {getattr(class_counts, '__name__', class_counts)}: did you mean `class_counts(dls)`?")
-    try: n = torch.as_tensor(class_counts)
-    except (ValueError, TypeError, RuntimeError) as e: raise TypeError(
-        f"class_counts: expected one count per class, a list of numbers, got {class_counts!r:.80}. `class_counts(dls)` counts them.") from e
-    if n.ndim!=1 or not len(n): raise ValueError(f"class_counts: expected one count per class, got shape {tuple(n.shape)}. `class_counts(dls)` counts them.")
-    return n
 
 def class_counts(dls:Any, # `DataLoaders`, or a dataset
                  n_classes:int|None=None # Number of classes; default: what `dls` says, else the largest index + 1

@@ -11,7 +11,8 @@ import scipy.stats
 from collections.abc import Collection
 from fastai.basics import *
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
-from ..data.imbalance import check_counts, dataset_targets
+from ..core.counts import check_counts
+from ..data.imbalance import dataset_targets
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #1d8a2f6e
 def shot_groups(class_counts:Collection, # Training images of each class

@@ -14,7 +14,8 @@ from fastai.basics import *
 from matplotlib.colors import to_rgba
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from ..data.imbalance import check_counts, class_counts
+from ..core.counts import check_counts
+from ..data.imbalance import class_counts
 from ..reflective.terms import LossTerms
 from ..reflective.review import KnowledgeReview
 from ..reflective.summary import KnowledgeSummary

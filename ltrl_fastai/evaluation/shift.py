@@ -8,7 +8,8 @@ __all__ = ['worlds', 'class_shares', 'shifted_accuracy', 'shifted_table', 'shift
 # %% ../../nbs/evaluation/03_shift.ipynb #3dcf7c42
 from collections.abc import Collection
 from fastai.basics import *
-from ..data.imbalance import check_counts, check_imbalance_factor, class_counts, dataset_targets, long_tail_indices
+from ..core.counts import check_counts
+from ..data.imbalance import check_imbalance_factor, class_counts, dataset_targets, long_tail_indices
 from .report import ShotReport
 
 # %% ../../nbs/evaluation/03_shift.ipynb #509b3ce3

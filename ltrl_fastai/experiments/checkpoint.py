@@ -15,7 +15,7 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from ..evaluation.metrics import _beginner_of_fit
-from ..reflective.ranks import Ranks
+from ..core.ranks import Ranks
 from ..reflective.terms import LossTerms
 from .identity import data_changes, data_listing
 

@@ -110,7 +110,8 @@ def train(
     """
     _quiet()
     from ltrl_fastai.experiments.identity import data_listing
-    from ltrl_fastai.experiments.training import RunSettings, alone_in, keep_freed_memory, train_run, write_json, label_of
+    from ltrl_fastai.core.files import write_json
+    from ltrl_fastai.experiments.training import RunSettings, alone_in, keep_freed_memory, train_run, label_of
     from ltrl_fastai.evaluation.pictures import draw_report
     from ltrl_fastai.reflective.learning import ReflectiveLearning
     from ltrl_fastai.data.images import UnreadableImage
@@ -198,7 +199,8 @@ def _train_seeds(ways, seeds, out, resume, force):
     from ltrl_fastai.experiments.progress import Watch
     from ltrl_fastai.experiments.runner import Failed, default_jobs, read_result, run_file, run_plan
     from ltrl_fastai.experiments.seeds import draw_seeds, gain_sentence, gain_table, scored_on, seed_plan, seeds_result
-    from ltrl_fastai.experiments.training import alone_in, command, versions, write_json
+    from ltrl_fastai.core.files import write_json
+    from ltrl_fastai.experiments.training import alone_in, command, versions
     s,plan,kept = ways[-1],seed_plan(ways, seeds),[_SeveralRuns(out)]
     settings = _identity([o.settings for o in plan])
     with contextlib.ExitStack() as alone: # in the folder
@@ -372,7 +374,8 @@ def run(
     """
     _quiet()
     from ltrl_fastai.experiments.identity import data_listing
-    from ltrl_fastai.experiments.training import alone_in, keep_freed_memory, train_run, write_json, label_of
+    from ltrl_fastai.core.files import write_json
+    from ltrl_fastai.experiments.training import alone_in, keep_freed_memory, train_run, label_of
     from ltrl_fastai.evaluation.pictures import draw_report
     from ltrl_fastai.experiments.recipes import recipe, changed_by, beside, caveat
     from ltrl_fastai.experiments.checkpoint import Checkpoint, ForeignCheckpoint, UnreadableCheckpoint
@@ -469,7 +472,8 @@ def compare(
     _quiet()
     from rich.console import Console
     from ltrl_fastai.experiments.plan import protocols, parse_seeds, parse_setting, variants, make_plan
-    from ltrl_fastai.experiments.training import command, versions, one_of
+    from ltrl_fastai.core.checks import one_of
+    from ltrl_fastai.experiments.training import command, versions
     from ltrl_fastai.experiments.runner import run_plan, run_file, read_result, default_jobs, Failed
     from ltrl_fastai.experiments.progress import Watch
     _check_images(check)
@@ -590,7 +594,7 @@ def _quiet():
 def _report(folder, write=True, classes=False):
     from ltrl_fastai.experiments.summary import (class_markdown, load_results, markdown, recipe_table, result_folders,
         runs_table, summarise, tuned_gains, tuned_markdown, write_summary)
-    from ltrl_fastai.experiments.training import write_text
+    from ltrl_fastai.core.files import write_text
     if write:
         said = markdown(write_summary(load_results(folder), folder))
         if (tuned := tuned_markdown(tuned_gains(folder))): write_text(said := f'{said}\n{tuned}', folder/'summary.md')
@@ -623,7 +627,7 @@ def report(
     try:
         if not evidence: return _report(folder, write=False, classes=classes)
         from ltrl_fastai.experiments.summary import evidence as rows
-        from ltrl_fastai.experiments.training import write_json
+        from ltrl_fastai.core.files import write_json
         write_json(found := rows(folder), evidence)
         typer.echo(f"Written: {evidence}, {len(found)} rows.")
     except (ValueError, OSError) as e: fail(e)
@@ -679,7 +683,9 @@ def bench(
     """
     _quiet()
     from ltrl_fastai.experiments.bench import bench as measure, parts
-    from ltrl_fastai.experiments.training import command, keep_freed_memory, one_of, versions, write_json
+    from ltrl_fastai.core.checks import one_of
+    from ltrl_fastai.core.files import write_json
+    from ltrl_fastai.experiments.training import command, keep_freed_memory, versions
     import platform, torch
     try:
         chosen = [one_of('--only', o, parts) for o in _listed('--only', only)]

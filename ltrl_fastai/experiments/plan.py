@@ -13,7 +13,8 @@ import dataclasses, hashlib, inspect
 from itertools import combinations, product
 from ..methods.catalogue import method_constants, methods
 from ..reflective.learning import ReflectiveLearning
-from .training import RunSettings, check_type, one_of
+from ..core.checks import check_type, one_of
+from .training import RunSettings
 
 # %% ../../nbs/experiments/02_plan.ipynb #7dbe1d85
 protocols = { # Settings of `ltrl compare --protocol`; the first three of CIFAR-100-LT

@@ -8,10 +8,11 @@ __all__ = ['recipes', 'Recipe', 'published_settings', 'changed_by', 'matching', 
 # %% ../../nbs/experiments/08_recipes.ipynb #7ee070c5
 from fastai.basics import *
 import dataclasses, fnmatch
-from ..reflective.functional import did_you_mean
+from ..core.checks import did_you_mean
 from ..reflective.learning import ReflectiveLearning
 from ..methods.catalogue import methods
-from .training import RunSettings, one_of
+from ..core.checks import one_of
+from .training import RunSettings
 from .plan import parse_setting, _merge
 
 # %% ../../nbs/experiments/08_recipes.ipynb #fdb09da2

@@ -14,7 +14,8 @@ import filelock
 from .plan import PlannedRun, hash_of
 from .checkpoint import UnreadableCheckpoint
 from .identity import data_changes, data_listing, listing_digest
-from .training import RunSettings, keep_freed_memory, train_run, write_json
+from ..core.files import write_json
+from .training import RunSettings, keep_freed_memory, train_run
 
 # %% ../../nbs/experiments/03_runner.ipynb #6534b907
 _passed = ('reflective data methods evaluation/metrics.py evaluation/report.py evaluation/diagnosis.py '

@@ -14,7 +14,7 @@ from ..evaluation.metrics import interval
 from ..evaluation.pictures import picture_style, picture_palette, picture_ink
 from .plan import hash_of
 from .runner import read_result
-from .training import write_text
+from ..core.files import write_text
 from .recipes import recipes, caveat
 
 # %% ../../nbs/experiments/05_summary.ipynb #efe9df98

@@ -14,7 +14,8 @@ from itertools import chain
 from ..methods.catalogue import method_constants
 from .plan import Variant, _merge, make_plan, resolve
 from .runner import Failed, read_result, run_file, run_plan
-from .training import versions, write_json
+from ..core.files import write_json
+from .training import versions
 
 # %% ../../nbs/experiments/10_tuning.ipynb #bd230c2b
 default_grid = { # What `tune` tries on both sides, by name; 0 is none for dropout, mixup, label_smoothing and posthoc

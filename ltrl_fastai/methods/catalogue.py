@@ -9,7 +9,7 @@ __all__ = ['methods', 'Methods', 'method_constants', 'method_with']
 from fastai.basics import *
 import dataclasses, inspect
 from fastai.callback.mixup import MixUp
-from ..reflective.functional import did_you_mean
+from ..core.checks import did_you_mean
 from .losses import BalancedSoftmaxLoss
 from .weights import ClassBalancedLoss, DeferredWeights
 from .margins import LDAMLoss

@@ -8,7 +8,7 @@ __all__ = ['LDAM', 'LDAMLoss']
 # %% ../../nbs/methods/03_margins.ipynb #598bd97a
 from collections.abc import Collection
 from fastai.basics import *
-from .losses import check_class_counts
+from ..core.counts import check_class_counts
 
 # %% ../../nbs/methods/03_margins.ipynb #eb1898c1
 class LDAM(nn.Module):

@@ -8,7 +8,7 @@ __all__ = ['MDCSLoss', 'RampUp', 'mdcs_net']
 # %% ../../nbs/methods/16_mdcs.ipynb #de027ab6
 from collections.abc import Collection
 from fastai.basics import *
-from .losses import check_class_counts
+from ..core.counts import check_class_counts
 from .views import OnViews
 from .experts import ExpertsLoss, expert_net
 

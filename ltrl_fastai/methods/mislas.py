@@ -8,7 +8,7 @@ __all__ = ['mislas_stage', 'smoothing_by_class', 'LabelAwareSmoothing', 'smooth'
 # %% ../../nbs/methods/10_mislas.ipynb #51ff7dc3
 from collections.abc import Collection
 from fastai.basics import *
-from .losses import check_class_counts
+from ..core.counts import check_class_counts
 from .heads import HeadOnly, EvenClasses, replace_head
 from .decouple import ScaledHead
 from .method import MethodLoss, Stage, check_trained

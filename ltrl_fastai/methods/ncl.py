@@ -8,7 +8,7 @@ __all__ = ['hard_classes', 'NCLLoss', 'ncl_net']
 # %% ../../nbs/methods/17_ncl.ipynb #04fda1f0
 from collections.abc import Collection
 from fastai.basics import *
-from .losses import check_class_counts
+from ..core.counts import check_class_counts
 from .experts import ExpertsLoss, expert_net
 
 # %% ../../nbs/methods/17_ncl.ipynb #023586ae

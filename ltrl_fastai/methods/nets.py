@@ -8,7 +8,7 @@ __all__ = ['CosineHead', 'BasicBlock', 'CifarResNet', 'mlp', 'check_dropout', 'd
 # %% ../../nbs/methods/01_nets.ipynb #3afd95ce
 from fastai.basics import *
 import torchvision
-from ..reflective.functional import did_you_mean
+from ..core.checks import did_you_mean
 
 # %% ../../nbs/methods/01_nets.ipynb #5cbaf97b
 class CosineHead(nn.Module):

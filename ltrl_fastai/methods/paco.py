@@ -8,11 +8,11 @@ __all__ = ['QueuedNet', 'queued_net', 'KeyQueue', 'PaCoLoss']
 # %% ../../nbs/methods/18_paco.ipynb #4f5c5b6d
 from collections.abc import Collection
 from fastai.basics import *
-from .losses import check_class_counts
+from ..core.counts import check_class_counts
 from .heads import head_of
 from .experts import split_whole
 from .method import MethodLoss
-from ..reflective.ranks import Ranks
+from ..core.ranks import Ranks
 
 # %% ../../nbs/methods/18_paco.ipynb #0ba12601
 class QueuedNet(nn.Module):

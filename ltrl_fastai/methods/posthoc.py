@@ -8,7 +8,7 @@ __all__ = ['LogitAdjustment', 'best_tau', 'crossfit_adjusted']
 # %% ../../nbs/methods/05_posthoc.ipynb #d13bf0c9
 from collections.abc import Collection
 from fastai.basics import *
-from .losses import check_class_counts
+from ..core.counts import check_class_counts
 
 # %% ../../nbs/methods/05_posthoc.ipynb #695bb040
 class LogitAdjustment(Callback):

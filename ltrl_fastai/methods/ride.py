@@ -9,7 +9,7 @@ __all__ = ['assignment', 'distillation', 'RIDELoss', 'Gate', 'GatedExperts', 'Ga
 # %% ../../nbs/methods/14_ride.ipynb #ab04cab9
 from collections.abc import Collection
 from fastai.basics import *
-from .losses import check_class_counts
+from ..core.counts import check_class_counts
 from .margins import LDAM
 from .heads import EvenClasses, HeadOnly, head_of
 from .method import MethodLoss, Stage, check_trained

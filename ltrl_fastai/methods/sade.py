@@ -8,7 +8,7 @@ __all__ = ['aggregation', 'mirrored', 'SADELoss', 'aggregate_experts']
 # %% ../../nbs/methods/15_sade.ipynb #0fafd015
 from collections.abc import Collection
 from fastai.basics import *
-from .losses import check_class_counts
+from ..core.counts import check_class_counts
 from .views import two_views
 from .method import Stage, check_trained
 from .experts import ExpertNet, ExpertsLoss

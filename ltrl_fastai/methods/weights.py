@@ -8,7 +8,7 @@ __all__ = ['effective_weights', 'ClassBalancedLoss', 'weighted_module', 'Deferre
 # %% ../../nbs/methods/02_weights.ipynb #3cc2d597
 from collections.abc import Collection
 from fastai.basics import *
-from .losses import check_class_counts
+from ..core.counts import check_class_counts
 
 # %% ../../nbs/methods/02_weights.ipynb #624717b2
 def effective_weights(class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1

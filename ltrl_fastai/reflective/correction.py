@@ -8,11 +8,12 @@ __all__ = ['KnowledgeCorrection']
 # %% ../../nbs/reflective/09_correction.ipynb #28e776ba
 from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
-from .functional import _upcast, conflict_coefficient
+from ..core.tensors import upcast
+from .functional import conflict_coefficient
 from .terms import Companion, LossTerms
 
 # %% ../../nbs/reflective/09_correction.ipynb #37b1529b
-def _dot(a, b): return torch.dot(_upcast(a).flatten(), _upcast(b).flatten())
+def _dot(a, b): return torch.dot(upcast(a).flatten(), upcast(b).flatten())
 
 class KnowledgeCorrection(Companion):
     "Projects the added terms' gradient where it conflicts with the main one (LTRL eq. 10). Costs a second backward pass; raises `ValueError` for other `granularity` or `every<1`."
@@ -51,7 +52,7 @@ class KnowledgeCorrection(Companion):
         for p in grads:
             if p.grad is None: p.grad = torch.zeros_like(p)
         everything = list(grads) if self.granularity=='tensor' else [p for p in self.learn.model.parameters() if p.grad is not None]
-        zero = _upcast(next(iter(grads)).new_zeros(()))
+        zero = upcast(next(iter(grads)).new_zeros(()))
         dots,norm2 = torch.stack([torch.stack([_dot(grads[p], p.grad) if p in grads else zero, _dot(p.grad, p.grad)]) for p in everything]).T
         if self.granularity=='global': dots,norm2 = dots.sum()[None],norm2.sum()[None]
         coefs = conflict_coefficient(dots, norm2)

@@ -8,7 +8,7 @@ __all__ = ['presets', 'ReflectiveLearning']
 # %% ../../nbs/reflective/10_learning.ipynb #7c1c98c5
 import inspect
 from fastai.basics import *
-from .functional import did_you_mean
+from ..core.checks import did_you_mean
 from .terms import Companion, LossTerms
 from .review import KnowledgeReview
 from .summary import KnowledgeSummary

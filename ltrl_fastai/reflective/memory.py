@@ -9,8 +9,9 @@ __all__ = ['TeacherMemory', 'FeatureBank']
 import numpy as np, torch, torch.nn.functional as F
 from collections.abc import Callable
 from torch import Tensor
-from .functional import class_centers, check_targets
-from .ranks import Ranks
+from ..core.tensors import check_targets
+from .functional import class_centers
+from ..core.ranks import Ranks
 from .stores import DenseStore, TopKStore, DiskStore, store_from_state
 
 # %% ../../nbs/reflective/04_memory.ipynb #699e32c6

@@ -9,8 +9,10 @@ __all__ = ['check_adapt', 'review_risks', 'KnowledgeReview']
 import warnings
 from fastai.basics import *
 from fastai.callback.training import GradientAccumulation
-from .functional import check_logits, check_number, review_loss, batch_class_counts
-from .ranks import Ranks
+from ..core.checks import check_number
+from ..core.tensors import check_logits
+from .functional import review_loss, batch_class_counts
+from ..core.ranks import Ranks
 from .samples import SampleIds
 from .stores import check_store, make_store, store_kinds
 from .memory import TeacherMemory

@@ -8,7 +8,7 @@ __all__ = ['WithIds', 'carries_ids', 'check_loader', 'epoch_ids', 'SampleIds']
 # %% ../../nbs/reflective/02_samples.ipynb #00ffd07b
 from fastai.basics import *
 import importlib.metadata
-from .ranks import Ranks
+from ..core.ranks import Ranks
 
 # %% ../../nbs/reflective/02_samples.ipynb #57acbece
 class _Ids(Tensor):

@@ -8,7 +8,8 @@ __all__ = ['class_predictions', 'shared_predictions', 'KnowledgeSummary']
 # %% ../../nbs/reflective/08_summary.ipynb #817ab835
 from fastai.basics import *
 from fastai.callback.training import GradientAccumulation
-from .functional import check_number, class_similarity, soft_labels, soft_cross_entropy
+from ..core.checks import check_number
+from .functional import class_similarity, soft_labels, soft_cross_entropy
 from .memory import FeatureBank
 from .features import find_head, HeadInput
 from .terms import LossTerms, Remembers

@@ -9,8 +9,8 @@ __all__ = ['Companion', 'LossTerms', 'same_items', 'Remembers']
 import functools, inspect, math
 from fastai.basics import *
 from fastai.callback.mixup import MixHandler
-from .functional import check_logits, check_targets
-from .ranks import Ranks
+from ..core.tensors import check_logits, check_targets
+from ..core.ranks import Ranks
 from .samples import SampleIds, carries_ids
 
 # %% ../../nbs/reflective/05_terms.ipynb #b71eb09d

@@ -1,4 +1,5 @@
-"Training by several processes, and the same by one. test_ranks.py starts it: `torch.distributed.run --nproc_per_node=2 ranks_worker.py FOLDER [NAMES]`."
+"""Training in several processes, and the same training in one process. test_ranks.py starts it:
+`torch.distributed.run --nproc_per_node=2 ranks_worker.py FOLDER [NAMES]`."""
 import json
 import os
 import shutil
@@ -15,71 +16,83 @@ from ltrl_fastai.experiments.checkpoint import UnreadableCheckpoint
 from torch.utils.data import TensorDataset
 
 n, n_classes, bs = 50, 6, 8
-first = dict(preset='v0.0.1')
+v001 = dict(preset='v0.0.1')
 variants = {
-    'everything': dict(rl=dict(first, kr=True, ks=True, kc=True)),
-    'global': dict(rl=dict(first, kr=True, ks=dict(mode='add'), kc=dict(granularity='global'))),
+    'everything': dict(rl=dict(v001, kr=True, ks=True, kc=True)),
+    'global': dict(rl=dict(v001, kr=True, ks=dict(mode='add'), kc=dict(granularity='global'))),
     'published': dict(rl=dict(preset='published')),
-    'topk': dict(rl=dict(first, kr=dict(store=dict(kind='topk', k=3)), kc=True)),
-    'accumulated': dict(rl=dict(first, kr=True, ks=True, kc=True), accumulate=2),
-    'repeats': dict(rl=dict(first, kr=True, kc=True), repeats=True),
-    'carried': dict(rl=dict(first, kr=True, kc=True), carried=True),
-    'disk': dict(rl=dict(first, kr=dict(store='disk'), kc=True), repeats=True),
-    'disk, carried': dict(rl=dict(first, kr=dict(store='disk'), kc=True), carried=True),
+    'accumulated': dict(rl=dict(v001, kr=True, ks=True, kc=True), accumulate=2),
+    'repeats': dict(rl=dict(v001, kr=True, kc=True), repeats=True),
+    'carried': dict(rl=dict(v001, kr=True, kc=True), carried=True),
+    'half': dict(rl=dict(v001, kr=dict(store='half'), kc=True)),
+    'disk': dict(rl=dict(v001, kr=dict(store='disk'), kc=True), repeats=True),
+    'disk, carried': dict(rl=dict(v001, kr=dict(store='disk'), kc=True), carried=True),
     'memory': dict(rl=dict(kr=dict(weight=1., adapt=0.), ks=dict(adapt=0.))),
-    'resumed': dict(rl=dict(first, kr=True, ks=True, kc=True), accumulate=1.5, resumed=True),
+    'resumed': dict(rl=dict(v001, kr=True, ks=True, kc=True), accumulate=1.5, resumed=True),
 }
 
 
-def drawn(passes, epoch):
-    "A function that draws the next epoch's order: every item as often as there are passes; with one for each rank, each is two batches ahead of the one before"
-    def draw():
+def make_get_ids(passes, epoch):
+    """A function that draws the order of the next epoch, with every item `passes` times; with one pass for each rank,
+    each rank is two batches ahead of the previous one"""
+    def get_ids():
         order = torch.randperm(n, generator=torch.Generator().manual_seed(3+epoch())).tolist()
         return [i for k in range(passes) for i in order[2*bs*k:]+order[:2*bs*k]]
-    return draw
+    return get_ids
 
 
-def together(draw, world):
-    "The order in which one process has to see what `world` ranks see at a time"
-    def _draw():
-        ids = draw()
+def interleaved(get_ids, world):
+    "The order in which one process has to see what `world` ranks see at the same time"
+    def get_interleaved():
+        ids = get_ids()
         ids += ids[:-len(ids) % world]
         parts = [ids[i*len(ids)//world:(i+1)*len(ids)//world] for i in range(world)]
-        return [i for t in range(0, len(parts[0]), bs) for o in parts for i in o[t:t+bs]]
-    return _draw
+        return [i for start in range(0, len(parts[0]), bs) for part in parts for i in part[start:start+bs]]
+    return get_interleaved
 
 
 def learner(name, world):
-    "A float64 learner; `world` ranks in one process, or, with 0, as many as there are"
-    v = variants[name]
+    "A float64 learner; one process does the work of `world` ranks, or, if that is 0, of its own rank"
+    variant = variants[name]
     set_seed(0, reproducible=True)
     y = (torch.rand(n)**2*n_classes).long()
     x = torch.randn(n_classes, 12, dtype=torch.float64)[y] + torch.randn(n, 12, dtype=torch.float64)
     net = nn.Sequential(nn.Linear(12, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, n_classes)).double()
     counts = torch.bincount(y, minlength=n_classes).clamp(min=1)
     ds = TensorDataset(x, y)
-    draw = drawn((world or int(os.environ['WORLD_SIZE'])) if v.get('repeats') else 1, lambda: getattr(learn, 'epoch', 0))
-    train = DataLoader(WithIds(ds) if v.get('carried') else ds, bs=bs*(world or 1), get_idxs=together(draw, world) if world else draw)
-    cbs = [GradientAccumulation(v['accumulate']*bs*(world or 1))] if 'accumulate' in v else []
-    learn = Learner(DataLoaders(train, DataLoader(ds, bs=64), device='cpu'), net, loss_func=BalancedSoftmaxLoss(counts), opt_func=partial(SGD, mom=.9), lr=.1,
-                    cbs=[ReflectiveLearning(**v['rl']), *cbs])
+    passes = (world or int(os.environ['WORLD_SIZE'])) if variant.get('repeats') else 1
+    get_ids = make_get_ids(passes, lambda: getattr(learn, 'epoch', 0))
+    if world: get_ids = interleaved(get_ids, world)
+    total_bs = bs*(world or 1)
+    train = DataLoader(WithIds(ds) if variant.get('carried') else ds, bs=total_bs, get_idxs=get_ids)
+    dls = DataLoaders(train, DataLoader(ds, bs=64), device='cpu')
+    cbs = [ReflectiveLearning(**variant['rl'])]
+    if 'accumulate' in variant: cbs.append(GradientAccumulation(variant['accumulate']*total_bs))
+    learn = Learner(dls, net, loss_func=BalancedSoftmaxLoss(counts), opt_func=partial(SGD, mom=.9), lr=.1, cbs=cbs)
     return learn
 
 
 def outcome(learn):
-    "All that has to be the same"
+    "Everything that has to be the same"
     res = {f'model.{k}': v for k, v in learn.model.state_dict().items()}
     for cb in learn.cbs:
         if cb.name == 'knowledge_review':
-            res.update(seen=cb.teachers.seen, right=cb.teachers.right, share=cb.teachers.share_right, teachers=cb.teachers.store.get(torch.arange(n))[0].double())
-        if cb.name == 'knowledge_summary': res.update(shared=cb.predictions if cb.centers is None else cb.centers, learned=torch.as_tensor(cb.learned))
-        if cb.name == 'knowledge_correction': res.update({f'conflicts.{k}': torch.tensor([o[k] for o in cb.conflict_rates[1:]]) for k in cb.conflict_rates[-1]})
-    res.update({f'history.{k}': torch.tensor([float('nan') if o[k] is None else o[k] for o in learn.loss_terms.history]) for k in learn.loss_terms.history[0]})
+            teachers = cb.teachers.store.get(torch.arange(n)).double()
+            res.update(seen=cb.teachers.seen, right=cb.teachers.right, share=cb.teachers.share_right, teachers=teachers)
+        if cb.name == 'knowledge_summary':
+            shared = cb.predictions if cb.centers is None else cb.centers
+            res.update(shared=shared, train_accuracy=torch.as_tensor(cb.train_accuracy))
+        if cb.name == 'knowledge_correction':
+            rates = cb.conflict_rates[1:]
+            res.update({f'conflicts.{k}': torch.tensor([o[k] for o in rates]) for k in rates[-1]})
+    history = learn.loss_terms.history
+    for k in history[0]:
+        res[f'history.{k}'] = torch.tensor([float('nan') if o[k] is None else o[k] for o in history])
     return res
 
 
 class Crash(Callback):
-    "In the middle of the third epoch"
+    "Crash in the middle of the third epoch"
     order = -100
     def before_batch(self):
         if self.training and self.epoch == 2 and self.iter == 1: raise InterruptedError('crash')
@@ -90,34 +103,46 @@ def fit(learn, cbs=None):
     return outcome(learn)
 
 
-def apart(folder):
-    "What a rank is told that has a disk of its own: a file is on that of the first alone, or is another one"
-    rank, first = int(os.environ['RANK']), folder/'disk-0'
-    mine, told = folder/f'disk-{rank}', []
-    def copied(name): mine.mkdir(exist_ok=True); shutil.copy(first/name, mine/'fit.ckpt')
-    def shortened(): (mine/'fit.ckpt').write_bytes((mine/'fit.ckpt').read_bytes()[:1000])
+def fit_on_separate_disks(folder):
+    "Write what each rank reports if its disk has no checkpoint, an older one, a truncated one or the same one"
+    rank = int(os.environ['RANK'])
+    first, own = folder/'disk-0', folder/f'disk-{rank}'
+    file = own/'fit.ckpt'
+    reports = []
+    def keep_none(): pass
+    def copy_older():
+        own.mkdir(exist_ok=True)
+        shutil.copy(first/'fit.ckpt.older', file)
+    def truncate(): file.write_bytes(file.read_bytes()[:1000])
+    def copy_same(): shutil.copy(first/'fit.ckpt', file)
     def train(*cbs):
         learn = learner('everything', 0)
-        with learn.distrib_ctx(sync_bn=False, cpu=True): fit(learn, [Checkpoint(mine/'fit.ckpt'), *cbs])
+        with learn.distrib_ctx(sync_bn=False, cpu=True): fit(learn, [Checkpoint(file), *cbs])
     with suppress(InterruptedError): train(Crash())
-    for change in (lambda: None, lambda: copied('fit.ckpt.older'), shortened, lambda: copied('fit.ckpt')):
+    for change in (keep_none, copy_older, truncate, copy_same):
         if rank: change()
         try: train()
-        except UnreadableCheckpoint as e: told.append(str(e))
-        else: told.append('went on')
-    (folder/f'told-{rank}.json').write_text(json.dumps(told))
+        except UnreadableCheckpoint as e: reports.append(str(e))
+        else: reports.append('went on')
+    (folder/f'told-{rank}.json').write_text(json.dumps(reports))
+
+
+def train_variant(name, folder):
+    "Train one variant in all ranks, if it says so in two parts, and save the outcome of this rank"
+    cbs = []
+    if variants[name].get('resumed'):
+        cbs = [Checkpoint(folder/f'{name}.ckpt')]
+        learn = learner(name, 0)
+        with suppress(InterruptedError), learn.distrib_ctx(sync_bn=False, cpu=True): fit(learn, [*cbs, Crash()])
+        assert len(learn.recorder.values) == 2, learn.recorder.values
+    learn = learner(name, 0)
+    with learn.distrib_ctx(sync_bn=False, cpu=True): res = fit(learn, cbs)
+    torch.save(res, folder/f"{name}-{os.environ['RANK']}.pt")
 
 
 if __name__ == '__main__':
+    folder, names = Path(sys.argv[1]), sys.argv[2:]
     with allow_cpu_ranks():
-        for name in sys.argv[2:] or variants:
-            cbs = [Checkpoint(f'{sys.argv[1]}/{name}.ckpt')] if variants[name].get('resumed') else []
-            if cbs:
-                learn = learner(name, 0)
-                with suppress(InterruptedError), learn.distrib_ctx(sync_bn=False, cpu=True): fit(learn, [*cbs, Crash()])
-                assert len(learn.recorder.values) == 2, learn.recorder.values
-            learn = learner(name, 0)
-            with learn.distrib_ctx(sync_bn=False, cpu=True): res = fit(learn, cbs)
-            torch.save(res, f"{sys.argv[1]}/{name}-{os.environ['RANK']}.pt")
-        if not sys.argv[2:]: apart(Path(sys.argv[1]))
+        for name in names or variants: train_variant(name, folder)
+        if not names: fit_on_separate_disks(folder)
         torch.distributed.destroy_process_group()

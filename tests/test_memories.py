@@ -1,16 +1,16 @@
-"What callbacks remember belongs to one model and one data set (fault 6), and goes when either changes."
+"Memories belong to one model and one data set, and are dropped when either changes (fault 6)."
 from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import (Callback, CancelFitException, DataLoader, DataLoaders, Datasets, Learner, TfmdDL, nn,
-                               params, set_seed)
+from fastai.vision.all import (Callback, CancelFitException, DataLoader, DataLoaders, Datasets, Learner, nn, params,
+                               set_seed)
 from ltrl_fastai.all import BalancedSoftmaxLoss, Diagnosis, ReflectiveLearning, class_counts, digits_lt
 from ltrl_fastai.reflective.terms import same_items
 
 
-def fixed():
+def constant():
     "Review and summary of constant strength, so that they act from the second epoch on"
     return ReflectiveLearning(kr=dict(weight=1., adapt=0.), ks=dict(adapt=0., alpha=.9))
 
@@ -27,17 +27,23 @@ def fit(learn, epochs=1, **kwargs):
     return [(o['review_loss'], o['summary_loss']) for o in learn.loss_terms.history[-epochs:]]
 
 
-def begins_anew(learn):
-    "Does the next epoch know nothing of earlier ones?"
+def starts_anew(learn):
+    "Whether nothing is remembered in the next epoch"
     return fit(learn) == [(None, None)]
 
 
+def remembers(learn):
+    "Whether review and summary act in the next epoch"
+    return None not in fit(learn)[0]
+
+
 def test_fault_06_one_callback_on_several_learners():
-    rl, dls = ReflectiveLearning(kr=dict(weight=1., adapt=0.), ks=dict(adapt=0., alpha=.9)), digits_lt(device='cpu', n_max=40)
+    rl = constant()
+    dls = digits_lt(device='cpu', n_max=40)
     for _ in range(3):
-        learn = learner(rl, dls)
-        first, second = fit(learn, 2)
-        assert first == (None, None) and None not in second
+        first, second = fit(learner(rl, dls), 2)
+        assert first == (None, None)
+        assert None not in second
 
 
 def loaded(learn, tmp_path):
@@ -64,21 +70,21 @@ def trained_elsewhere(learn, tmp_path):
     with other.no_bar(), other.no_logging(): other.fit(1, 1e-2)
 
 
-changes = [loaded, another_model, removed_and_added, other_data, state_dict_loaded, new_head, one_weight_nudged, two_units_swapped,
-           trained_elsewhere]
+changes = [loaded, another_model, removed_and_added, other_data, state_dict_loaded, new_head, one_weight_nudged,
+           two_units_swapped, trained_elsewhere]
 
 
 @pytest.mark.parametrize('change', changes)
-def test_fault_06_memories_go_with_the_model_or_the_data(change, tmp_path):
-    learn = learner(fixed())
+def test_fault_06_memories_are_dropped_with_the_model_or_the_data(change, tmp_path):
+    learn = learner(constant())
     fit(learn, 2)
-    assert None not in fit(learn)[0]  # they outlast a fit
+    assert remembers(learn)  # memories outlast a fit
     change(learn, tmp_path)
-    assert begins_anew(learn)
+    assert starts_anew(learn)
 
 
 def nothing(learn): pass
-def looked_at(learn):
+def evaluated(learn):
     learn.validate()
     with learn.no_bar(): learn.get_preds(ds_idx=0)
     learn.lr_find(show_plot=False, num_it=5)
@@ -89,36 +95,37 @@ def frozen(learn):
     for p in learn.model[1].parameters(): p.requires_grad_(False)
 
 
-@pytest.mark.parametrize('what', [nothing, looked_at, copied_with_its_weights, moved, toggled, frozen])
-def test_memories_outlast(what):
-    learn = learner(fixed())
+@pytest.mark.parametrize('action', [nothing, evaluated, copied_with_its_weights, moved, toggled, frozen])
+def test_memories_outlast(action):
+    learn = learner(constant())
     fit(learn, 2)
-    what(learn)
-    assert None not in fit(learn)[0]
+    action(learn)
+    assert remembers(learn)
 
 
 class Items:
-    "A data set with items, as fastai's are, and a transform"
+    "A data set with items, like those of fastai, and a transform"
     vocab = list('abc')
-    def __init__(self, items, scale=1.): self.items, self.scale = items, scale
+    def __init__(self, items, scale=1.):
+        self.items = items
+        self.scale = scale
     def __len__(self): return len(self.items)
     def __getitem__(self, i): return self.scale*torch.randn(4), i % 3
 
 
-def small(train):
-    loss, valid = BalancedSoftmaxLoss([20, 20, 20]), Items(list(range(12)))
-    dls = DataLoaders(DataLoader(train, bs=20, shuffle=True), DataLoader(valid, bs=12))
-    return Learner(dls, nn.Linear(4, 3), loss_func=loss, cbs=fixed())
+def small_learner(train):
+    dls = DataLoaders(DataLoader(train, bs=20, shuffle=True), DataLoader(Items(list(range(12))), bs=12))
+    return Learner(dls, nn.Linear(4, 3), loss_func=BalancedSoftmaxLoss([20, 20, 20]), cbs=constant())
 
 
 def test_the_same_items_through_other_transforms_keep_memories():
     "As in progressive resizing"
-    learn = small(Items(list(range(60))))
+    learn = small_learner(Items(list(range(60))))
     fit(learn, 2)
     learn.dls.train.dataset = Items(list(range(60)), scale=2.)
-    assert None not in fit(learn)[0]
+    assert remembers(learn)
     learn.dls.train.dataset = Items(list(range(1, 61)))
-    assert begins_anew(learn)
+    assert starts_anew(learn)
 
 
 def renamed(items):
@@ -127,40 +134,45 @@ def renamed(items):
     return res
 
 
-@pytest.mark.parametrize('a, b, same', [
-    (Items([1, 2]), Items([1, 2]), True), (Items([1, 2]), Items([2, 1]), False), (Items([1, 2]), Items([1]), False),
-    (Items([1, 2]), renamed([1, 2]), False), (Items(np.arange(3)), Items(np.arange(3)), True), (Items(torch.arange(3)), Items(torch.ones(3)), False),
-    (Items([np.arange(2)]), Items([np.arange(2)]), False), (Items([1]), Items((1,)), False), ([1, 2], [1, 2], False),
-    (Datasets([1, 2], [[lambda o: o]]), Datasets([1, 2], [[lambda o: -o]]), True)])
+@pytest.mark.parametrize('a,b,same', [
+    (Items([1, 2]), Items([1, 2]), True),
+    (Items([1, 2]), Items([2, 1]), False),
+    (Items([1, 2]), Items([1]), False),
+    (Items([1, 2]), renamed([1, 2]), False),
+    (Items(np.arange(3)), Items(np.arange(3)), True),
+    (Items(torch.arange(3)), Items(torch.ones(3)), False),
+    (Items([np.arange(2)]), Items([np.arange(2)]), False),
+    (Items([1]), Items((1,)), False),
+    ([1, 2], [1, 2], False),
+    (Datasets([1, 2], [[lambda o: o]]), Datasets([1, 2], [[lambda o: -o]]), True),
+])
 def test_same_items(a, b, same):
-    assert same_items(a, b) == same and same_items(a, a)
+    assert same_items(a, b) == same
+    assert same_items(a, a)
 
 
-class Stops(Callback):
-    "Cancels the fit in the middle of its second epoch"
+class Raise(Callback):
+    "Raise an exception in the middle of the second epoch"
+    def __init__(self, exc): self.exc = exc
     def before_batch(self):
-        if self.training and self.epoch == 1 and self.iter == 2: raise CancelFitException
+        if self.training and self.epoch == 1 and self.iter == 2: raise self.exc
 
 
-def test_a_cancelled_fit_leaves_what_it_remembers():
-    learn = learner(fixed())
-    with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2, cbs=Stops())
-    assert None not in fit(learn)[0]
+def test_a_cancelled_fit_keeps_its_memories():
+    learn = learner(constant())
+    with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2, cbs=Raise(CancelFitException))
+    assert remembers(learn)
 
 
-class Crashes(Callback):
-    def before_batch(self):
-        if self.training and self.epoch == 1 and self.iter == 2: raise KeyboardInterrupt
-
-
-def test_an_interrupted_fit_leaves_what_it_remembers():
-    learn = learner(fixed())
-    with pytest.raises(KeyboardInterrupt), learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2, cbs=Crashes())
-    assert None not in fit(learn)[0]
+def test_an_interrupted_fit_keeps_its_memories():
+    learn = learner(constant())
+    with pytest.raises(KeyboardInterrupt), learn.no_bar(), learn.no_logging():
+        learn.fit(3, 1e-2, cbs=Raise(KeyboardInterrupt))
+    assert remembers(learn)
 
 
 def test_diagnosis_belongs_to_a_model():
-    learn = learner([fixed(), Diagnosis()])
+    learn = learner([constant(), Diagnosis()])
     fit(learn, 2)
     assert np.isfinite(learn.diagnosis.kl[-1]).any()
     another_model(learn, None)
@@ -168,18 +180,17 @@ def test_diagnosis_belongs_to_a_model():
     assert np.isnan(learn.diagnosis.kl[0]).all()
 
 
-def test_weights_that_are_nan_begin_anew():
-    learn = learner(fixed())
+def test_weights_that_are_nan_start_anew():
+    learn = learner(constant())
     fit(learn, 2)
     with torch.no_grad(): learn.model[1].weight.fill_(float('nan'))
-    assert begins_anew(learn)
-    assert all(p.isnan().any() for p in params(learn.model)[:1])
+    assert starts_anew(learn)
+    assert params(learn.model)[0].isnan().any()
 
 
 def test_loaders_that_are_copied_keep_memories():
     set_seed(0)
-    learn = learner(fixed())
+    learn = learner(constant())
     fit(learn, 2)
     learn.dls = DataLoaders(learn.dls.train.new(), learn.dls.valid, device='cpu')
-    assert None not in fit(learn)[0]
-    assert isinstance(learn.dls.train, TfmdDL) or learn.dls.train.dataset is not None
+    assert remembers(learn)

@@ -292,7 +292,7 @@ def test_landforms_by_hand():
     assert geomorphons(-np.abs(x), (1, 1))[middle] == 'RI' and geomorphons(np.abs(x), (1, 1))[middle] == 'VL'
     assert geomorphons(x/100, (1, 1))[middle] == 'FL' and geomorphons(x/100, (1, 1), level=.1)[middle] == 'SL'  # level up to 3 degrees
     rough = np.random.default_rng(0).normal(size=(60, 60))
-    assert set(geomorphons(rough, (1, 1), reach=3).flat) <= set(beds._forms)
+    assert set(geomorphons(rough, (1, 1), reach=3).flat) <= set(beds._form_names)
 
 
 @pytest.mark.parametrize('dataset, least', [('unicode-names', 60), ('landforms', 35)])
@@ -415,7 +415,7 @@ def test_what_is_listed_is_what_is_there(name):
         return
     dls = RunSettings(dataset=name, size=16, crop=0).dls()
     assert dls.c == row['classes'] and len(dls.test.dataset) == row['test'] and not row['notes']
-    assert len(dls.train_ds)+len(dls.valid_ds) == row['train']+folder_sets[name]['valid']
+    assert len(dls.train_ds)+len(dls.valid_ds) == row['train']+folder_sets[name].valid
 
 
 def test_the_bed_stands_in_the_evidence(tmp_path):

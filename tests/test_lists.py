@@ -45,7 +45,7 @@ def write_lists(root, names, lines, put=lambda p: p):
 
 
 def imagenet(root, put=lambda p: p):
-    return write_lists(root, list_sets['imagenet-lt']['lists'], dict(
+    return write_lists(root, list_sets['imagenet-lt'].lists, dict(
         train=[(f'train/{w}/{w}_{i}.JPEG', c) for c, w in enumerate(wnids) for i in range(counts[c])],
         valid=[(f'train/{w}/{w}_{900+i}.JPEG', c) for c, w in enumerate(wnids) for i in range(2)],
         test=[(f'val/{w}/ILSVRC2012_val_{100*c+i:08}.JPEG', c) for c, w in enumerate(wnids) for i in range(3)]), put)
@@ -54,7 +54,7 @@ def imagenet(root, put=lambda p: p):
 def places(root, easy, put=lambda p: p):
     where = ['airfield', 'apartment_building-outdoor', 'bar', 'zen_garden', 'zoo'] if easy else ['a/airfield', 'a/apartment_building/outdoor', 'b/bar', 'z/zen_garden', 'z/zoo']
     top = 'train' if easy else 'data_256'
-    return write_lists(root, list_sets['places-lt']['lists'], dict(
+    return write_lists(root, list_sets['places-lt'].lists, dict(
         train=[(f'{top}/{w}/{i:08}.jpg', c) for c, w in enumerate(where) for i in range(counts[c])],
         valid=[(f'{top}/{w}/{900+i:08}.jpg', c) for c, w in enumerate(where) for i in range(2)],
         test=[(f'val/{w}/Places365_val_{100*c+i:08}.jpg' if easy else f'val_256/Places365_val_{100*c+i:08}.jpg', c) for c, w in enumerate(where) for i in range(3)]), put)
@@ -68,12 +68,12 @@ def inat_lines():
                 test=[(f'train_val2018/{w}/f{c}{i:030x}.jpg', c) for c, w in enumerate(inat_folders) for i in range(3)])
 
 
-def inat(root): return write_lists(root, list_sets['inaturalist18']['lists'], inat_lines())
+def inat(root): return write_lists(root, list_sets['inaturalist18'].lists, inat_lines())
 
 
 def inat_json(root, change=lambda split, d: d):
     lines = inat_lines()
-    for split, name in list_sets['inaturalist18']['json'].items():
+    for split, name in list_sets['inaturalist18'].json.items():
         ids = [7*i+3 for i in range(len(lines[split]))]
         d = dict(info=dict(year=2018), licenses=[], images=[dict(id=i, file_name=p, width=40, height=40, license=0, rights_holder='') for i, (p, _) in zip(ids, lines[split])],
                  categories=[dict(id=c, name=f'species {c}', supercategory=w.split('/')[0]) for c, w in enumerate(inat_folders)],
@@ -200,7 +200,8 @@ def test_what_is_missing_and_where_to_put_it(tmp_path):
     for make, name in ((imagenet_lt, 'imagenet-lt'), (places_lt, 'places-lt'), (inaturalist18, 'inaturalist18')):
         spec = list_sets[name]
         with pytest.raises(FileNotFoundError) as e: make(tmp_path)
-        assert all(o in str(e.value) for o in [*spec['lists'].values(), str(tmp_path/spec['folder']), '--data', spec['title'], 'train'])
+        wanted = [*spec.lists.values(), str(tmp_path/spec.folder), '--data', spec.title, 'train']
+        assert all(o in str(e.value) for o in wanted)
     imagenet(tmp_path)
     (tmp_path/'ImageNet_LT_val.txt').unlink()
     with pytest.raises(FileNotFoundError, match='lacks ImageNet_LT_val.txt. Expected in'): imagenet_lt(tmp_path)
@@ -228,11 +229,13 @@ def test_broken_json(tmp_path, fault):
 def published(name):
     "Lists with as many images and classes as the published ones, without paths that mean anything"
     spec = list_sets[name]
-    n = np.full(spec['classes'], spec['n_min'])
-    n[0] = spec['n_max']
-    for i in range(1, len(n)): n[i] += min(spec['n_max']-spec['n_min'], spec['train']-n.sum())
-    lists = {k: ImageList(Path('x'), list(range(spec[k])), np.arange(spec[k]) % spec['classes']) for k in ('valid', 'test') if k in spec}
-    return dict(train=ImageList(Path('x'), list(range(spec['train'])), np.repeat(np.arange(len(n)), n)), **lists)
+    n = np.full(spec.classes, spec.n_min)
+    n[0] = spec.n_max
+    for i in range(1, len(n)): n[i] += min(spec.n_max-spec.n_min, spec.train-n.sum())
+    lists = dict(train=ImageList(Path('x'), list(range(spec.train)), np.repeat(np.arange(len(n)), n)))
+    for split, size in dict(valid=spec.valid, test=spec.test).items():
+        if size: lists[split] = ImageList(Path('x'), list(range(size)), np.arange(size) % spec.classes)
+    return lists
 
 
 @pytest.mark.parametrize('name', list_sets)
@@ -242,7 +245,7 @@ def test_lists_are_compared_with_the_published_figures(name):
     lists['train'].labels[-1] = 0
     lists['test'].paths.pop()
     said, = compare_published(name, lists)
-    n, test = list_sets[name]['n_max'], list_sets[name]['test']
+    n, test = list_sets[name].n_max, list_sets[name].test
     assert f'{n+1:,} images of the largest class ({n:,})' in said and f'{test-1:,} test images' in said and 'training images' not in said
 
 
@@ -624,7 +627,7 @@ def test_lines_of_public_lists(tmp_path, last):
 
 def flat(root, name):
     "Lists whose test images are listed without folders of classes, as SADE, LADE and MiSLAS have them"
-    f = root/list_sets[name]['lists']['test']
+    f = root/list_sets[name].lists['test']
     f.write_text(re.sub(r'^val(_256)?/(.*/)?', 'val_256/' if name == 'places-lt' else 'val/', f.read_text(), flags=re.M))
 
 
@@ -655,6 +658,6 @@ def test_lists_as_repositories_have_them(tmp_path, folder):
     places(tmp_path, True)
     there = tmp_path/folder
     there.mkdir(parents=True, exist_ok=True)
-    for o in list_sets['places-lt']['lists'].values():
+    for o in list_sets['places-lt'].lists.values():
         if folder != '.': os.replace(tmp_path/o, there/o)
     assert sizes(places_lt(tmp_path, **kw)) == [59, 10, 15]

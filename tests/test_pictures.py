@@ -149,8 +149,8 @@ def test_interval_is_wilsons_for_the_effective_number_of_images():
     assert lower < .58 and upper > .88  # the class of four images decides, although most images are of the other
     assert upper-lower > 3*np.subtract(*wilson(753, 1004)[::-1])
     assert group_interval(torch.tensor([3]), torch.tensor([0]), one) is None
-    narrow, wide = [np.subtract(*group_interval(torch.tensor([7]), torch.tensor([9]), one, level)) for level in (.5, .99)]
-    assert abs(narrow) < abs(wide)
+    def width(level): return abs(np.subtract(*group_interval(torch.tensor([7]), torch.tensor([9]), one, level)))
+    assert width(.5) < width(.99)
 
 
 def test_intervals_over_seeds_are_of_the_paired_gain():

@@ -13,7 +13,7 @@ others = '''
     fastcore.meta fasttransform torch torch.nn torch.nn.functional torch.nn.utils torch.optim torch.utils.data
     torch.distributed torchvision torchvision.transforms torchvision.models numpy pandas builtins'''.split()
 left_out = set('''
-    fastai_path follow interval locate smooth as_listed dealt did_you_mean few_of flat_val read_csv shrink where_to_put
+    fastai_path follow interval locate smooth as_listed dealt few_of flat_val read_csv shrink where_to_put
     with_targets alone_and_even scales_alone_and_even shifted_and_even'''.split())
 
 

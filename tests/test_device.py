@@ -128,9 +128,10 @@ def test_no_step_waits(case, device):
     def excess(bs):
         "How much more often a fit waits with Reflective Learning than without"
         with counted(device) as waits: learn = fitted(device, bs, **cases[case])
-        with counted(device) as plain: fitted(device, bs, rl=False, **cases[case])
+        waits = dict(waits)
+        with counted(device) as without: fitted(device, bs, rl=False, **cases[case])
         if device == there: assert torch.equal(weights(learn), weights(fitted('cpu', bs, **cases[case])))
-        return {k: n-plain.get(k, 0) for k, n in waits.items()}
+        return {k: n-without.get(k, 0) for k, n in waits.items()}
     assert excess(64) == excess(32)
 
 

@@ -216,7 +216,8 @@ def test_killed_and_resumed(first_run, tmp_path):
     assert not (out/'result.json').exists()
     assert '--resume' in run(*args, cwd=tmp_path, code=2)
     for more in ((), ('--resume',)):
-        assert 'several seeds' in run('train', '--seed', '0', '--epochs', '3', '--out', 'a', *more, cwd=tmp_path, code=2)
+        one_seed = ('train', '--seed', '0', '--epochs', '3', '--out', 'a')
+        assert 'several seeds' in run(*one_seed, *more, cwd=tmp_path, code=2)
     said = run(*args, '--resume', cwd=tmp_path)
     assert 'going on' in said and 'runs were there already' in said
     keys = ('variant', 'seed', 'accuracy', 'history', 'per_class')

@@ -19,7 +19,7 @@ from ..evaluation.metrics import _beginner_of_fit
 from .identity import data_changes, data_listing
 from .optimizer_state import (
     load_optimizer_state, optimizer_kind, optimizer_state, why_not_resumable)
-from .packing import find_unsavable, pack, to_builtin, unpack
+from .packing import find_unsavable, pack_state, to_builtin, unpack_state
 from .random_state import (
     loader_layers, loader_state, random_state, set_loader_state, set_random_state)
 from ..reflective.terms import LossTerms
@@ -190,7 +190,7 @@ class Checkpoint(Callback):
     def state(self) -> dict: # Types that `torch.load(weights_only=True)` reads
         "Everything that a checkpoint holds."
         learn = self.learn
-        return pack(dict(
+        return pack_state(dict(
             identity=self.identity, n_epoch=learn.n_epoch, about=self._description(), data=self._data,
             done=self._done, model=get_model(learn.model).state_dict(), opt=optimizer_state(learn.opt),
             loss=_loss_state(learn.loss_func), params=self._params_state(),
@@ -326,7 +326,7 @@ class Checkpoint(Callback):
         try: state = torch.load(file, map_location='cpu', weights_only=True)
         except Exception as e:
             raise UnreadableCheckpoint(f"{file} is no checkpoint that can be read ({type(e).__name__}).") from e
-        state = unpack(state)
+        state = unpack_state(state)
         if not isinstance(state, dict) or 'identity' not in state:
             raise ForeignCheckpoint(f"{file} is no checkpoint of this package.")
         self._check_identity(file, state)

@@ -7,7 +7,7 @@ __all__ = ['optimizer_kind', 'optimizer_state', 'load_optimizer_state', 'why_not
 
 # %% ../../nbs/experiments/18_optimizer_state.ipynb #50c7f99c
 from fastai.basics import *
-from .packing import pack, saved_and_loaded, unpack
+from .packing import pack_state, saved_and_loaded, unpack_state
 from .random_state import random_state, set_random_state
 
 # %% ../../nbs/experiments/18_optimizer_state.ipynb #b4cd39f1
@@ -123,7 +123,7 @@ def _trial(opt):
     except Exception as e: return f"a step of a copy of it fails {error(e)}"
     pairs = list(zip(_sample_params(whole), _sample_params(resumed)))
     for p,q in pairs: q.data.copy_(p.data)
-    try: load_optimizer_state(resumed, unpack(saved_and_loaded(pack(optimizer_state(whole)))))
+    try: load_optimizer_state(resumed, unpack_state(saved_and_loaded(pack_state(optimizer_state(whole)))))
     except Exception as e: return f"its state can't be saved and loaded {error(e)}"
     state = random_state()
     _make_steps(whole, 9, to_grad)

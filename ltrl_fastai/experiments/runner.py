@@ -277,7 +277,7 @@ def run_plan(plan:list, # `PlannedRun`s
              command:str|None=None, # Command that started the comparison, for the results
              about:dict|None=None # Description of the plan for `compare.json`; default: none is written
             ) -> list: # The results, in the order of the plan
-    "Compute missing runs; raises `Failed` if one fails, `RuntimeError` if the folder is busy, `ValueError` if `jobs<1`."
+    "Compute a plan; raises `Failed` if a run fails, `RuntimeError` if the folder is locked, `ValueError` if `jobs<1`."
     if jobs is not None and jobs<1: raise ValueError(f"jobs: expected at least 1, got {jobs}")
     folder,watch = Path(folder),watch or noop
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from ..evaluation.metrics import class_hits
 from ..evaluation.report import ShotReport
 from ..evaluation.shift import adapted_table, shifted_table
 from .checkpoint import Checkpoint, to_builtin
-from .datasets import datasets as datasets, spec_of as spec_of # `as`: for users of this module
+from .datasets import datasets as datasets, spec_of as spec_of # `as` re-exports them
 from .identity import data_listing, listing_summary
 from .process import alone_in as alone_in, keep_freed_memory as keep_freed_memory
 from .process import command, versions

@@ -1,11 +1,12 @@
-"Shared by the tests: a picture-free, quiet environment that is the same every time."
+"Shared by the tests: a quiet, reproducible environment without windows."
 import os
 import warnings
 
 import pytest
 
 os.environ.setdefault('MPLBACKEND', 'Agg')
-os.environ.setdefault('OMP_NUM_THREADS', '1')  # two files of tests run side by side, and threads that wait for each other's cores are slow
+# Two test files run side by side: more threads would wait for each other's cores
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 warnings.filterwarnings('ignore', category=FutureWarning, module='torch')
 
 from fastai.vision.all import nn, set_seed  # noqa: E402
@@ -21,7 +22,7 @@ def dls():
 
 @pytest.fixture
 def quick_fit():
-    "Fit without a bar and without a table"
+    "Fit without a progress bar and without a table"
     def _fit(learn, n=1, lr=1e-2, **kwargs):
         with learn.no_bar(), learn.no_logging(): learn.fit(n, lr, **kwargs)
         return learn
@@ -30,5 +31,8 @@ def quick_fit():
 
 @pytest.fixture
 def mlp():
-    "A net with a dropout before its head"
-    return lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(.1), nn.Linear(32, 10))
+    "Make a net with dropout before its head"
+    def make():
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(.1), nn.Linear(32, 10))
+    return make

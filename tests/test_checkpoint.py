@@ -1,4 +1,4 @@
-"A checkpoint in the calls of a `Learner`, beside a loss scale, and where what lies there can't be used."
+"A checkpoint in each call of a `Learner`, with a loss scale, and where the file that exists can't be used."
 from functools import partial
 
 import pytest
@@ -12,17 +12,26 @@ from ltrl_fastai.experiments.checkpoint import ForeignCheckpoint
 def learner(*cbs, n_max=40, hidden=16, opt_func=partial(SGD, mom=.9), kr=True):
     set_seed(0, reproducible=True)
     dls = digits_lt(device='cpu', n_max=n_max)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(64, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, 10))
-    return Learner(dls, net, loss_func=BalancedSoftmaxLoss(dls.class_counts), opt_func=opt_func, cbs=[ReflectiveLearning(kr=kr, ks=True, kc=True), *cbs])
+    net = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, 10))
+    loss = BalancedSoftmaxLoss(dls.class_counts)
+    return Learner(dls, net, loss_func=loss, opt_func=opt_func, cbs=[ReflectiveLearning(kr=kr, ks=True, kc=True), *cbs])
 
 
 def weights(learn): return torch.cat([o.flatten().double() for o in learn.model.state_dict().values()])
 
 
-@pytest.mark.parametrize('call', [lambda o: o.validate(), lambda o: o.get_preds(), lambda o: o.predict(o.dls.valid.dataset.images[0]),
-                                  lambda o: o.lr_find(num_it=3*len(o.dls.train)-1, show_plot=False)], ids=['validate', 'get_preds', 'predict', 'lr_find'])
-def test_one_that_stays_on_a_learner_is_for_fits_alone(call, tmp_path):
-    "Nothing else writes a checkpoint, or takes one for its own; `lr_find` has as many epochs here as the fit"
+calls = dict(
+    validate=lambda learn: learn.validate(),
+    get_preds=lambda learn: learn.get_preds(),
+    predict=lambda learn: learn.predict(learn.dls.valid.dataset.images[0]),
+    lr_find=lambda learn: learn.lr_find(num_it=3*len(learn.dls.train)-1, show_plot=False),  # as many epochs as the fit
+)
+
+
+@pytest.mark.parametrize('call', calls.values(), ids=calls)
+def test_one_that_stays_on_a_learner_acts_in_fits_only(call, tmp_path):
+    "Nothing else writes a checkpoint, or resumes from one"
     f, ended = tmp_path/'fit.pt', []
     for cbs in ([], [Checkpoint(f)]):
         learn = learner(*cbs)
@@ -31,13 +40,13 @@ def test_one_that_stays_on_a_learner_is_for_fits_alone(call, tmp_path):
             assert not f.exists()
             learn.fit(3, .05)
         ended.append(weights(learn))
-    kept, n = f.read_bytes(), len(learn.cbs)
+    content, n = f.read_bytes(), len(learn.cbs)
     with learn.no_bar(), learn.no_logging(): call(learn)
-    assert f.read_bytes() == kept and len(learn.cbs) == n and torch.equal(*ended)
+    assert f.read_bytes() == content and len(learn.cbs) == n and torch.equal(*ended)
 
 
 class Crash(Callback):
-    "In the middle of an epoch"
+    "Raise an error in the second batch of an epoch"
     order = -100
     def __init__(self, at): self.at = at
     def before_batch(self):
@@ -45,12 +54,14 @@ class Crash(Callback):
 
 
 def fit(learn, file, crash=None, n=5):
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(n, .05, cbs=[Checkpoint(file), *([] if crash is None else [Crash(crash)])])
+    cbs = [Checkpoint(file)]
+    if crash is not None: cbs.append(Crash(crash))
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(n, .05, cbs=cbs)
     return weights(learn)
 
 
-def begun(file, make=learner, crash=3):
-    "A fit that crashed in its fourth epoch: two checkpoints are there"
+def interrupted_fit(file, make=learner, crash=3):
+    "A fit that crashes in its fourth epoch, and leaves two checkpoints"
     with pytest.raises(InterruptedError): fit(make(), file, crash)
 
 
@@ -65,107 +76,136 @@ def without_its_teachers(f):
     truncated(f.with_name(f.name+'.d')/store['frozen'][-1])
 
 
-@pytest.mark.parametrize('spoil,said', [(truncated, 'no checkpoint that can be read'), (no_checkpoint, 'no checkpoint of this package'), (another_fit, 'epochs 9 in the file'),
-                                        (without_its_teachers, 'not there or not whole')])
-def test_what_is_refused_is_told_and_the_one_before_is_used(spoil, said, tmp_path, capsys):
-    "And kept, until what was refused is no longer in its way: a kill at any time finds one of use"
-    f, make = tmp_path/'fit.pt', on_disk if spoil is without_its_teachers else learner
-    want = fit(make(), tmp_path/'whole.pt')
-    begun(f, make)
-    spoil(f)
-    bad = f.read_bytes()
-    begun(f, make, crash=2)  # goes on from epoch 2, and saves nothing
-    assert said in (out := capsys.readouterr().out) and 'Going on from the one before it' in out
-    assert f.read_bytes() == bad and torch.equal(fit(make(), f), want)
-    assert f.with_name('fit.pt.refused').read_bytes() == bad and torch.load(f.with_name('fit.pt.older'), weights_only=True)['done'] == 4
+damages = [
+    (truncated, 'no checkpoint that can be read'), (no_checkpoint, 'no checkpoint of this package'),
+    (another_fit, 'epochs 9 in the file'), (without_its_teachers, 'not there or not whole')]
 
 
-@pytest.mark.parametrize('kw,said', [(dict(n_max=60), 'number of training samples'), (dict(hidden=8), 'another model'), (dict(opt_func=Adam), 'another optimizer')],
-                         ids=['data', 'model', 'optimizer'])
-def test_another_fit_is_known_without_an_identity(kw, said, tmp_path):
-    begun(tmp_path/'fit.pt')
-    kept = {f: f.read_bytes() for f in tmp_path.iterdir()}
-    with pytest.raises(ForeignCheckpoint, match=said): fit(learner(**kw), tmp_path/'fit.pt')
-    assert {f: f.read_bytes() for f in tmp_path.iterdir()} == kept
+@pytest.mark.parametrize('damage,message', damages)
+def test_a_refused_file_is_reported_and_the_previous_one_used(damage, message, tmp_path, capsys):
+    "The previous file is kept until a new one is written: after a kill at any time there is one to resume from"
+    f, make = tmp_path/'fit.pt', on_disk if damage is without_its_teachers else learner
+    expected = fit(make(), tmp_path/'whole.pt')
+    interrupted_fit(f, make)
+    damage(f)
+    refused = f.read_bytes()
+    interrupted_fit(f, make, crash=2)  # resumes from epoch 2, and saves nothing
+    out = capsys.readouterr().out
+    assert message in out and 'Going on from the one before it' in out
+    assert f.read_bytes() == refused and torch.equal(fit(make(), f), expected)
+    assert f.with_name('fit.pt.refused').read_bytes() == refused
+    assert torch.load(f.with_name('fit.pt.older'), weights_only=True)['done'] == 4
 
 
-@pytest.mark.parametrize('call,args,said', [('fit', (5, .05), 'lr, in its course: 0.002, 0.05, .* there, 0.05 here'), ('fit_flat_cos', (5, .05), 'another schedule'),
-                                            ('fit_one_cycle', (5, .1), '0.05, .* there, .* 0.1, .* here')])
-def test_another_schedule_is_another_fit(call, args, said, tmp_path):
+others = dict(
+    data=(dict(n_max=60), 'number of training samples'), model=(dict(hidden=8), 'another model'),
+    optimizer=(dict(opt_func=Adam), 'another optimizer'))
+
+
+@pytest.mark.parametrize('kwargs,message', others.values(), ids=others)
+def test_another_fit_is_recognised_without_an_identity(kwargs, message, tmp_path):
+    interrupted_fit(tmp_path/'fit.pt')
+    before = {f: f.read_bytes() for f in tmp_path.iterdir()}
+    with pytest.raises(ForeignCheckpoint, match=message): fit(learner(**kwargs), tmp_path/'fit.pt')
+    assert {f: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+
+schedules = [
+    ('fit', (5, .05), 'lr, in its course: 0.002, 0.05, .* there, 0.05 here'),
+    ('fit_flat_cos', (5, .05), 'another schedule'),
+    ('fit_one_cycle', (5, .1), '0.05, .* there, .* 0.1, .* here')]
+
+
+@pytest.mark.parametrize('call,args,message', schedules)
+def test_another_schedule_is_another_fit(call, args, message, tmp_path):
     f = tmp_path/'fit.pt'
-    begun(f)
-    with pytest.raises(ForeignCheckpoint, match=said): getattr(learner(), call)(*args, cbs=Checkpoint(f))
-    begun(f, crash=4)  # the same goes on
-    learner().fit(4, .05, cbs=Checkpoint(f.with_name('plain.pt')))
-    with pytest.raises(ForeignCheckpoint, match='lr, in its course: 0.05 there, 0.1 here'): learner().fit(4, .1, cbs=Checkpoint(f.with_name('plain.pt')))
+    interrupted_fit(f)
+    with pytest.raises(ForeignCheckpoint, match=message): getattr(learner(), call)(*args, cbs=Checkpoint(f))
+    interrupted_fit(f, crash=4)  # the same schedule resumes
+    constant = f.with_name('constant.pt')
+    learner().fit(4, .05, cbs=Checkpoint(constant))
+    with pytest.raises(ForeignCheckpoint, match='lr, in its course: 0.05 there, 0.1 here'):
+        learner().fit(4, .1, cbs=Checkpoint(constant))
 
 
-class Lights(Callback):
-    "Go out in the middle of the last epoch of a fit of so many; tells which epochs there were"
+class CrashAtEnd(Callback):
+    "Raise an error in the last epoch of a fit of `n_epoch` epochs; keep which epochs were trained"
     order = -100
-    def __init__(self, out=None): self.out, self.seen = out, []
+    def __init__(self, n_epoch=None): self.crash_in, self.trained = n_epoch, []
     def before_batch(self):
         if not self.training or self.iter != 1: return
-        self.seen.append((self.n_epoch, self.epoch))
-        if self.n_epoch == self.out and self.epoch == self.n_epoch-1: raise InterruptedError('crash')
+        self.trained.append((self.n_epoch, self.epoch))
+        if self.n_epoch == self.crash_in and self.epoch == self.n_epoch-1: raise InterruptedError('crash')
 
 
-def fine_tune(file, out=None, store='auto', cp=None, epochs=3):
-    learn, lights = learner(kr=dict(store=store)), Lights(out)
+def fine_tune(file, crash_in=None, store='auto', cp=None, epochs=3):
+    learn, crash = learner(kr=dict(store=store)), CrashAtEnd(crash_in)
     learn.splitter = lambda m: [params(m[:3]), params(m[3:])]
-    with learn.no_bar(), learn.no_logging(): learn.fine_tune(epochs, .1, freeze_epochs=2, cbs=[cp or Checkpoint(file), lights])
-    return weights(learn), lights.seen, learn.recorder.losses
+    with learn.no_bar(), learn.no_logging():
+        learn.fine_tune(epochs, .1, freeze_epochs=2, cbs=[cp or Checkpoint(file), crash])
+    return weights(learn), crash.trained, learn.recorder.losses
 
 
 @pytest.mark.parametrize('store', ['dense', 'disk'])
-def test_a_call_of_two_fits_goes_on_in_either(store, tmp_path):
-    "What is done is passed over, frozen or not; each fit has a file of its own"
-    want, seen, losses = fine_tune(tmp_path/'whole.pt', store=store)
-    assert seen == [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2)]
+def test_a_call_of_two_fits_resumes_in_either(store, tmp_path):
+    "Finished epochs are skipped, frozen or not; each fit has a file of its own"
+    expected, trained, losses = fine_tune(tmp_path/'whole.pt', store=store)
+    assert trained == [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2)]
     f = tmp_path/'fit.pt'
-    for out in (2, 3):
-        with pytest.raises(InterruptedError): fine_tune(f, out, store)
-        assert f.with_name('fit.pt.next').exists() == (out == 3)
-    for again in ([(3, 2)], []):
-        got, seen, more = fine_tune(f, store=store)
-        assert seen == again and torch.equal(got, want) and more == losses
-    with pytest.raises(ForeignCheckpoint, match='fit.pt.next is the checkpoint of another fit than this: epochs 3 in the file, 4 here'): fine_tune(f, store=store, epochs=4)
+    for n_epoch in (2, 3):
+        with pytest.raises(InterruptedError): fine_tune(f, n_epoch, store)
+        assert f.with_name('fit.pt.next').exists() == (n_epoch == 3)
+    for remaining in ([(3, 2)], []):
+        got, trained, resumed_losses = fine_tune(f, store=store)
+        assert trained == remaining and torch.equal(got, expected) and resumed_losses == losses
+    message = 'fit.pt.next is the checkpoint of another fit than this: epochs 3 in the file, 4 here'
+    with pytest.raises(ForeignCheckpoint, match=message): fine_tune(f, store=store, epochs=4)
     Checkpoint(f).remove()
-    assert not list(tmp_path.glob('*fit.pt*'))
+    assert not list(tmp_path.glob('*fit*'))
 
 
-def test_between_two_fits_nothing_is_lost(tmp_path):
-    "A kill before the second has a checkpoint"
-    want, f = fine_tune(tmp_path/'whole.pt')[0], tmp_path/'fit.pt'
+def test_a_kill_between_two_fits(tmp_path):
+    "The first fit has a checkpoint, the second has none yet"
+    expected, f = fine_tune(tmp_path/'whole.pt')[0], tmp_path/'fit.pt'
     fine_tune(f)
     for o in tmp_path.glob('fit.pt.next*'): o.unlink()
-    got, seen, _ = fine_tune(f)
-    assert seen == [(3, 0), (3, 1), (3, 2)] and torch.equal(got, want)
+    got, trained, _ = fine_tune(f)
+    assert trained == [(3, 0), (3, 1), (3, 2)] and torch.equal(got, expected)
 
 
-def test_what_a_second_fit_can_not_go_on_with(tmp_path):
+def test_what_a_second_fit_can_not_resume_from(tmp_path):
     f, cp = tmp_path/'fit.pt', Checkpoint(tmp_path/'fit.pt')
     with pytest.raises(InterruptedError): fine_tune(f, 3, cp=cp)
-    with pytest.raises(ForeignCheckpoint, match='fit 2 of one callback; another `Checkpoint` begins with the first'): fine_tune(f, cp=cp)
+    message = 'fit 2 of one callback; another `Checkpoint` begins with the first'
+    with pytest.raises(ForeignCheckpoint, match=message): fine_tune(f, cp=cp)
     assert fine_tune(f)[1] == [(3, 2)]
     for o in (f, f.with_name('fit.pt.older')): o.unlink()
     with pytest.raises(ForeignCheckpoint, match='fit.pt.next is there, of the fit after this one'): fine_tune(f)
 
 
+def test_files_of_a_killed_process_are_removed(tmp_path):
+    "A temporary file of this checkpoint goes, one of another checkpoint stays"
+    f = tmp_path/'fit.pt'
+    for name in ('.fit.123.pt', '.fit.pt.123.next', '.fit.other.123.pt'): (tmp_path/name).write_bytes(b'half')
+    Checkpoint(f).remove()
+    assert [o.name for o in tmp_path.iterdir()] == ['.fit.other.123.pt']
+
+
 class CpuAMP(MixedPrecision):
-    "fastai's MixedPrecision is for CUDA alone; this is the same on a CPU, with a scale that overflows at first"
+    "fastai's MixedPrecision needs CUDA; this is the same on a CPU, with a scale that overflows at first"
     order, skips = MixedPrecision.order, 0
     def before_fit(self):
         super().before_fit()
-        self.autocast, self.learn.scaler = torch.autocast('cpu', dtype=torch.float16), torch.amp.GradScaler('cpu', init_scale=2.**24, growth_interval=8)
+        self.autocast = torch.autocast('cpu', dtype=torch.float16)
+        self.learn.scaler = torch.amp.GradScaler('cpu', init_scale=2.**24, growth_interval=8)
     def after_cancel_step(self): self.skips += 1
 
 
 @pytest.mark.parametrize('cbs', [list, lambda: [GradientAccumulation(50)]], ids=['every batch', 'accumulated'])
-def test_a_loss_scale_goes_on(cbs, tmp_path):
+def test_a_loss_scale_is_resumed(cbs, tmp_path):
     "Steps are skipped, before the crash and after it"
     amp, f = CpuAMP('fp16'), tmp_path/'fit.pt'
-    want = fit(learner(amp, *cbs()), tmp_path/'whole.pt')
-    begun(f, lambda: learner(CpuAMP('fp16'), *cbs()))
+    expected = fit(learner(amp, *cbs()), tmp_path/'whole.pt')
+    interrupted_fit(f, lambda: learner(CpuAMP('fp16'), *cbs()))
     assert torch.load(f, weights_only=True)['fastai']['cpu_amp']['scale'] < 2**24
-    assert amp.skips > 1 and torch.equal(fit(learner(CpuAMP('fp16'), *cbs()), f), want)
+    assert amp.skips > 1 and torch.equal(fit(learner(CpuAMP('fp16'), *cbs()), f), expected)

@@ -1,4 +1,4 @@
-"`ltrl compare` and `ltrl report` as a user has them: killed, repeated, changed, misused."
+"`ltrl compare` and `ltrl report` on the command line: killed, repeated, changed, misused."
 import json
 import os
 import signal
@@ -23,7 +23,9 @@ def run(*args, cwd, code=0):
 
 
 def results(folder): return {f.stem: json.loads(f.read_text()) for f in (folder/'runs').glob('*.json')}
-def numbers(res): return {k: {o: v[o] for o in ('accuracy', 'history', 'per_class', 'train_accuracy')} for k, v in res.items()}
+def numbers(res):
+    keys = ('accuracy', 'history', 'per_class', 'train_accuracy')
+    return {name: {k: o[k] for k in keys} for name, o in res.items()}
 
 
 @pytest.fixture(scope='module')
@@ -36,12 +38,14 @@ def done(tmp_path_factory):
 def test_table_files_and_pairs(done):
     said, cwd = done
     assert '4 computed, 0 were there already' in said and '4/4' in said and '### digits-lt IF 20 bsce' in said
-    assert sorted(o.name for o in (cwd/'a').iterdir() if o.suffix) == ['compare.json', 'runs.csv', 'summary.csv', 'summary.md', 'summary.png']
+    files = sorted(o.name for o in (cwd/'a').iterdir() if o.suffix)
+    assert files == ['compare.json', 'runs.csv', 'summary.csv', 'summary.md', 'summary.png']
     res = {(o['variant'], o['seed']): o for o in results(cwd/'a').values()}
     assert set(res) == {(v, s) for v in ('bsce', 'bsce + RL') for s in (0, 1)}
     for s in (0, 1):  # partners share weights, batches and images
         a, b = res['bsce', s], res['bsce + RL', s]
-        assert a['history']['train_loss'][0] == b['history']['train_loss'][0] and a['identity']['data'] == b['identity']['data']
+        assert a['history']['train_loss'][0] == b['history']['train_loss'][0]
+        assert a['identity']['data'] == b['identity']['data']
     gains = [res['bsce + RL', s]['accuracy']['all']-res['bsce', s]['accuracy']['all'] for s in (0, 1)]
     assert f'{sum(gains)/2:+.1f} (' in (cwd/'a/summary.md').read_text()
     assert all(o['command'] == 'ltrl compare --set epochs=3 --seeds 2 --out a' for o in res.values())
@@ -50,12 +54,13 @@ def test_table_files_and_pairs(done):
 def test_nothing_is_computed_twice(done):
     _, cwd = done
     times = {f: f.stat().st_mtime_ns for f in (cwd/'a/runs').iterdir()}
-    assert '0 computed, 4 were there already' in run('compare', '--set', 'epochs=3', '--seeds', '2', '--out', 'a', cwd=cwd)
-    assert '2 computed, 4 were there already' in run('compare', '--set', 'epochs=3', '--seeds', '3', '--out', 'a', cwd=cwd)
+    def compare(seeds): return run('compare', '--set', 'epochs=3', '--seeds', seeds, '--out', 'a', cwd=cwd)
+    assert '0 computed, 4 were there already' in compare('2')
+    assert '2 computed, 4 were there already' in compare('3')
     assert all(f.stat().st_mtime_ns == t for f, t in times.items())
 
 
-def test_what_was_made_of_other_code_is_computed_again_and_said_so(done):
+def test_a_result_of_other_code_is_computed_again_with_a_reason(done):
     _, cwd = done
     run('compare', '--set', 'epochs=3', '--seeds', '1', '--out', 'b', cwd=cwd)
     before = results(cwd/'b')
@@ -65,42 +70,48 @@ def test_what_was_made_of_other_code_is_computed_again_and_said_so(done):
         res['accuracy']['all'] = 99.
         f.write_text(json.dumps(res))
     said = run('compare', '--set', 'epochs=3', '--seeds', '1', '--out', 'b', cwd=cwd)
-    assert 'bsce + RL, seed 0, is computed again: the code changed' in said and '1 computed, 1 were there already' in said
+    assert 'bsce + RL, seed 0, is computed again: the code changed' in said
+    assert '1 computed, 1 were there already' in said
     assert numbers(results(cwd/'b')) == numbers(before)
 
 
-def test_killed_in_the_middle_goes_on_to_the_same_numbers(tmp_path):
+def test_a_killed_comparison_resumes_to_the_same_numbers(tmp_path):
     args = ['compare', '--set', 'epochs=30', '--seeds', '1', '--jobs', '1', '--out']
-    p = subprocess.Popen([ltrl, *args, 'a'], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    def second_run(): return list((tmp_path/'a').glob('.unfinished/*-rl-*.pt'))
+    p = subprocess.Popen(
+        [ltrl, *args, 'a'], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         end = time.time()+900
-        while not (list((tmp_path/'a').glob('.unfinished/*-rl-*.pt'))): # the first run is done, the second has begun
+        while not second_run():
             assert time.time() < end and p.poll() is None
             time.sleep(.02)
-    finally: p.send_signal(signal.SIGKILL); p.wait()
-    assert len(results(tmp_path/'a')) == 1 and len(list((tmp_path/'a').glob('.unfinished/*-rl-*.pt'))) == 1
-    said = run(*args, 'a', cwd=tmp_path) # at once: the worker has died with its parent, so that nobody holds the folder
+    finally:
+        p.send_signal(signal.SIGKILL)
+        p.wait()
+    assert len(results(tmp_path/'a')) == 1 and len(second_run()) == 1
+    said = run(*args, 'a', cwd=tmp_path)  # at once: the worker has died with its parent, and nothing locks the folder
     assert '1 computed, 1 were there already' in said and not list((tmp_path/'a/.unfinished').iterdir())
     run(*args, 'b', cwd=tmp_path)
     assert numbers(results(tmp_path/'a')) == numbers(results(tmp_path/'b'))
 
 
 def test_a_sweep_reads_no_test_image(tmp_path):
-    said = run('compare', '--set', 'epochs=1', '--seeds', '1', '--sweep', 'tau=1,2', '--out', 'a', cwd=tmp_path)
+    common = ('compare', '--set', 'epochs=1', '--seeds', '1', '--out', 'a')
+    said = run(*common, '--sweep', 'tau=1,2', cwd=tmp_path)
     res = results(tmp_path/'a')
     assert len(res) == 3 and all('accuracy' not in o and o['valid_accuracy']['all'] > 0 for o in res.values())
     assert 'scored on validation images' in said and 'RL (tau=2)' in said and 'Accuracy on validation images' in said
-    again = run('compare', '--set', 'epochs=1', '--seeds', '1', '--sweep', 'tau=1', '--test', '--out', 'a', cwd=tmp_path)
+    again = run(*common, '--sweep', 'tau=1', '--test', cwd=tmp_path)
     assert 'it has not read the test set' in again and '2 computed' in again
 
 
-def test_report_shows_it_again(done):
+def test_report_shows_the_table_again(done):
     _, cwd = done
     said = run('report', 'a', cwd=cwd)
-    assert '### digits-lt IF 20 bsce' in said and 'slides' not in said  # they say nothing of digits
+    assert '### digits-lt IF 20 bsce' in said and 'slides' not in said  # the slides have no digits
     assert 'slides: All' in run('report', str(Path(__file__).parent.parent/'results/frozen'), cwd=cwd)
-    all_ = run('report', '.', cwd=cwd)  # each comparison by itself
-    assert all_.count('### digits-lt IF 20 bsce') == len(list(cwd.glob('*/runs'))) and '## a\n' in all_
+    whole = run('report', '.', cwd=cwd)  # each comparison by itself
+    assert whole.count('### digits-lt IF 20 bsce') == len(list(cwd.glob('*/runs'))) and '## a\n' in whole
     assert 'does not exist' in run('report', 'nowhere', cwd=cwd, code=2)
     (cwd/'empty').mkdir(exist_ok=True)
     assert 'no result in it' in run('report', 'empty', cwd=cwd, code=2)
@@ -111,7 +122,7 @@ def test_report_of_a_single_training(tmp_path):
     assert 'bsce + RL' in run('report', 'a', cwd=tmp_path)
 
 
-def test_mistakes_are_said_before_anything_is_trained(tmp_path):
+def test_mistakes_are_reported_before_training(tmp_path):
     mistakes = {
         ('--methods', 'bsec'): "Did you mean 'bsce'?",
         ('--protocol', 'frosen'): "Did you mean 'frozen'?",
@@ -135,32 +146,36 @@ def test_mistakes_are_said_before_anything_is_trained(tmp_path):
 
 
 def test_a_run_that_fails_stops_no_other(tmp_path):
-    said = run('compare', '--set', 'epochs=2', '--rl', 'off', '--seeds', '1', '--sweep', 'lr=.05,1e6', '--out', 'a', cwd=tmp_path, code=1)
-    assert '1 computed, 0 were there already, 1 failed' in said and 'training has diverged' in said and 'bsce (lr=0.05)' in said
+    args = ('--set', 'epochs=2', '--rl', 'off', '--seeds', '1', '--sweep', 'lr=.05,1e6', '--out', 'a')
+    said = run('compare', *args, cwd=tmp_path, code=1)
+    assert '1 computed, 0 were there already, 1 failed' in said
+    assert 'training has diverged' in said and 'bsce (lr=0.05)' in said
 
 
-def test_folders_in_folders_and_folders_of_any_name_stay_apart(tmp_path):
+def test_nested_comparisons_are_reported_apart(tmp_path):
     one = ('--rl', 'off', '--set', 'epochs=1', '--seeds', '1', '--jobs', '1')
     run('compare', *one, '--out', 'runs/bsce', cwd=tmp_path)
     run('compare', *one, '--methods', 'softmax', '--out', 'runs', cwd=tmp_path)
-    assert 'softmax' in (tmp_path/'runs/summary.csv').read_text() and 'bsce' in (tmp_path/'runs/bsce/summary.csv').read_text()
+    assert 'softmax' in (tmp_path/'runs/summary.csv').read_text()
+    assert 'bsce' in (tmp_path/'runs/bsce/summary.csv').read_text()
     said = run('report', '.', cwd=tmp_path)
     assert '## runs\n' in said and '## runs/bsce\n' in said
     (tmp_path/'runs/compare.json').write_text('[]')
     assert 'compare.json is no plan' in run('report', 'runs', cwd=tmp_path, code=2)
 
 
-def test_results_of_other_code_are_not_paired_with_those_of_this(done):
+def test_results_of_other_code_are_not_paired(done):
     _, cwd = done
     run('compare', '--set', 'epochs=3', '--seeds', '1', '--out', 'c', cwd=cwd)
     file = next((cwd/'c/runs').glob('*-rl-*.json'))
     res = json.loads(file.read_text())
-    file.write_text(json.dumps({**res, 'identity': {**res['identity'], 'code': {**res['identity']['code'], 'ltrl': 'other'}}}))
+    res['identity']['code']['ltrl'] = 'other'
+    file.write_text(json.dumps(res))
     said = run('report', 'c', cwd=cwd)
     assert '| bsce ' in said and 'bsce + RL' not in said
 
 
-def test_time_of_earlier_sittings_counts(tmp_path):
+def test_seconds_before_an_interruption_count(tmp_path):
     cp = tmp_path/'run.pt'
     settings = RunSettings(epochs=1, n_max=20)
     train_run(settings, bar=False, checkpoint=cp)
@@ -171,8 +186,8 @@ def test_time_of_earlier_sittings_counts(tmp_path):
     assert 1000 < res['seconds'] < 1060
 
 
-def test_the_committed_evidence_is_that_of_the_results(tmp_path):
-    "And says what it has to"
+def test_the_committed_evidence_is_made_from_the_results(tmp_path):
+    "And covers all methods, protocols and presets"
     from ltrl_fastai.experiments.summary import evidence
     root = Path(__file__).parent.parent/'results'
     rows = json.loads((root/'evidence.json').read_text())
@@ -181,16 +196,21 @@ def test_the_committed_evidence_is_that_of_the_results(tmp_path):
     others = {(o, o) for o in ('frozen-grocery', 'frozen-magnetic', 'text', 'tabular', 'folder', 'digits')}
     assert {(o['protocol'], o['bed']) for o in rows} == first | others
     assert {o['method'] for o in rows} == {'softmax', 'bsce', 'ldam-drw', 'ride', 'sade', 'mislas', 'lade'}
-    keys = set('protocol bed imbalance_factor method rl baseline decay seeds many medium few all train_accuracy command'.split())
-    for o in rows: assert set(o) == keys | ({'gain_all', 'gain_few', 'ci_low', 'ci_high'} if o['rl'] else set())
+    keys = ('protocol bed imbalance_factor method rl baseline decay seeds many medium few all '
+            'train_accuracy command').split()
+    of_gain = ('gain_all', 'gain_few', 'ci_low', 'ci_high')
+    for o in rows: assert set(o) == {*keys, *(of_gain if o['rl'] else ())}
     assert {o['bed'] for o in rows if o['baseline'] != 'plain'} == {'frozen-magnetic'}  # no other was tuned
-    names = {decay: {o['rl'] for o in rows if (o['protocol'], o['method'], o['decay']) == ('P1', 'bsce', decay)} for decay in ('decoupled', 'gradient')}
-    assert names['decoupled'] == {None, 'v0.0.1', 'paper', 'published', 'KS', 'KR + KS', 'KR + KS + KC'}
-    assert names['gradient'] == {None, 'default', 'KR', 'KS', 'KR + KS + KC'}
-    with pytest.raises(ValueError, match='no comparison by a protocol'):
-        (tmp_path/'a/runs').mkdir(parents=True); (tmp_path/'a/runs/x.json').write_text('{}'); evidence(tmp_path)
+    def names(decay):
+        return {o['rl'] for o in rows if (o['protocol'], o['method'], o['decay']) == ('P1', 'bsce', decay)}
+    assert names('decoupled') == {None, 'v0.0.1', 'paper', 'published', 'KS', 'KR + KS', 'KR + KS + KC'}
+    assert names('gradient') == {None, 'default', 'KR', 'KS', 'KR + KS + KC'}
+    (tmp_path/'a/runs').mkdir(parents=True)
+    (tmp_path/'a/runs/x.json').write_text('{}')
+    with pytest.raises(ValueError, match='no comparison by a protocol'): evidence(tmp_path)
 
 
 @pytest.mark.parametrize('option', ['--epochs', '--n-max'])
-def test_an_option_of_train_is_found_elsewhere(option, tmp_path):
-    assert f"--set {option[2:].replace('-', '_')}=..." in run('compare', option, '3', '--out', 'a', cwd=tmp_path, code=2)
+def test_an_option_of_train_is_suggested_as_a_setting(option, tmp_path):
+    said = run('compare', option, '3', '--out', 'a', cwd=tmp_path, code=2)
+    assert f"--set {option[2:].replace('-', '_')}=..." in said

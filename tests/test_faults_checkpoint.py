@@ -1,5 +1,4 @@
-"Faults of resuming, exporting and monitoring, by number: what was wrong, with the right value, and its siblings."
-
+"Regression tests of resuming, exporting and monitoring, by fault number."
 import math
 import os
 import warnings
@@ -68,7 +67,7 @@ def learner(path, cbs=None, opt_func=partial(SGD, mom=0.9), make=net, **kwargs):
 
 
 class Crash(Callback):
-    "In the second batch of an epoch"
+    "Raise an error in the second batch of an epoch"
 
     order = -100
 
@@ -93,7 +92,7 @@ def quiet(learn, n, lr=1e-2, call='fit', **kwargs):
 
 
 def killed_and_resumed(make, file, n=4, crashes=(2,), every=1, **kwargs):
-    "The learner of a fit that crashed in these epochs, counted anew from each start, and was given again"
+    "The learner of a fit that crashed in these epochs, counted from each start, and was resumed"
     for at in crashes:
         with pytest.raises(InterruptedError):
             quiet(make(), n, cbs=[Checkpoint(file, every=every), Crash(at)], **kwargs)
@@ -105,7 +104,7 @@ def weights(learn):
 
 
 def same(a, b):
-    "Weights to the bit, and the Recorder's table with the types of its values"
+    "Weights are equal to the last bit, and so is the Recorder's table, types included"
     assert torch.equal(weights(a), weights(b))
     assert repr(a.recorder.values) == repr(b.recorder.values) and a.recorder.lrs == b.recorder.lrs
     assert [o.item() for o in a.recorder.losses] == [o.item() for o in b.recorder.losses]
@@ -115,11 +114,11 @@ def done(file):
     return torch.load(file, weights_only=True)['done']
 
 
-# 1: what is saved loads
+# 1: what is saved can be loaded
 
 
 class Value(Metric):
-    "Whatever a function gives"
+    "A metric whose value is a function of the number of resets"
 
     def __init__(self, f):
         self.f, self.n = f, 0
@@ -163,7 +162,7 @@ values = dict(
     ids=['f1', 'recall', 'confusion', *values],
 )
 def test_fault_01_values_of_metrics(metric, tmp_path):
-    "Any that metrics return: the fit goes on, and the table is the same, in types too"
+    "With any value of a metric the fit resumes, and the table keeps values and types"
 
     def make():
         return learner(tmp_path, metrics=metric())
@@ -171,7 +170,7 @@ def test_fault_01_values_of_metrics(metric, tmp_path):
     whole = quiet(make(), 3, cbs=Checkpoint(tmp_path / 'whole.pt'))
 
     class Number(Callback):
-        "The same count of resets as in the fit that was not broken off"
+        "Give the metric the number of resets of an uninterrupted fit"
 
         order = 60
 
@@ -196,7 +195,7 @@ class Foreign:
 @pytest.mark.parametrize(
     'value', [Foreign(), range(3), lambda: 3, [1, {'a': Foreign()}]], ids=['object', 'range', 'function', 'nested']
 )
-def test_fault_01_what_can_not_be_kept_is_named_by_the_first_save(value, tmp_path):
+def test_fault_01_an_unsavable_value_is_named_by_the_first_save(value, tmp_path):
     f = tmp_path / 'fit.pt'
     with pytest.raises(
         TypeError,
@@ -207,7 +206,7 @@ def test_fault_01_what_can_not_be_kept_is_named_by_the_first_save(value, tmp_pat
 
 
 def test_fault_01_the_last_good_file_stays(tmp_path):
-    "A value that turns bad later takes nothing away"
+    "A value that can't be saved later leaves the file of the epochs before"
     f = tmp_path / 'fit.pt'
     with pytest.raises(TypeError, match="'odd' in epoch 2"):
         quiet(learner(tmp_path, metrics=Value(lambda n: n if n < 3 else Foreign())), 4, cbs=Checkpoint(f))
@@ -215,7 +214,7 @@ def test_fault_01_the_last_good_file_stays(tmp_path):
 
 
 def test_fault_01_state_of_a_callback(tmp_path):
-    "Arrays in what a callback of the user's keeps come back as they were; what can't be kept is named"
+    "Arrays in the state of a user's callback are restored; what can't be saved is named"
 
     class Counts(Callback):
         def __init__(self, more=None):
@@ -247,7 +246,7 @@ def wrapped(cls, **kwargs):
 
 
 def tensor_step(p, step=None, **kwargs):
-    "Counts steps in a tensor, in place"
+    "Count steps in a tensor, in place"
     step = torch.zeros(()) if step is None else step
     return {'step': step.add_(1)}
 
@@ -293,13 +292,13 @@ def test_fault_02_any_optimizer_is_resumed(opt_func, tmp_path):
     def make():
         return learner(tmp_path, opt_func=opt_func)
 
-    whole = quiet(make(), 4)  # and none of it is another with a checkpoint
+    whole = quiet(make(), 4)
     same(killed_and_resumed(make, tmp_path / 'fit.pt', crashes=(2, 1)), whole)
 
 
 @pytest.mark.parametrize('name', ['adam', 'ranger', 'torch-AdamW', 'momentum'])
 def test_fault_02_frozen_groups(name, tmp_path):
-    "`fine_tune`, broken off in either of its fits"
+    "`fine_tune`, interrupted in either of its fits"
     opt_func, f = optimizers[name], tmp_path / 'fit.pt'
     whole = run_fine_tune(opt_func, tmp_path, None)
     for n, at in ((2, 1), (3, 2)):
@@ -325,7 +324,7 @@ def run_fine_tune(opt_func, path, file, *cbs):
 
 
 class Forgetful(torch.optim.SGD):
-    "Keeps a count where no `state_dict` looks"
+    "Count steps where no `state_dict` looks"
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -368,7 +367,7 @@ def test_fault_02_refused_before_the_first_step(cls, said, tmp_path):
 
 
 def test_fault_02_the_trial_leaves_no_trace(tmp_path):
-    "Hooks and schedulers of PyTorch's don't hear of it, nor does an optimizer that draws random numbers"
+    "PyTorch's hooks and schedulers are not called, and an optimizer that draws random numbers is not affected"
 
     class Noisy(torch.optim.SGD):
         def step(self, closure=None):
@@ -381,16 +380,16 @@ def test_fault_02_the_trial_leaves_no_trace(tmp_path):
     def make():
         return learner(tmp_path, opt_func=wrapped(Noisy, momentum=0.9))
 
-    def heard(cbs):
-        "How often a hook was called; PyTorch calls it more than once for a step, if a class calls that of another"
+    def count_calls(cbs):
+        "How often a hook was called: more than once for a step if a class calls `step` of its base"
         learn, calls = make(), []
         learn.create_opt()
         learn.opt.opt.register_step_post_hook(lambda *args: calls.append(1))
         torch.optim.lr_scheduler.ExponentialLR(learn.opt.opt, 0.9)
         return quiet(learn, 3, cbs=cbs), len(calls)
 
-    learn, calls = heard(Checkpoint(tmp_path / 'a.pt'))
-    whole, expected = heard([])
+    learn, calls = count_calls(Checkpoint(tmp_path / 'a.pt'))
+    whole, expected = count_calls([])
     assert torch.equal(weights(learn), weights(whole)) and calls == expected
     assert calls >= 3 * len(learn.dls.train)
     same(killed_and_resumed(make, tmp_path / 'fit.pt', n=3), whole)
@@ -405,7 +404,7 @@ def test_fault_02_another_optimizer_with_the_same_hyperparameters_is_another_fit
 
 
 class Skipping(nn.Module):
-    "Leaves its middle out of every other batch"
+    "A net that skips its middle layer in every other batch"
 
     def __init__(self):
         super().__init__()
@@ -417,8 +416,8 @@ class Skipping(nn.Module):
         return self.last(self.middle(x) if self.n % 2 else x)
 
 
-def test_fault_02_gradients_of_zero_are_no_missing_ones(tmp_path):
-    "A part of the net that a first batch leaves out is moved by its momentum, resumed or not"
+def test_fault_02_gradients_of_zero_are_restored(tmp_path):
+    "A layer that the first batch skips is moved by its momentum, resumed or not"
 
     class Alternate(Callback):
         def before_train(self):
@@ -430,7 +429,7 @@ def test_fault_02_gradients_of_zero_are_no_missing_ones(tmp_path):
     same(killed_and_resumed(make, tmp_path / 'fit.pt'), quiet(make(), 4))
 
 
-def test_fault_02_what_was_unfrozen_within_a_fit_stays_so(tmp_path):
+def test_fault_02_what_was_unfrozen_within_a_fit_is_restored(tmp_path):
     class Thaw(Callback):
         def before_epoch(self):
             if self.epoch == 0:
@@ -448,8 +447,8 @@ def test_fault_02_what_was_unfrozen_within_a_fit_stays_so(tmp_path):
     assert [p.requires_grad for p in again.model.parameters()] == [False] * 4 + [True] * 2 and again.opt.frozen_idx == 1
 
 
-def test_fault_02_a_loss_that_learns(tmp_path):
-    "Buffers of the loss function go on, too"
+def test_fault_02_a_loss_with_buffers(tmp_path):
+    "Buffers of the loss function are restored"
 
     class Prior(nn.Module):
         def __init__(self):
@@ -475,7 +474,7 @@ def test_fault_02_a_loss_that_learns(tmp_path):
 
 
 class Within(Callback):
-    "Does something with the learner, at an event"
+    "Do something with the learner at an event"
 
     busy, active = False, True
 
@@ -535,8 +534,8 @@ def test_fault_03_passes_within_a_fit(do, event, order, tmp_path):
 @pytest.mark.parametrize(
     'do', [passes['validate'], passes['get_preds'], passes['report']], ids=['validate', 'get_preds', 'report']
 )
-def test_fault_03_every_so_many_epochs(do, tmp_path):
-    "There is a file, of the right epoch"
+def test_fault_03_every_third_epoch(do, tmp_path):
+    "The file is of the right epoch"
     f = tmp_path / 'fit.pt'
     quiet(learner(tmp_path, cbs=Within(do, 'after_epoch')), 7, cbs=Checkpoint(f, every=3))
     assert done(f) == 7 and done(tmp_path / 'fit.pt.older') == 6
@@ -553,7 +552,7 @@ def folder(tmp_path_factory):
 
 
 class Holder(Callback):
-    "Predicts a loader of its own, first in some epoch, after each batch of it"
+    "Predict a loader of its own after each epoch from `since` on"
 
     def __init__(self, dl, since):
         self.dl, self.since = dl, since
@@ -569,7 +568,7 @@ class Holder(Callback):
 @pytest.mark.parametrize('first', [0, 1, 2, 3])
 @pytest.mark.parametrize('held', [False, True], ids=['of the learner', 'of the callback'])
 def test_fault_03_how_loaders_were_used(folder, first, held, tmp_path):
-    "fastai draws random numbers when a loader is copied for the first time: before the kill, or after it"
+    "fastai draws random numbers when it first copies a loader, before the kill or after it"
 
     def make():
         set_seed(0, reproducible=True)
@@ -611,7 +610,7 @@ def test_fault_03_how_loaders_were_used(folder, first, held, tmp_path):
 
 
 class Count(Callback):
-    "Epochs, also of a fit that is resumed"
+    "Count epochs, also in a fit that is resumed"
 
     def before_fit(self):
         if not self.learn.lock.locked():
@@ -621,8 +620,8 @@ class Count(Callback):
         self.epochs = round(self.learn.pct_train * self.n_epoch)
 
 
-def test_fault_03_a_generator_of_ones_own(tmp_path):
-    "A PyTorch loader whose order comes from a generator that somebody gave it"
+def test_fault_03_a_generator_of_a_loader(tmp_path):
+    "A PyTorch loader whose order comes from a generator of the user"
 
     def make():
         set_seed(0)
@@ -640,18 +639,15 @@ def test_fault_03_a_generator_of_ones_own(tmp_path):
     same(killed_and_resumed(make, tmp_path / 'fit.pt'), quiet(make(), 4))
 
 
-def test_fault_03_tta_beside_a_checkpoint_that_stays(tmp_path):
-    "It borrows the events of a fit, and is none"
+def test_fault_03_tta_with_a_checkpoint_that_stays(tmp_path):
+    "`tta` triggers the events of a fit, and is none"
     f = tmp_path / 'fit.pt'
     learn = quiet(learner(tmp_path, cbs=Checkpoint(f)), 2)
     kept, cbs = f.read_bytes(), list(learn.cbs)
     with learn.no_bar(), learn.no_logging():
         preds, _ = learn.tta(dl=learn.dls.valid)
-    assert (
-        len(preds) == len(learn.dls.valid_ds)
-        and f.read_bytes() == kept
-        and [type(o) for o in learn.cbs][:3] == [type(o) for o in cbs][:3]
-    )
+    assert len(preds) == len(learn.dls.valid_ds) and f.read_bytes() == kept
+    assert [type(o) for o in learn.cbs][:3] == [type(o) for o in cbs][:3]
     quiet(learn, 2)
     assert done(tmp_path / 'fit.pt.next') == 2
 
@@ -660,7 +656,7 @@ def test_fault_03_tta_beside_a_checkpoint_that_stays(tmp_path):
 
 
 def test_swapped_learners_are_each_saved_as_themselves(tmp_path):
-    "The callback was added to a second learner before the first is fitted: each file is of the learner that is fitted"
+    "The callback is added to a second learner before the first is fitted: each file is of the fitted learner"
     f = tmp_path / 'fit.pt'
     cp = Checkpoint(f)
     a = learner(tmp_path, cbs=cp)
@@ -674,7 +670,7 @@ def test_swapped_learners_are_each_saved_as_themselves(tmp_path):
 
 
 def test_swapped_learners_after_a_crash(tmp_path):
-    "A notebook makes the learner anew, and keeps the callback"
+    "A notebook creates a new learner, and keeps the callback"
     cp = Checkpoint(tmp_path / 'fit.pt')
     whole = quiet(learner(tmp_path), 4)
     with pytest.raises(InterruptedError):
@@ -683,7 +679,7 @@ def test_swapped_learners_after_a_crash(tmp_path):
 
 
 def test_swapped_learners_in_turn(tmp_path):
-    "Folds of a cross-validation with one callback: broken off in the second, the first is passed over"
+    "Folds of a cross-validation with one callback: after a crash in the second, the first is skipped"
 
     def folds(*crash):
         cp, res = Checkpoint(tmp_path / 'fit.pt'), []
@@ -714,8 +710,8 @@ def logged(path, append=False, *cbs, n=5, every=1):
 
 @pytest.mark.parametrize('append', [False, True])
 @pytest.mark.parametrize('every', [1, 2])
-def test_fault_04_a_log_goes_on(append, every, tmp_path):
-    "Not a row lost or repeated, one header; what stood there before stays if rows are appended"
+def test_fault_04_a_log_is_resumed(append, every, tmp_path):
+    "No row is lost or repeated, and there is one header; earlier rows stay if rows are appended"
     whole, part = tmp_path / 'whole', tmp_path / 'part'
     for o in (whole, part):
         o.mkdir()
@@ -726,15 +722,14 @@ def test_fault_04_a_log_goes_on(append, every, tmp_path):
         with pytest.raises(InterruptedError):
             logged(part, append, Crash(at), every=every)
     logged(part, append, every=every)
-    assert (
-        rows(part / 'history.csv') == rows(whole / 'history.csv') and len(rows(part / 'history.csv')) == 6 + 2 * append
-    )
-    logged(part, append, every=every)  # a fit that is done
+    assert rows(part / 'history.csv') == rows(whole / 'history.csv')
+    assert len(rows(part / 'history.csv')) == 6 + 2 * append
+    logged(part, append, every=every)  # a finished fit
     assert rows(part / 'history.csv') == rows(whole / 'history.csv')
 
 
 def test_fault_04_others_write_to_the_same_log(tmp_path):
-    "Between the kill and the resume: all rows are there, ours together"
+    "Between kill and resume: all rows are there, and ours are together"
     with pytest.raises(InterruptedError):
         logged(tmp_path, True, Crash(3), every=2)
     file = tmp_path / 'history.csv'
@@ -744,11 +739,8 @@ def test_fault_04_others_write_to_the_same_log(tmp_path):
         o.write('epoch,mine\n0,a\n1,b\n')
     logged(tmp_path, True, every=2)
     got = file.read_text().splitlines()
-    assert (
-        got[:3] == ['epoch,mine', '0,a', '1,b']
-        and rows(file)[3:6] == first[:3]
-        and [o.split(',')[0] for o in got[3:]] == ['epoch', *'01234']
-    )
+    assert got[:3] == ['epoch,mine', '0,a', '1,b'] and rows(file)[3:6] == first[:3]
+    assert [o.split(',')[0] for o in got[3:]] == ['epoch', *'01234']
 
 
 @pytest.mark.parametrize(
@@ -761,13 +753,12 @@ def test_fault_04_a_log_that_was_lost(spoil, append, tmp_path):
     first = rows(tmp_path / 'history.csv')
     spoil(tmp_path / 'history.csv')
     logged(tmp_path, append)
-    assert [o.split(',')[0] for o in rows(tmp_path / 'history.csv')][-6:] == ['epoch', *'01234'] and rows(
-        tmp_path / 'history.csv'
-    )[-6:-2] == first
+    restored = rows(tmp_path / 'history.csv')
+    assert [o.split(',')[0] for o in restored][-6:] == ['epoch', *'01234'] and restored[-6:-2] == first
 
 
 def test_fault_04_of_two_fits(tmp_path):
-    "`fine_tune` appends two tables; broken off in the second"
+    "`fine_tune` appends two tables; it is interrupted in either fit"
 
     def run(path, *cbs):
         o = learner(path, splitter=lambda m: [params(m[:3]), params(m[3:])])
@@ -777,16 +768,17 @@ def test_fault_04_of_two_fits(tmp_path):
         return rows(path / 'history.csv')
 
     whole, part = tmp_path / 'whole', tmp_path / 'part'
-    whole.mkdir(), part.mkdir()
-    want = run(whole)
+    whole.mkdir()
+    part.mkdir()
+    expected = run(whole)
     for out in (Out(2, 1), Out(3, 1)):
         with pytest.raises(InterruptedError):
             run(part, out)
-    assert run(part) == want and len(want) == 7
+    assert run(part) == expected and len(expected) == 7
 
 
 class Fixed(Metric):
-    "A value for each epoch, whatever was before"
+    "A metric with a given value for each epoch"
 
     def __init__(self, values):
         self.values = values
@@ -814,8 +806,8 @@ class See(Callback):
 
 
 @pytest.mark.parametrize('crash', [1, 2, 3, 4])
-def test_fault_04_trackers_go_on(crash, tmp_path):
-    "Best and count, each its own where there are two of a class"
+def test_fault_04_trackers_are_resumed(crash, tmp_path):
+    "Best value and count of each, also where there are two of a class"
 
     def run(path, *more):
         with warnings.catch_warnings():
@@ -846,7 +838,7 @@ def test_fault_04_trackers_go_on(crash, tmp_path):
 
 
 def exported(learn, dls, path):
-    "Predictions of a learner, and of the one that was loaded from its export; it has kept its loaders"
+    "Predictions of a learner, which keeps its loaders, and of one that is loaded from its export"
     loaders = learn.dls
     learn.export(path / 'export.pkl')
     assert learn.dls is loaders and learn.dls.loaders[0] is loaders.loaders[0] and len(learn.dls.train_ds)
@@ -869,13 +861,13 @@ def test_fault_05_export_after_every_method(name, dls, tmp_path):
         method.fit(learn, 1, 0.01)
     a, b = exported(learn, dls, tmp_path)
     assert torch.equal(a, b) and a.isfinite().all() and len(counts) == 10
-    quiet(learn, 1)  # and can be trained on
+    quiet(learn, 1)  # it can still be trained
 
 
 @pytest.mark.parametrize('opt_func', [Adam, ranger, wrapped(torch.optim.AdamW)], ids=['adam', 'ranger', 'wrapped'])
 @pytest.mark.parametrize('prepare', [mean_head, tau_normed], ids=['ncm', 'tau'])
 def test_fault_05_stages_by_hand(prepare, opt_func, dls, tmp_path):
-    "Without `Method.fit`, twice in a row, of any optimizer, also with a body that stands still"
+    "Without `Method.fit`, twice in a row, with any optimizer, and with a frozen body"
     for frozen in (False, True):
         learn = Learner(dls, net(), loss_func=CrossEntropyLossFlat(), opt_func=opt_func, path=tmp_path)
         quiet(learn, 1)
@@ -888,7 +880,7 @@ def test_fault_05_stages_by_hand(prepare, opt_func, dls, tmp_path):
 
 
 def test_fault_05_a_new_head_is_trained_afterwards(dls, tmp_path):
-    "The optimizer is of the parameters that there are now"
+    "The optimizer has the new parameters"
     learn = quiet(Learner(dls, net(), loss_func=CrossEntropyLossFlat(), opt_func=SGD, path=tmp_path), 1)
     with learn.no_bar(), learn.no_logging():
         Method('', '', then=(tau_norm,)).fit(learn, 2, 0.01, first=lambda *args: None)
@@ -898,7 +890,7 @@ def test_fault_05_a_new_head_is_trained_afterwards(dls, tmp_path):
 
 
 def test_fault_05_two_stages_without_training(dls, tmp_path):
-    "A net without BatchNorm is known to be trained in the second, too"
+    "Also for a net without BatchNorm"
     learn = quiet(
         Learner(
             dls,
@@ -918,7 +910,7 @@ def test_fault_05_two_stages_without_training(dls, tmp_path):
 
 
 def shots(path, known=True, classes=4, **kwargs):
-    "Of digits-LT, validation images of the most frequent classes alone"
+    "A learner whose validation images are of the most frequent classes only"
     dls = digits_lt(device='cpu', n_max=40)
     n, ds = class_counts(dls), dls.valid_ds
     ids = (ds.targets < classes).nonzero().flatten()
@@ -926,14 +918,14 @@ def shots(path, known=True, classes=4, **kwargs):
     if not known:
         pairs = [(x, y) for x, y in zip(ds.x[ids].float() / 255, ds.targets[ids])]
 
-        class Untold(torch.utils.data.Dataset):
+        class WithoutTargets(torch.utils.data.Dataset):
             def __len__(self):
                 return len(pairs)
 
             def __getitem__(self, i):
                 return pairs[i]
 
-        dls = DataLoaders(dls.train, torch.utils.data.DataLoader(Untold(), batch_size=32))
+        dls = DataLoaders(dls.train, torch.utils.data.DataLoader(WithoutTargets(), batch_size=32))
     else:
         dls = DataLoaders(dls.train, dls.valid.new(part))
     return Learner(
@@ -955,8 +947,8 @@ trackers = dict(
 )
 
 
-class First(Callback):
-    "What had been said when the first batch came"
+class CountWarnings(Callback):
+    "Count the warnings before the first batch"
 
     order = -100
 
@@ -973,10 +965,10 @@ def test_fault_19_warned_once_at_the_start(cls, name, effect, tmp_path):
     learn = shots(tmp_path)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter('always')
-        quiet(learn, 2, cbs=[cls(monitor='few'), first := First(warned)])
+        quiet(learn, 2, cbs=[cls(monitor='few'), count := CountWarnings(warned)])
         learn.validate()
     said = [str(o.message) for o in warned if 'monitors' in str(o.message)]
-    assert len(said) == first.n == 1
+    assert len(said) == count.n == 1
     assert (
         f"{name} monitors 'few'" in said[0]
         and effect in said[0]
@@ -986,7 +978,7 @@ def test_fault_19_warned_once_at_the_start(cls, name, effect, tmp_path):
 
 
 def test_fault_19_nothing_fails_when_training_is_over(tmp_path):
-    "The last model is there; a later fit with such images saves its best again"
+    "The last model is saved; a later fit with Few-shot images saves its best again"
     learn = shots(tmp_path)
     save = SaveModelCallback(monitor='few')
     assert len(said_in(lambda: quiet(learn, 2, cbs=save))) == 1
@@ -1007,8 +999,8 @@ def test_fault_19_other_columns(monitor, tmp_path):
     assert len(said) == 1 and f"'{monitor}'" in said[0] and 'EarlyStopping' not in said[0]
 
 
-def test_fault_19_what_is_measured_is_not_warned_of(tmp_path):
-    "Nor what asks for no value: `every_epoch`, other columns, `lr_find`, a look at the names"
+def test_fault_19_no_warning_where_a_value_is_measured_or_not_needed(tmp_path):
+    "`every_epoch`, other columns, `lr_find`, and reading the names give no warning"
     learn = shots(tmp_path)
     measured = [
         SaveModelCallback(monitor='all'),
@@ -1019,19 +1011,20 @@ def test_fault_19_what_is_measured_is_not_warned_of(tmp_path):
     assert not said_in(lambda: [quiet(learn, 1, cbs=o) for o in measured])
     learn.add_cb(EarlyStoppingCallback(monitor='few'))
 
-    def look():
+    def without_fit():
         with learn.no_bar(), learn.no_logging():
-            learn.lr_find(num_it=20, show_plot=False), learn.validate(), learn.get_preds()
+            learn.lr_find(num_it=20, show_plot=False)
+            learn.validate()
+            learn.get_preds()
         assert learn.metrics.attrgot('name') == ['many', 'medium', 'few', 'all']
 
-    assert not said_in(look)
-    assert (
-        len(said_in(lambda: quiet(learn, 1))) == 1 and len(said_in(lambda: quiet(learn, 1))) == 1
-    )  # once for each fit
+    assert not said_in(without_fit)
+    for _ in range(2):  # once for each fit
+        assert len(said_in(lambda: quiet(learn, 1))) == 1
 
 
 def test_fault_19_where_targets_are_not_known(tmp_path):
-    "After the first epoch, once"
+    "One warning, after the first epoch"
     learn = shots(tmp_path, known=False)
     said = said_in(lambda: quiet(learn, 3, cbs=SaveModelCallback(monitor='few')))
     assert len(said) == 1 and 'the first epoch had no image' in said[0] and (tmp_path / 'models/model.pth').exists()
@@ -1048,8 +1041,8 @@ def test_fault_19_no_such_column(tmp_path):
     assert not steps.n
 
 
-def test_fault_19_beside_a_checkpoint(tmp_path):
-    "Resumed, the last model is saved all the same"
+def test_fault_19_with_a_checkpoint(tmp_path):
+    "A resumed fit saves the last model too"
     f = tmp_path / 'fit.pt'
 
     def make():
@@ -1070,7 +1063,7 @@ def test_fault_19_beside_a_checkpoint(tmp_path):
     assert os.path.getsize(f) and deepcopy(learn.metrics[0]).name == 'many'
 
 
-# Variants that were written after the mends
+# Further cases
 
 
 class Title(str):
@@ -1106,7 +1099,7 @@ def test_fault_01_metrics_of_training_images_too(tmp_path):
 
 
 def test_fault_02_an_optimizer_that_was_made_beforehand(tmp_path):
-    "fastai takes a wrapped one instead of a function"
+    "fastai accepts a wrapped optimizer in place of a function"
 
     def make():
         set_seed(0)
@@ -1130,7 +1123,7 @@ def test_fault_02_schedules_and_rates_by_group(call, name, tmp_path):
 
 
 def test_fault_02_a_fit_after_another(tmp_path):
-    "The optimizer has a state already when the checkpoint's fit begins"
+    "The optimizer has a state when the fit with the checkpoint begins"
 
     def make():
         return quiet(learner(tmp_path, opt_func=ranger), 2)
@@ -1166,7 +1159,7 @@ def test_fault_03_more_passes(do, event, tmp_path):
 
 
 def test_fault_03_predictions_fetched_each_epoch(tmp_path):
-    "fastai's own callback for that, which takes others off and puts them back"
+    "fastai's own callback removes other callbacks and adds them again"
 
     def make():
         return learner(tmp_path, cbs=FetchPredsCallback())
@@ -1175,7 +1168,7 @@ def test_fault_03_predictions_fetched_each_epoch(tmp_path):
 
 
 def test_fault_04_two_logs_in_folders_and_a_stopped_fit(tmp_path):
-    "A fit that was stopped early, and is given again, ends where it ended"
+    "A fit that was stopped early ends in the same epoch when it is resumed"
 
     def run(path, *cbs):
         (path / 'a').mkdir(parents=True, exist_ok=True)
@@ -1187,15 +1180,16 @@ def test_fault_04_two_logs_in_folders_and_a_stopped_fit(tmp_path):
             learn.fit(6, 1e-2, cbs=[*logs, stop, Checkpoint(path / 'fit.pt'), *cbs])
         return rows(path / 'a/one.csv'), rows(path / 'two.csv'), len(learn.recorder.values)
 
-    want = run(tmp_path / 'whole')
-    assert want[0] == want[1] and want[2] == 4
+    expected = run(tmp_path / 'whole')
+    assert expected[0] == expected[1] and expected[2] == 4
     with pytest.raises(InterruptedError):
         run(tmp_path / 'part', Crash(2))
-    assert run(tmp_path / 'part') == want and run(tmp_path / 'part') == want and run(tmp_path / 'whole') == want
+    for folder in ('part', 'part', 'whole'):
+        assert run(tmp_path / folder) == expected
 
 
 def test_fault_05_a_vision_learner_with_groups_and_callbacks(tmp_path):
-    "Two groups, the head's empty after `ncm`; Reflective Learning and a checkpoint stay on the learner"
+    "Two groups, that of the head empty after `ncm`, with Reflective Learning and a checkpoint"
     dls = digits_lt(device='cpu', n_max=40)
     learn = Learner(
         dls,
@@ -1230,7 +1224,7 @@ def test_fault_19_several_callbacks_in_one_warning(tmp_path):
 
 
 def test_fault_19_names_in_another_order(tmp_path):
-    "Other metrics before the shots, or none of the shots but one"
+    "Another metric comes first, and only one of the shots is there"
     learn = shots(tmp_path)
     learn.metrics = [accuracy, *learn.metrics[2:3]]
     said = said_in(lambda: quiet(learn, 1, cbs=EarlyStoppingCallback(monitor='few')))

@@ -1,4 +1,4 @@
-"A run knows its data, a result its classes; what is empty is refused; two processes never share a folder."
+"Runs and results identify their data and classes; empty texts are refused; two processes never share a folder."
 import json
 import os
 import re
@@ -39,7 +39,7 @@ def run(*args, cwd, code=0):
 
 def paint(file, colour):
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.new('RGB', (16, 16), colour).save(file)  # of one colour: all of these files have nearly the same size
+    Image.new('RGB', (16, 16), colour).save(file)  # one colour each: all files have nearly the same size
 
 
 def photographs(root, classes=('ant', 'bee', 'cat'), n=8):
@@ -76,7 +76,7 @@ file_changes = {
 
 
 def block_loaders(root):
-    "As a user of fastai writes them: all images train, so that no draw is in the way"
+    "All images train, so that no random split interferes"
     block = DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=parent_label,
                       splitter=lambda items: (list(range(len(items))), [0]))
     return block.dataloaders(root, bs=4, device='cpu', num_workers=0)
@@ -94,8 +94,8 @@ def test_fault_09_files_are_named(change, tmp_path):
     assert listing_digest(now) != listing_digest(before)
 
 
-def test_fault_09_data_may_lie_elsewhere(tmp_path):
-    "Paths are relative; only what is in them counts"
+def test_fault_09_data_may_be_moved(tmp_path):
+    "Paths are relative to the folder of the data"
     a, b = (photographs(tmp_path/o) for o in ('here', 'there/and/deeper'))
     for load in (block_loaders, partial(own_images, device='cpu')):
         assert data_changes(data_listing(load(a)), data_listing(load(b))) == ''
@@ -117,13 +117,13 @@ def test_fault_09_a_label_in_a_table(tmp_path):
     assert 'are in other places' in data_changes(before, data_listing(own_images(table, device='cpu')))
 
 
-# Items of a kind: a function of numbers `(n, 4)` and labels `(n,)` that gives a dataset
+# Kinds of datasets: each is made from numbers `(n, 4)` and labels `(n,)`
 
 
 class OfMyOwn(torch.utils.data.Dataset):
     def __init__(self, x, y): self.features, self.answers = x, y
     def __len__(self): return len(self.answers)
-    def __getitem__(self, i): return torch.rand(4), int(self.answers[i])  # reading an item is never the same
+    def __getitem__(self, i): return torch.rand(4), int(self.answers[i])  # reading an item twice gives two values
 
 
 class Sparse:
@@ -133,7 +133,7 @@ class Sparse:
 
 
 class Hidden(Sparse):
-    "Where the items are can't be seen, and so it says what they are"
+    "Its items are out of sight, so it lists them"
     def __init__(self, x, y): self.get = (lambda: (x, y))
     def __len__(self): return len(self.get()[1])
     def listing(self): return [f'{x.tolist()} {y}' for x, y in zip(*self.get())]
@@ -145,7 +145,7 @@ def pairs(x, y): return [(torch.tensor(a), int(b)) for a, b in zip(x, y)]
 kinds = {
     'list of pairs': pairs,
     'tensor dataset': lambda x, y: torch.utils.data.TensorDataset(torch.tensor(x), torch.tensor(y)),
-    'subset': lambda x, y: torch.utils.data.Subset(torch.utils.data.TensorDataset(torch.tensor(x), torch.tensor(y)), range(len(y))),
+    'subset': lambda x, y: torch.utils.data.Subset(kinds['tensor dataset'](x, y), range(len(y))),
     'concatenated': lambda x, y: torch.utils.data.ConcatDataset([OfMyOwn(x[:6], y[:6]), OfMyOwn(x[6:], y[6:])]),
     'of my own': OfMyOwn, 'bfloat16': lambda x, y: OfMyOwn(torch.tensor(x).bfloat16(), y),
     'bool': lambda x, y: OfMyOwn(x > .5, y), 'memory map': lambda x, y: OfMyOwn(np.asfortranarray(x), y),
@@ -173,7 +173,8 @@ def test_fault_09_samples_permuted_within_their_class(kind):
     assert data_changes(before, data_listing(loaders(kinds[kind](*numbers())))) == ''
     x[[0, 3]] = x[[3, 0]]
     assert y[0] == y[3]
-    assert '2 of 12 training items are in other places, first: item 0' in data_changes(before, data_listing(loaders(kinds[kind](x, y))))
+    changes = data_changes(before, data_listing(loaders(kinds[kind](x, y))))
+    assert '2 of 12 training items are in other places, first: item 0' in changes
 
 
 @pytest.mark.parametrize('kind', kinds)
@@ -181,39 +182,50 @@ def test_fault_09_a_changed_item_and_one_more(kind):
     x, y = numbers()
     before = data_listing(loaders(kinds[kind](x, y)))
     x[5] = 1-x[5]
-    assert data_changes(before, data_listing(loaders(kinds[kind](x, y)))).startswith('1 training item differs, first: item 5')
+    changes = data_changes(before, data_listing(loaders(kinds[kind](x, y))))
+    assert changes.startswith('1 training item differs, first: item 5')
     x, y = (np.concatenate([o, o[:1]]) for o in numbers())
     assert '12 training items there, 13 here' in data_changes(before, data_listing(loaders(kinds[kind](x, y))))
+
+
+def tabular_loaders(df, **kwargs):
+    return TabularDataLoaders.from_df(
+        df, procs=[Categorify], cat_names=['a'], cont_names=['b'], y_names='c', y_block=CategoryBlock(),
+        device=torch.device('cpu'), **kwargs)
 
 
 def test_fault_09_a_table():
     df = pd.DataFrame(dict(a=list('xyzxyz'), b=np.arange(6.), c=['no', 'yes']*3))
     def listing(df):
-        dls = TabularDataLoaders.from_df(df, procs=[Categorify], cat_names=['a'], cont_names=['b'], y_names='c', y_block=CategoryBlock(),
-                                         valid_idx=[0, 1], bs=2, device=torch.device('cpu'))
-        return data_listing(dls)
+        return data_listing(tabular_loaders(df, valid_idx=[0, 1], bs=2))
     before = listing(df)
     assert before['classes'] == ['no', 'yes'] and data_changes(before, listing(df.copy())) == ''
-    assert '2 training items differ' in data_changes(before, listing(df.assign(b=[0, 1, 4, 3, 2, 5.]))) # 2 and 4 are of one class
+    swapped = df.assign(b=[0, 1, 4, 3, 2, 5.])  # 2 and 4 are of one class
+    assert '2 training items differ' in data_changes(before, listing(swapped))
     assert data_changes(before, listing(df.replace('no', 'nay'))) == 'class no is missing, nay is new'
 
 
-def test_fault_09_what_can_not_be_seen_is_said():
-    "Of a dataset that keeps its items elsewhere the number is all that is known; a stream has not even that"
-    class Far:
+def test_fault_09_a_listing_says_what_it_has_seen():
+    "If a dataset keeps its items elsewhere, only their number is known; of a stream, not even that"
+    class Elsewhere:
         def __len__(self): return 7
         def __getitem__(self, i): return torch.rand(2), 0
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self): return iter([(torch.rand(2), 0)]*4)
-    far, stream = (data_listing(loaders(o))['items']['train'] for o in (Far(), Stream()))
-    assert (far['n'], far['seen']) == (7, []) and (stream['n'], stream['seen']) == (None, [])
+    elsewhere, stream = (data_listing(loaders(o))['items']['train'] for o in (Elsewhere(), Stream()))
+    assert (elsewhere['n'], elsewhere['seen']) == (7, []) and (stream['n'], stream['seen']) == (None, [])
 
 
-def test_fault_09_a_cache_that_fills_is_no_other_data():
+def test_fault_09_a_cache_that_fills_is_no_change():
     x, y = numbers()
     class Cached(OfMyOwn):
-        def __init__(self, x, y): super().__init__(x, y); self.cache, self._seen = [None]*len(y), np.zeros(len(y))
-        def __getitem__(self, i): self.cache[i] = self.features[i]; self._seen[i] += 1; return self.features[i], self.answers[i]
+        def __init__(self, x, y):
+            super().__init__(x, y)
+            self.cache, self._reads = [None]*len(y), np.zeros(len(y))
+        def __getitem__(self, i):
+            self.cache[i] = self.features[i]
+            self._reads[i] += 1
+            return self.features[i], self.answers[i]
     ds = Cached(x, y)
     before = data_listing(loaders(ds))
     ds[3]
@@ -221,14 +233,14 @@ def test_fault_09_a_cache_that_fills_is_no_other_data():
 
 
 def test_fault_09_a_change_in_the_middle_of_a_large_file(tmp_path):
-    "Files are read in places: at both ends and in the middle, whatever their size says"
-    for at in (10, 150_000, 299_999):
+    "A large file of the same size is read at both ends and in the middle"
+    for position in (10, 150_000, 299_999):
         f = tmp_path/'x.bin'
-        bytes_ = bytearray(300_000)
-        f.write_bytes(bytes_)
+        content = bytearray(300_000)
+        f.write_bytes(content)
         before = data_listing(loaders([(f, 0)]*3))
-        bytes_[at] = 1
-        f.write_bytes(bytes_)
+        content[position] = 1
+        f.write_bytes(content)
         assert '3 training items differ' in data_changes(before, data_listing(loaders([(f, 0)]*3)))
 
 
@@ -248,7 +260,8 @@ def fit(make, file, crash=False, rl=True):
     net(dls.one_batch()[0][:1].float())
     cbs = [ReflectiveLearning(kc=False)] if rl else []
     learn = Learner(dls, net, loss_func=nn.CrossEntropyLoss(), opt_func=partial(SGD, mom=.9), cbs=cbs)
-    with learn.no_bar(), learn.no_logging(): learn.fit(4, .05, cbs=[Checkpoint(file), *([Crash()] if crash else [])])
+    cbs = [Checkpoint(file), *([Crash()] if crash else [])]
+    with learn.no_bar(), learn.no_logging(): learn.fit(4, .05, cbs=cbs)
     return torch.cat([o.flatten() for o in learn.model.state_dict().values()])
 
 
@@ -262,13 +275,13 @@ def permuted(dls):
 @pytest.mark.parametrize('rl', [True, False])
 def test_fault_09_a_fit_is_not_resumed_on_permuted_samples(rl, tmp_path):
     make = partial(digits_lt, device='cpu', n_max=40)
-    want = fit(make, tmp_path/'whole.pt', rl=rl)
+    expected = fit(make, tmp_path/'whole.pt', rl=rl)
     with pytest.raises(InterruptedError): fit(make, tmp_path/'fit.pt', crash=True, rl=rl)
-    kept = (tmp_path/'fit.pt').read_bytes()
+    content = (tmp_path/'fit.pt').read_bytes()
     with pytest.raises(ForeignCheckpoint, match='other data: 2 of .* training items are in other places'):
         fit(lambda: permuted(make()), tmp_path/'fit.pt', rl=rl)
-    assert (tmp_path/'fit.pt').read_bytes() == kept
-    assert torch.equal(fit(make, tmp_path/'fit.pt', rl=rl), want)
+    assert (tmp_path/'fit.pt').read_bytes() == content
+    assert torch.equal(fit(make, tmp_path/'fit.pt', rl=rl), expected)
 
 
 def test_fault_09_a_fit_is_not_resumed_on_other_validation_images(tmp_path):
@@ -277,24 +290,26 @@ def test_fault_09_a_fit_is_not_resumed_on_other_validation_images(tmp_path):
         if change: dls.valid_ds.x[3] = 16-dls.valid_ds.x[3]
         return dls
     with pytest.raises(InterruptedError): fit(make, tmp_path/'fit.pt', crash=True)
-    with pytest.raises(ForeignCheckpoint, match='other data: 1 validation item differs, first: item 3'): fit(partial(make, True), tmp_path/'fit.pt')
+    with pytest.raises(ForeignCheckpoint, match='other data: 1 validation item differs, first: item 3'):
+        fit(partial(make, True), tmp_path/'fit.pt')
 
 
-def test_fault_09_one_image_more_is_named_beside_their_number(tmp_path):
+def test_fault_09_one_more_image_is_reported_with_their_number(tmp_path):
     x, y = numbers()
     def make(n): return DataLoaders(FastaiDL(pairs(x, y)[:n], bs=4), FastaiDL(pairs(x, y)[:4], bs=4), device='cpu')
     with pytest.raises(InterruptedError): fit(partial(make, 10), tmp_path/'fit.pt', crash=True, rl=False)
-    with pytest.raises(ForeignCheckpoint, match='number of training samples: 10 training items there, 12 here'): fit(partial(make, 12), tmp_path/'fit.pt', rl=False)
+    with pytest.raises(ForeignCheckpoint, match='number of training samples: 10 training items there, 12 here'):
+        fit(partial(make, 12), tmp_path/'fit.pt', rl=False)
 
 
-def test_fault_09_a_checkpoint_of_an_earlier_version_goes_on(tmp_path):
+def test_fault_09_a_checkpoint_of_an_earlier_version_is_resumed(tmp_path):
     make = partial(digits_lt, device='cpu', n_max=40)
-    want, f = fit(make, tmp_path/'whole.pt'), tmp_path/'fit.pt'
+    expected, f = fit(make, tmp_path/'whole.pt'), tmp_path/'fit.pt'
     with pytest.raises(InterruptedError): fit(make, f, crash=True)
     kept = torch.load(f, weights_only=True)
     kept.pop('data')
     torch.save(kept, f)
-    assert torch.equal(fit(make, f), want)
+    assert torch.equal(fit(make, f), expected)
 
 
 def test_fault_09_an_exported_learner_does_not_carry_the_listing(tmp_path):
@@ -308,10 +323,9 @@ def test_fault_09_tabular_learner(tmp_path):
     df = pd.DataFrame(dict(a=list('xyz')*20, b=np.arange(60.), c=['no', 'yes']*30))
     def train(df, crash):
         set_seed(0, reproducible=True)
-        dls = TabularDataLoaders.from_df(df, procs=[Categorify], cat_names=['a'], cont_names=['b'], y_names='c', y_block=CategoryBlock(),
-                                         valid_idx=list(range(20)), bs=8, device=torch.device('cpu'))
-        learn = tabular_learner(dls, layers=[8])
-        with learn.no_bar(), learn.no_logging(): learn.fit(4, cbs=[Checkpoint(tmp_path/'fit.pt'), *([Crash()] if crash else [])])
+        learn = tabular_learner(tabular_loaders(df, valid_idx=list(range(20)), bs=8), layers=[8])
+        cbs = [Checkpoint(tmp_path/'fit.pt'), *([Crash()] if crash else [])]
+        with learn.no_bar(), learn.no_logging(): learn.fit(4, cbs=cbs)
     with pytest.raises(InterruptedError): train(df, True)
     other = df.copy()
     other.loc[[30, 32], 'b'] = [32., 30.]
@@ -323,7 +337,7 @@ def test_fault_09_tabular_learner(tmp_path):
 
 
 def in_process(*args):
-    "Exit status and what is said"
+    "Exit status and output"
     from ltrl_fastai.experiments.cli import app
     from typer.testing import CliRunner
     r = CliRunner().invoke(app, list(args))
@@ -333,7 +347,8 @@ def in_process(*args):
 
 def interrupted(root, cwd, *args):
     "`ltrl train` on these images, killed after a checkpoint"
-    command = [ltrl, 'train', '--dataset', str(root), '--epochs', '60', '--bs', '4', '--net', 'resnet8', '--out', 'a', *args]
+    options = ['--epochs', '60', '--bs', '4', '--net', 'resnet8', '--out', 'a']
+    command = [ltrl, 'train', '--dataset', str(root), *options, *args]
     p = subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end = time.time()+200
     while not (cwd/'a/.fit-0.pt').exists():
@@ -348,20 +363,23 @@ def interrupted(root, cwd, *args):
 def test_fault_09_a_renamed_class_is_named(rl, tmp_path):
     root = photographs(tmp_path/'data')
     command = interrupted(root, tmp_path, rl)
-    for change, text in ((rename, 'class ant is missing, zebra is new'), (lambda root: (root/'zebra').rename(root/'ant'), None),
-                         (lambda root: paint(root/'bee/new.png', 'red'), 'image is new, first: bee/new.png')):
-        change(root)
-        if not text: continue
+    def check_refused(text):
         said = run(*command, '--resume', cwd=tmp_path, code=2)
         assert text in said and '--force instead of --resume' in said and 'SkipItemException' not in said
+    rename(root)
+    check_refused('class ant is missing, zebra is new')
+    (root/'zebra').rename(root/'ant')
+    paint(root/'bee/new.png', 'red')
+    check_refused('image is new, first: bee/new.png')
     assert (tmp_path/'a/.fit-0.pt').exists()
 
 
 def test_fault_09_a_finished_result_knows_its_data(tmp_path):
     root, file = photographs(tmp_path/'data'), tmp_path/'a/result.json'
-    command = ('train', '--dataset', str(root), '--epochs', '1', '--bs', '4', '--net', 'resnet8', '--out', str(tmp_path/'a'), '--no-rl')
+    options = ('--epochs', '1', '--bs', '4', '--net', 'resnet8', '--no-rl')
+    command = ('train', '--dataset', str(root), '--out', str(tmp_path/'a'), *options)
     assert in_process(*command)[0] == 0
-    kept = file.read_text()
+    content = file.read_text()
     assert 'is complete' in in_process(*command, '--resume')[1]
     replace(root)
     for more in ((), ('--resume',)):
@@ -369,7 +387,7 @@ def test_fault_09_a_finished_result_knows_its_data(tmp_path):
         assert code == 2 and 'result of other data: the' in said and 'class bee' in said
     rename(root)
     code, said = in_process(*command, '--resume')
-    assert code == 2 and 'class ant is missing, zebra is new' in said and file.read_text() == kept
+    assert code == 2 and 'class ant is missing, zebra is new' in said and file.read_text() == content
     assert in_process(*command, '--force')[0] == 0
     assert json.loads(file.read_text())['classes'] == ['bee', 'cat', 'zebra']
 
@@ -390,7 +408,7 @@ def test_fault_09_compare_computes_again_and_says_what_changed(tmp_path):
 
 
 def test_fault_09_data_that_change_while_runs_are_computed(tmp_path):
-    "Their result is not kept as one of the data that were there at the beginning"
+    "The result is not saved as one of the data at the beginning"
     from ltrl_fastai.experiments.runner import finish
     root = photographs(tmp_path/'data')
     plan = make_plan(['softmax'], variants('off'), [0], dataset=str(root), epochs=1, bs=4, net='resnet8')
@@ -415,7 +433,8 @@ def test_fault_11_results_name_their_classes(tmp_path):
     table = class_table(load_results(tmp_path/'a'))
     assert set(table['class']) == set(names) and set(table.variant) == {'bsce', 'bsce + RL'}
     mine = table[table.variant == 'bsce + RL'].set_index('class')
-    assert mine.images['10'] == 7 and mine.accuracy['10'] == pytest.approx(res['per_class'][res['classes'].index('10')], abs=1e-4)
+    accuracy = res['per_class'][res['classes'].index('10')]
+    assert mine.images['10'] == 7 and mine.accuracy['10'] == pytest.approx(accuracy, abs=1e-4)
     lines = [o for o in run('report', 'a', '--classes', cwd=tmp_path).splitlines() if o.startswith('| 10 ')]
     assert len(lines) == 1 and lines[0].split('|')[2].strip() == '7'
 
@@ -441,11 +460,11 @@ def test_fault_11_evidence_of_earlier_versions_has_a_table():
 # Fault 18: the command line
 
 
-empty = [('train', '--dataset'), ('train', '--out'), ('train', '--data'), ('train', '--method'), ('train', '--net'), ('train', '--preset'),
-         ('train', '--policy'), ('train', '--epochs'), ('run', '--out'), ('run', '--set'), ('compare', '--methods'), ('compare', '--dataset'),
-         ('compare', '--protocol'), ('compare', '--ablate'), ('compare', '--imbalance-factor'), ('compare', '--seeds'), ('compare', '--rl'),
-         ('compare', '--sweep'), ('compare', '--out'), ('bench', '--only'), ('bench', '--out'), ('bench', '--folder'), ('report', '--evidence'),
-         ('datasets', '--data')]
+options = dict(
+    train='dataset out data method net preset policy epochs', run='out set',
+    compare='methods dataset protocol ablate imbalance-factor seeds rl sweep out', bench='only out folder',
+    report='evidence', datasets='data')
+empty = [(command, f'--{name}') for command, names in options.items() for name in names.split()]
 
 
 @pytest.mark.parametrize('command,option', empty)
@@ -464,10 +483,15 @@ def test_fault_18_empty_arguments_are_refused(command, name):
     assert in_process(command, '') == (2, f"Error: {name}: expected a value, got an empty text ''. Give one.\n")
 
 
-@pytest.mark.parametrize('args', [['bench', '--only', ','], ['compare', '--out', 'a', '--methods', ' , '], ['compare', '--out', 'a', '--ablate', ','],
-                                  ['compare', '--out', 'a', '--imbalance-factor', ','], ['compare', '--out', 'a', '--seeds', ','],
-                                  ['compare', '--out', 'a', '--set', 'net='], ['compare', '--out', 'a', '--set', 'net= '],
-                                  ['compare', '--out', 'a', '--sweep', 'tau=1,,2'], ['run', 'table1/BSCE+RL/100', '--set', 'epochs=']], ids=' '.join)
+compare = ['compare', '--out', 'a']
+empty_lists = [
+    ['bench', '--only', ','], [*compare, '--methods', ' , '], [*compare, '--ablate', ','],
+    [*compare, '--imbalance-factor', ','], [*compare, '--seeds', ','], [*compare, '--set', 'net='],
+    [*compare, '--set', 'net= '], [*compare, '--sweep', 'tau=1,,2'],
+    ['run', 'table1/BSCE+RL/100', '--set', 'epochs=']]
+
+
+@pytest.mark.parametrize('args', empty_lists, ids=' '.join)
 def test_fault_18_lists_of_nothing_are_refused(args, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, said = in_process(*args)
@@ -478,7 +502,8 @@ def test_fault_18_empty_texts_in_python(tmp_path, monkeypatch):
     monkeypatch.chdir(photographs(tmp_path))
     for field in ('dataset', 'method', 'net', 'policy', 'data', 'schedule'):
         for value in ('', '  '):
-            with pytest.raises(ValueError, match=f'{field}: expected'): RunSettings(**{'dataset': 'cifar10-lt', field: value})
+            with pytest.raises(ValueError, match=f'{field}: expected'):
+                RunSettings(**{'dataset': 'cifar10-lt', field: value})
     with pytest.raises(ValueError, match='expected name=value'): parse_setting('net=')
     assert RunSettings(dataset='.').dataset == '.'
 
@@ -491,19 +516,27 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
     first = subprocess.Popen([ltrl, *args], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         end = time.time()+200
-        while not (tmp_path/'a/.fit-0.pt').exists(): assert first.poll() is None and time.time() < end; time.sleep(.02)
+        while not (tmp_path/'a/.fit-0.pt').exists():
+            assert first.poll() is None and time.time() < end
+            time.sleep(.02)
         for more in (['--resume'], ['--force']):
             assert 'another process is training in this folder' in run(*args, *more, cwd=tmp_path, code=2)
         assert first.poll() is None
-    finally: first.kill(); first.wait()
-    run('train', '--dataset', 'digits-lt', '--epochs', '1', '--no-rl', '--out', 'a', '--force', cwd=tmp_path)  # at once: what was killed locks nothing
+    finally:
+        first.kill()
+        first.wait()
+    # at once: a killed process locks nothing
+    run('train', '--dataset', 'digits-lt', '--epochs', '1', '--no-rl', '--out', 'a', '--force', cwd=tmp_path)
     assert sorted(o.name for o in (tmp_path/'a').iterdir()) == ['per_class.png', 'result.json']
 
 
 def test_two_processes_with_one_plan(tmp_path):
-    "No run is computed twice: one of them says that the other is at it, and what it computes is whole"
+    "No run is computed twice: one process reports the other, and the results are complete"
     args = [ltrl, 'compare', '--set', 'epochs=2', '--seeds', '2', '--jobs', '1', '--out', 'a']
-    both = [subprocess.Popen(args, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    def start():
+        return subprocess.Popen(
+            args, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    both = [start(), start()]
     said = [o.communicate()[0] for o in both]
     assert sorted(o.returncode for o in both) == [0, 2], said
     assert any('another process is computing runs' in o for o in said)
@@ -512,11 +545,12 @@ def test_two_processes_with_one_plan(tmp_path):
 
 
 def test_two_threads_with_one_plan(tmp_path):
-    plan, errors, events = make_plan(['softmax'], variants('off'), [0, 1], epochs=1, n_max=20), [], []
-    def go():
+    plan = make_plan(['softmax'], variants('off'), [0, 1], epochs=1, n_max=20)
+    errors, events = [], []
+    def compute():
         try: run_plan(plan, tmp_path, jobs=1, watch=lambda what, *_: events.append(what))
         except RuntimeError as e: errors.append(str(e))
-    threads = [threading.Thread(target=go) for _ in range(2)]
+    threads = [threading.Thread(target=compute) for _ in range(2)]
     for o in threads: o.start()
     for o in threads: o.join()
     assert events.count('start') == events.count('done') == 2 and len(errors)+events.count('known')//2 == 1

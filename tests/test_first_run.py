@@ -1,4 +1,4 @@
-"The first run, `ltrl train` without options: what it trains on comes with the package, and it ends with a gain and its interval."
+"`ltrl train` without options: its data come with the package, and it ends with a gain and its interval."
 import importlib.util
 import json
 import os
@@ -33,11 +33,11 @@ def run(*args, cwd, code=0):
     return r.stdout+r.stderr
 
 
-# What comes along
+# Data of the package
 
 
 def test_the_file_is_package_data_and_small():
-    "Whether it is in the wheel is seen in test_package.py, which builds one"
+    "test_package.py builds a wheel, and checks that it is in there"
     import tomllib
     patterns = tomllib.loads((root/'pyproject.toml').read_text())['tool']['setuptools']['package-data']['ltrl_fastai']
     files = {o for p in patterns for o in (root/'ltrl_fastai').glob(p)}
@@ -45,7 +45,7 @@ def test_the_file_is_package_data_and_small():
     assert 1e6 < (root/'ltrl_fastai/data/photos_lt.npz').stat().st_size < 2.5e6
 
 
-def test_the_file_says_what_it_is():
+def test_the_file_describes_itself():
     photos = shipped_photos()
     assert len(photos['classes']) == len(set(photos['classes'])) == 100 and {'apple', 'worm'} <= set(photos['classes'])
     assert 'CIFAR-100' in photos['about']['data'] and 'EfficientNet-Lite0' in photos['about']['net']
@@ -55,8 +55,8 @@ def test_the_file_says_what_it_is():
     assert photos['train'][0].isfinite().all() and photos['train'][0].std() > .1
 
 
-def test_counts_are_those_of_the_benchmark():
-    "Of the largest class, which takes all images that there are, twenty are for validation"
+def test_counts_of_the_benchmark():
+    "The largest class takes all images, and leaves twenty of them for validation"
     dls = photos_lt(device='cpu')
     published = imbalanced_counts(500, 100, 100)
     assert sum(published) == 10847
@@ -80,23 +80,26 @@ def test_draws_are_reproducible_and_differ_by_data_seed():
     train, valid, test = zip(rows(0), rows(1))
     assert not train[0].equal(train[1]) and not valid[0].equal(valid[1]) and test[0].equal(test[1])
     everything = torch.cat([train[0], valid[0]]).sum(0), torch.cat([train[1], valid[1]]).sum(0)
-    assert torch.allclose(*everything, atol=.01)  # other sides of the same images
+    assert torch.allclose(*everything, atol=.01)  # another split of the same images
 
 
-def test_what_it_can_not_be_asked_for():
-    for wrong, text in ((dict(n_max=501), 'Lower n_max'), (dict(imbalance_factor=1, n_max=26), 'there are|are wanted'), (dict(size=8), 'features'),
-                        (dict(tfms=dict(flip=True)), 'features'), (dict(n_valid=0), 'at least 1'), (dict(imbalance_factor=501), 'no image')):
+def test_wrong_arguments():
+    mistakes = [
+        (dict(n_max=501), 'Lower n_max'), (dict(imbalance_factor=1, n_max=26), 'there are|are wanted'),
+        (dict(size=8), 'features'), (dict(tfms=dict(flip=True)), 'features'), (dict(n_valid=0), 'at least 1'),
+        (dict(imbalance_factor=501), 'no image')]
+    for wrong, text in mistakes:
         with pytest.raises(ValueError, match=text): photos_lt(**wrong)
     with pytest.raises(ValueError, match='part of this package'): RunSettings('photos-lt', data='.')
 
 
-def test_made_again_from_the_images():
-    "Without CIFAR-100 or its features, the tool is tried on other features instead"
+def test_reproduced_from_the_images():
+    "Without CIFAR-100 or its features, the tool is tested on other features instead"
     spec = importlib.util.spec_from_file_location('tool', root/'tools/make_shipped_features.py')
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    there = (fastai_path(URLs.CIFAR_100)/'train').is_dir() and (fastai_path(URLs.CIFAR_100).parent/'ltrl-features').is_dir()
-    if there:
+    folder = fastai_path(URLs.CIFAR_100)
+    if (folder/'train').is_dir() and (folder.parent/'ltrl-features').is_dir():
         data = tool.full_features()
         made = tool.made(*data)
         photos = shipped_photos()
@@ -114,9 +117,10 @@ def test_made_again_from_the_images():
     mean, vectors, _ = tool.principal(data[0][0], made['train_x'].shape[1])
     for (x, _), k in zip(data, ('train', 'test')):
         exact = (x.double()-mean)@vectors
-        off = (torch.from_numpy(made[f'{k}_x']*made['scale'])-exact).abs()/torch.from_numpy(made['scale'])
-        inside = (exact/torch.from_numpy(made['scale'])).abs() < 127
-        assert off[inside].max() < .501 and inside.double().mean() > .999
+        scale = torch.from_numpy(made['scale'])
+        error = (torch.from_numpy(made[f'{k}_x']*made['scale'])-exact).abs()/scale
+        inside = (exact/scale).abs() < 127
+        assert error[inside].max() < .501 and inside.double().mean() > .999
     assert torch.allclose(vectors.T@vectors, torch.eye(vectors.shape[1], dtype=torch.float64), atol=1e-8)
 
 
@@ -142,15 +146,19 @@ def test_a_gain_with_its_interval(first_run):
         assert float(rows['bsce'][i]) == pytest.approx(np.mean(base), abs=.06)
         mean, low, high = interval(np.subtract(new, base))
         assert float(rows['gain'][i]) == pytest.approx(mean, abs=.06)
-        assert [float(o) for o in (rows['95% interval'][3*i], rows['95% interval'][3*i+2])] == pytest.approx([low, high], abs=.06)
-    verdict = 'above 0' if low > 0 else 'below 0' if high < 0 else 'contains 0'
-    assert f'interval {"" if verdict == "contains 0" else "is "}{verdict}'.replace('  ', ' ') in said
+        shown_low, _, shown_high = rows['95% interval'][3*i:3*i+3]
+        assert [float(shown_low), float(shown_high)] == pytest.approx([low, high], abs=.06)
+    if low > 0: verdict = 'is above 0'
+    elif high < 0: verdict = 'is below 0'
+    else: verdict = 'contains 0'
+    assert f'interval {verdict}' in said
     assert '3 pairs of runs' in said and 'Next: your own images, `ltrl train --dataset path/to/folder`' in said
 
 
 def test_files_of_the_first_run(first_run):
     _, out = first_run
-    assert sorted(o.name for o in out.iterdir() if not o.name.startswith('.')) == ['compare.json', 'per_class.png', 'result.json', 'runs']
+    visible = sorted(o.name for o in out.iterdir() if not o.name.startswith('.'))
+    assert visible == ['compare.json', 'per_class.png', 'result.json', 'runs']
     assert out.name == 'photos-lt-if100-bsce-rl-and-without-3ep-3seeds'
     assert (out/'per_class.png').read_bytes()[:4] == b'\x89PNG' and len(list((out/'runs').iterdir())) == 6
     res = json.loads((out/'result.json').read_text(), parse_constant=lambda c: pytest.fail(f'{c} in result.json'))
@@ -166,11 +174,12 @@ def test_files_of_the_first_run(first_run):
     assert '### photos-lt IF 100 bsce' in said and '| bsce + RL |    3 |' in said
 
 
-def test_again_it_computes_nothing_twice(first_run):
+def test_a_second_run_skips_finished_ones(first_run):
     said, out = first_run
-    before = {o: o.stat().st_mtime_ns for o in (out/'runs').iterdir()}
+    def times(): return {o: o.stat().st_mtime_ns for o in (out/'runs').iterdir()}
+    before = times()
     again = run('train', '--seeds', '3', '--epochs', '3', cwd=out.parent.parent)
-    assert '6 of 6 runs were there already' in again and {o: o.stat().st_mtime_ns for o in (out/'runs').iterdir()} == before
+    assert '6 of 6 runs were there already' in again and times() == before
     table = said[said.index('Accuracy on'):said.index('Written')]
     assert table in again
     assert 'is complete' in run('train', '--seeds', '3', '--epochs', '3', '--resume', cwd=out.parent.parent)
@@ -181,12 +190,13 @@ def test_one_seed_has_the_numbers_of_its_pair(first_run, tmp_path):
     run('train', '--seed', '1', '--epochs', '3', '--out', 'a', cwd=tmp_path)
     one = json.loads((tmp_path/'a/result.json').read_text())
     pair = {o['variant']: o for o in load_results(out) if o['seed'] == 1}
-    assert one['accuracy'] == pair['bsce + RL']['accuracy'] and one['baseline']['accuracy'] == pair['bsce']['accuracy']
+    assert one['accuracy'] == pair['bsce + RL']['accuracy']
+    assert one['baseline']['accuracy'] == pair['bsce']['accuracy']
     assert 'gain_interval' not in one and one['seed'] == 1
 
 
 def killed(cwd, *args, when):
-    "Start the command, and kill -9 its process once `when()`"
+    "Start the command, and kill -9 its process as soon as `when()` is true"
     p = subprocess.Popen([ltrl, *args], cwd=cwd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end = time.time()+400
     while not when():
@@ -197,25 +207,30 @@ def killed(cwd, *args, when):
 
 
 def test_killed_and_resumed(first_run, tmp_path):
-    "To the numbers of the run that was not killed; without --resume it asks, and another kind of training is not mixed in"
+    "Same numbers as without a kill; it asks for --resume, and refuses to mix in another kind of training"
     args = ('train', '--seeds', '3', '--epochs', '3', '--out', 'a')
-    killed(tmp_path, *args, when=lambda: any((tmp_path/'a/runs').glob('*.json')) and any((tmp_path/'a/.unfinished').glob('*.pt')))
+    out = tmp_path/'a'
+    def in_second_run(): return any((out/'runs').glob('*.json')) and any((out/'.unfinished').glob('*.pt'))
+    killed(tmp_path, *args, when=in_second_run)
     time.sleep(3)  # workers see that their parent is gone
-    assert not (tmp_path/'a/result.json').exists()
+    assert not (out/'result.json').exists()
     assert '--resume' in run(*args, cwd=tmp_path, code=2)
     for more in ((), ('--resume',)):
-        assert 'several seeds' in run('train', '--seed', '0', '--epochs', '3', '--out', 'a', *more, cwd=tmp_path, code=2)
+        one_seed = ('train', '--seed', '0', '--epochs', '3', '--out', 'a')
+        assert 'several seeds' in run(*one_seed, *more, cwd=tmp_path, code=2)
     said = run(*args, '--resume', cwd=tmp_path)
     assert 'going on' in said and 'runs were there already' in said
-    got, want = ([{k: o[k] for k in ('variant', 'seed', 'accuracy', 'history', 'per_class')} for o in load_results(folder)]
-                 for folder in (tmp_path/'a', first_run[1]))
-    assert got == want and not any((tmp_path/'a/.unfinished').glob('*'))
+    keys = ('variant', 'seed', 'accuracy', 'history', 'per_class')
+    def numbers(folder): return [{k: o[k] for k in keys} for o in load_results(folder)]
+    assert numbers(out) == numbers(first_run[1]) and not any((out/'.unfinished').glob('*'))
 
 
-def test_an_interrupt_says_how_to_go_on(tmp_path):
-    def listens(): signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests in the background ignore interrupts, and so would children
-    p = subprocess.Popen([ltrl, 'train', '--epochs', '300', '--out', 'a'], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL,
-                         stderr=subprocess.PIPE, text=True, preexec_fn=listens)
+def test_an_interrupt_says_how_to_resume(tmp_path):
+    def handle_interrupts():  # tests in the background ignore them, and children would inherit that
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    p = subprocess.Popen(
+        [ltrl, 'train', '--epochs', '300', '--out', 'a'], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True, preexec_fn=handle_interrupts)
     try:
         end = time.time()+400
         while not any((tmp_path/'a/.unfinished').glob('*.pt')):
@@ -223,36 +238,45 @@ def test_an_interrupt_says_how_to_go_on(tmp_path):
             time.sleep(.02)
     finally: p.send_signal(signal.SIGINT)
     said = p.communicate(timeout=100)[1]
-    assert p.returncode == 130 and 'Interrupted. The same command with --resume goes on' in said and 'Traceback' not in said
+    assert p.returncode == 130 and 'Traceback' not in said
+    assert 'Interrupted. The same command with --resume goes on' in said
 
 
-def test_force_replaces_all_of_the_other_kind(tmp_path):
+def test_force_replaces_a_result_of_another_kind(tmp_path):
     quick = ('--dataset', 'digits-lt', '--epochs', '1', '--out', 'a')
     run('train', *quick, '--seeds', '4,7', cwd=tmp_path)
     assert 'result of other settings' in run('train', *quick, '--seed', '4', cwd=tmp_path, code=2)
     assert 'result of other settings' in run('train', *quick, '--seeds', '4-6', cwd=tmp_path, code=2)
     run('train', *quick, '--seed', '4', '--force', cwd=tmp_path)
-    assert sorted(o.name for o in (tmp_path/'a').iterdir()) == ['per_class.png', 'result.json'] and len(load_results(tmp_path/'a')) == 2
+    assert sorted(o.name for o in (tmp_path/'a').iterdir()) == ['per_class.png', 'result.json']
+    assert len(load_results(tmp_path/'a')) == 2
     said = run('train', *quick, '--seeds', '4,7', '--no-rl', '--force', cwd=tmp_path)
-    assert 'seeds 4, 7' in said and '95% interval' not in said and [o['seed'] for o in load_results(tmp_path/'a')] == [4, 7]
+    assert 'seeds 4, 7' in said and '95% interval' not in said
+    assert [o['seed'] for o in load_results(tmp_path/'a')] == [4, 7]
 
 
 def test_which_seeds():
     from ltrl_fastai.experiments.cli import _seeds
     assert _seeds('photos-lt', None, None, None, False) == [0, 1, 2, 3, 4]
-    for dataset, seed, rl, worlds in (('digits-lt', None, None, False), ('photos-lt', 0, None, False), ('photos-lt', None, True, False),
-                                      ('photos-lt', None, False, False), ('photos-lt', None, None, True)):
-        assert _seeds(dataset, seed, None, rl, worlds) == [0]
-    assert _seeds('digits-lt', 5, None, None, False) == [5] and _seeds('digits-lt', None, '2-4', None, False) == [2, 3, 4]
+    of_one_seed = [
+        ('digits-lt', None, None, False), ('photos-lt', 0, None, False), ('photos-lt', None, True, False),
+        ('photos-lt', None, False, False), ('photos-lt', None, None, True)]
+    for dataset, seed, rl, worlds in of_one_seed: assert _seeds(dataset, seed, None, rl, worlds) == [0]
+    assert _seeds('digits-lt', 5, None, None, False) == [5]
+    assert _seeds('digits-lt', None, '2-4', None, False) == [2, 3, 4]
     for wrong in ((3, '5', False), (None, 'x', False), (None, '5', True)):
         with pytest.raises(ValueError, match='Leave|expected'): _seeds('photos-lt', *wrong[:2], None, wrong[2])
 
 
-@pytest.mark.parametrize('args,text', [(('--seed', '1', '--seeds', '2'), 'Leave one of the two out'), (('--seeds', 'x'), "'5' is 0 to 4"),
-                                       (('--worlds', '--seeds', '2'), 'measures a single run'), (('--size', '8'), 'made of features'),
-                                       (('--policy', 'randaugment'), 'digits-lt'), (('--data', '.'), 'part of this package'),
-                                       (('--method', 'paco'), '--dataset digits-lt'), (('--method', 'sade-aggregated'), 'two augmented views')])
-def test_mistakes_are_said_before_anything_is_trained(args, text, tmp_path, monkeypatch):
+mistakes = [
+    (('--seed', '1', '--seeds', '2'), 'Leave one of the two out'), (('--seeds', 'x'), "'5' is 0 to 4"),
+    (('--worlds', '--seeds', '2'), 'measures a single run'), (('--size', '8'), 'made of features'),
+    (('--policy', 'randaugment'), 'digits-lt'), (('--data', '.'), 'part of this package'),
+    (('--method', 'paco'), '--dataset digits-lt'), (('--method', 'sade-aggregated'), 'two augmented views')]
+
+
+@pytest.mark.parametrize('args,text', mistakes)
+def test_mistakes_are_reported_before_training(args, text, tmp_path, monkeypatch):
     from typer.testing import CliRunner
     from ltrl_fastai.experiments.cli import app
     monkeypatch.chdir(tmp_path)

@@ -1,8 +1,9 @@
-"Every notebook runs; what it exports is in the package; it is clean; the code is linted."
+"Every notebook runs, is clean, and is exported; the code is linted."
 import json
 import filecmp
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,30 +12,35 @@ import pytest
 
 root = Path(__file__).parent.parent
 notebooks = sorted(root.glob('nbs/**/*.ipynb'))
-tool = lambda name: str(Path(sys.executable).parent/name)
+
+
+def tool(name): return str(Path(sys.executable).parent/name)
 
 
 def copied(tmp_path):
-    "A copy of what the tools read, so that they can't touch the checkout"
-    for o in ('nbs', 'ltrl_fastai'): shutil.copytree(root/o, tmp_path/o, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    "A copy of what the tools read, so that they don't change the checkout"
+    ignore = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints')
+    for o in ('nbs', 'ltrl_fastai'): shutil.copytree(root/o, tmp_path/o, ignore=ignore)
     for o in ('pyproject.toml', 'settings.ini', 'setup.py'): shutil.copy(root/o, tmp_path/o)
     return tmp_path
 
 
 def changed(a, b, pattern):
     "Files that differ between two folders, or are in one of them only"
-    files = {p.relative_to(o) for o in (a, b) for p in o.rglob(pattern) if '__pycache__' not in p.parts and '.ipynb_checkpoints' not in p.parts}
-    return sorted(str(f) for f in files if not ((a/f).exists() and (b/f).exists() and filecmp.cmp(a/f, b/f, shallow=False)))
+    def is_cached(p): return {'__pycache__', '.ipynb_checkpoints'} & {*p.parts}
+    def is_equal(f): return (a/f).exists() and (b/f).exists() and filecmp.cmp(a/f, b/f, shallow=False)
+    files = {p.relative_to(folder) for folder in (a, b) for p in folder.rglob(pattern) if not is_cached(p)}
+    return sorted(str(f) for f in files if not is_equal(f))
 
 
 @pytest.mark.parametrize('nb', notebooks, ids=lambda o: str(o.relative_to(root/'nbs')))
 def test_notebook(nb):
     from nbdev.test import test_nb as run
-    old, sigint = os.getcwd(), __import__('signal').getsignal(__import__('signal').SIGINT)
+    folder, handler = os.getcwd(), signal.getsignal(signal.SIGINT)
     try: ok, _ = run(nb, skip_flags=['notest'], basepath=root)
     finally:
-        os.chdir(old)
-        __import__('signal').signal(__import__('signal').SIGINT, sigint)
+        os.chdir(folder)
+        signal.signal(signal.SIGINT, handler)
     assert ok, f'{nb.relative_to(root)} failed: its traceback is in the captured standard error'
 
 
@@ -58,24 +64,27 @@ def test_no_traces_of_a_machine_in_outputs():
 
 
 def test_descriptions_of_pictures_are_yaml():
-    "One with a colon in it has to be quoted, or it is lost on the way to the page"
+    "A description with a colon has to be quoted, or it is missing on the page"
     import yaml
     for nb in notebooks:
         for cell in json.loads(nb.read_text())['cells']:
             for line in cell['source']:
-                if line.startswith('#| fig-alt:'): assert isinstance(yaml.safe_load(line[2:])['fig-alt'], str), f'{nb.name}: {line}'
+                if not line.startswith('#| fig-alt:'): continue
+                assert isinstance(yaml.safe_load(line[2:])['fig-alt'], str), f'{nb.name}: {line}'
 
 
 def test_pictures_are_for_dark_pages_too():
-    "Drawn inside `picture_style()`: no white behind them"
+    "Pictures are drawn inside `picture_style()`: their background is transparent"
     import base64
     import io
     from PIL import Image
     for nb in notebooks:
         for i, cell in enumerate(json.loads(nb.read_text())['cells']):
-            for data in (o['data']['image/png'] for o in cell.get('outputs', []) if 'image/png' in o.get('data', {})):
-                picture = Image.open(io.BytesIO(base64.b64decode(''.join(data)))).convert('RGBA')
-                assert picture.getpixel((0, 0))[3] == 0, f'{nb.relative_to(root)}, cell {i}: draw it `with picture_style():`'
+            data = [o['data'] for o in cell.get('outputs', []) if 'image/png' in o.get('data', {})]
+            for o in data:
+                picture = Image.open(io.BytesIO(base64.b64decode(''.join(o['image/png'])))).convert('RGBA')
+                where = f'{nb.relative_to(root)}, cell {i}'
+                assert picture.getpixel((0, 0))[3] == 0, f'{where}: draw it `with picture_style():`'
 
 
 def test_lint():

@@ -1,4 +1,4 @@
-"The README says what is so, and is made from its notebook."
+"The README is correct, and is made from its notebook."
 import re
 import subprocess
 import sys
@@ -15,7 +15,8 @@ def test_made_from_the_notebook():
 
 def test_first_block_is_the_two_commands():
     block = re.search(r'(?:^ {4}.*\n)+', text, re.M).group().splitlines()
-    assert [line.split('#')[0].strip() for line in block] == ['pip install . && ltrl train', "pip install -e '.[dev]' && pytest"]
+    commands = [line.split('#')[0].strip() for line in block]
+    assert commands == ['pip install . && ltrl train', "pip install -e '.[dev]' && pytest"]
 
 
 def test_ci_calls_the_readmes_test_command():
@@ -33,7 +34,9 @@ def test_options_in_the_readme_exist():
 def test_every_promised_name_is_in_all():
     import ltrl_fastai.all as lib
 
-    names = """review_loss class_centers class_similarity soft_labels soft_cross_entropy project_conflict SampleIds TeacherMemory FeatureBank
-        KnowledgeReview KnowledgeSummary KnowledgeCorrection ReflectiveLearning imbalanced_counts long_tail_subset class_counts digits_lt cifar10_lt cifar100_lt
-        CifarResNet CosineHead create_net BalancedSoftmaxLoss shot_accuracies ShotReport""".split()
+    names = """
+        review_loss class_centers class_similarity soft_labels soft_cross_entropy project_conflict SampleIds
+        TeacherMemory FeatureBank KnowledgeReview KnowledgeSummary KnowledgeCorrection ReflectiveLearning
+        imbalanced_counts long_tail_subset class_counts digits_lt cifar10_lt cifar100_lt CifarResNet CosineHead
+        create_net BalancedSoftmaxLoss shot_accuracies ShotReport""".split()
     assert not [n for n in names if not hasattr(lib, n)]

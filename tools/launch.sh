@@ -3,19 +3,21 @@
 #
 #   tools/launch.sh HOSTS train.py [arguments of train.py]
 #
-# HOSTS is a file with a line for each machine: its name for ssh and, after a space, how many processes it takes (default: 1). The first is where they meet.
-# Each machine needs this folder, at the same path, with the same Python environment. What train.py has to do is in the README: train inside `learn.distrib_ctx()`.
+# HOSTS is a file with a line for each machine: its name for ssh and, after a space, its number of processes (default: 1).
+# The first machine is the master. Each machine needs this folder, at the same path, with the same Python environment.
+# train.py has to train inside `learn.distrib_ctx()`: see the README.
 #
-# PORT (29500) is where they meet; PYTHON (python) is the interpreter on each machine; REMOTE (ssh -tt) runs a command, its last argument, on a machine, its first.
-# If one fails, the others are ended, and the exit status is its own.
+# PORT (29500) is the port of the master, PYTHON (python) the interpreter on each machine, and REMOTE (ssh -tt) the
+# command that runs its last argument on a machine, its first argument.
+# If one process fails, the others are ended, and its exit status is returned.
 set -euo pipefail
-[ $# -ge 2 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 hosts=$1; shift
-[ -f "$hosts" ] || { echo "Error: $hosts: expected a file with a machine in each line." >&2; exit 2; }
+[ -f "$hosts" ] || { echo "Error: $hosts: expected a file with one machine on each line." >&2; exit 2; }
 names=() sizes=()
 while read -r name size _; do
   case "$name" in ''|'#'*) continue;; esac
-  case "${size:=1}" in *[!0-9]*|0*) echo "Error: $hosts: expected a number of processes behind $name, got $size." >&2; exit 2;; esac
+  case "${size:=1}" in *[!0-9]*|0*) echo "Error: $hosts: expected a number of processes after $name, got $size." >&2; exit 2;; esac
   names+=("$name") sizes+=("$size")
 done < "$hosts"
 [ ${#names[@]} -gt 0 ] || { echo "Error: $hosts names no machine." >&2; exit 2; }

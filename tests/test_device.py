@@ -95,7 +95,6 @@ cases = dict(
     paper=dict(ks=True, kc=True, preset='paper'),
     published=dict(ks=True, kc=True, preset='published'),
     no_counts=dict(loss=CrossEntropyLossFlat()),
-    topk=dict(kr=dict(store=dict(kind='topk', k=4), memory=0., adapt=0., weight=1.), kc=dict(every=2)),
     first_version=dict(preset='v0.0.1', ks=True, kc=True),
     half=dict(kr=dict(store='half')),
     disk=dict(kr=dict(store='disk')),

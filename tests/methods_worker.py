@@ -22,8 +22,11 @@ if __name__ == '__main__':
     with allow_cpu_ranks():
         for name in names:
             set_seed(0, reproducible=True)
-            learn = methods[name].learner(digits_lt(device='cpu'), create_net('resnet8', 10, n_in=1), opt_func=partial(SGD, mom=.9),
+            learn = methods[name].learner(digits_lt(device='cpu'), create_net('resnet8', 10, n_in=1),
+                                          opt_func=partial(SGD, mom=.9),
                                           cbs=[ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), Targets()])
-            with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar(), learn.no_logging(): methods[name].fit(learn, 2, .02)
-            torch.save(dict(state=learn.model.state_dict(), seen=learn.targets.seen), f"{sys.argv[1]}/{name}-{os.environ['RANK']}.pt")
+            with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar(), learn.no_logging():
+                methods[name].fit(learn, 2, .02)
+            torch.save(dict(state=learn.model.state_dict(), seen=learn.targets.seen),
+                       f"{sys.argv[1]}/{name}-{os.environ['RANK']}.pt")
         torch.distributed.destroy_process_group()

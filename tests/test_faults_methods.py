@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from fastai.basics import SGD, Callback, DataLoader, DataLoaders, Learner, OptimWrapper, nn
 from torch.utils.data import TensorDataset
 
-from ltrl_fastai.all import (BinaryBalancedLoss, ClassBalancedLoss, CosineHead, EvenClasses, MDCSLoss, MeanHead, NCLLoss, PaCoLoss, RampUp,
-                             ReflectiveLearning, RIDELoss, SADELoss, ScaledHead, WeightDecay, aggregate_experts, balanced_head, class_balanced, decay_in_gradient,
-                             digits_lt, effective_weights, expert_net, features_of, mean_head, methods, ncl_net, queued_net, soft_cross_entropy, soft_labels, unaugmented)
+from ltrl_fastai.all import (BinaryBalancedLoss, ClassBalancedLoss, CosineHead, EvenClasses, MDCSLoss, MeanHead,
+                             NCLLoss, PaCoLoss, RampUp,
+                             ReflectiveLearning, RIDELoss, SADELoss, ScaledHead, WeightDecay, aggregate_experts,
+                             balanced_head, class_balanced, decay_in_gradient,
+                             digits_lt, effective_weights, expert_net, features_of, mean_head, methods, ncl_net,
+                             queued_net, soft_cross_entropy, soft_labels, unaugmented)
 from ltrl_fastai.methods.nets import create_net
 from ltrl_fastai.methods.balancing import MaxNorm, published_balancing
 from ltrl_fastai.methods.ride import Distilled, GatedExperts, GateLoss, assignment, distillation, follow, gates_alone
@@ -114,7 +117,8 @@ def test_fault_23_mean_over_views():
     close(loss(torch.stack([z, z]), y), one_view, 1e-9)
     # by hand: logits of 0, counts (100, 1), class 1: log(1 + 100**lambda) for lambda = -0.5, 1, 2.5
     by_hand = math.log(1+100**-.5) + math.log(1+100) + math.log(1+100**2.5)
-    assert MDCSLoss((100, 1)).double()(mdcs_logits((0., 0), (0., 0)), torch.tensor([1])).item() == pytest.approx(by_hand, rel=1e-6)
+    assert MDCSLoss((100, 1)).double()(mdcs_logits((0., 0), (0., 0)),
+                                       torch.tensor([1])).item() == pytest.approx(by_hand, rel=1e-6)
 
 
 def test_fault_23_right_is_what_the_trained_logits_say():
@@ -165,7 +169,8 @@ def test_fault_24_easy_classes_stay_in():
     on_all = F.cross_entropy(z[:, 0], y).item()
     as_published = NCLLoss((1, 1, 1), weight=0., hard=2).double()(z, y).item()
     as_in_the_paper = NCLLoss((1, 1, 1), weight=0., hard=2, form='paper').double()(z, y).item()
-    assert as_published/2-on_all == pytest.approx(.2395, abs=1e-4) and as_in_the_paper/2-on_all == pytest.approx(.1269, abs=1e-4)
+    assert as_published/2-on_all == pytest.approx(.2395, abs=1e-4)
+    assert as_in_the_paper/2-on_all == pytest.approx(.1269, abs=1e-4)
 
 
 def ncl_by_definition(z, y, n, n_hard, weight=.6):
@@ -190,7 +195,9 @@ def ncl_by_definition(z, y, n, n_hard, weight=.6):
 def test_fault_24_hard_classes_are_those_of_the_first_net(n_hard, nets):
     torch.manual_seed(n_hard)
     z, y = torch.randn(5, nets, 4, dtype=torch.float64)*3, torch.tensor([0, 1, 2, 3, 0])
-    assert NCLLoss(counts, hard=n_hard).double()(z, y).item() == pytest.approx(ncl_by_definition(z, y, counts, n_hard), rel=1e-6)
+    assert NCLLoss(counts, hard=n_hard).double()(z,
+                                                 y).item() == pytest.approx(ncl_by_definition(z, y, counts, n_hard),
+                                                     rel=1e-6)
 
 
 def test_fault_24_teachers_learn_too():
@@ -199,13 +206,16 @@ def test_fault_24_teachers_learn_too():
     z, y = torch.randn(3, 2, 4, dtype=torch.float64), torch.tensor([0, 1, 3])
     loss = NCLLoss(counts, hard=3).double()
     assert torch.autograd.gradcheck(lambda o: loss(o, y), z.clone().requires_grad_())
-    assert not torch.autograd.gradcheck(lambda o: NCLLoss(counts, hard=3, form='paper').double()(o, y), z.clone().requires_grad_(), raise_exception=False)
+    assert not torch.autograd.gradcheck(lambda o: NCLLoss(counts, hard=3, form='paper').double()(o, y),
+                                        z.clone().requires_grad_(), raise_exception=False)
 
 
 def test_fault_24_a_share_of_the_classes():
     "30% as in its authors' settings: 30 of CIFAR-100, 300 of ImageNet-LT, 2,442 of iNaturalist 2018; a number is a number"
     assert [NCLLoss(torch.ones(c)).n_hard for c in (100, 1000, 8142)] == [30, 300, 2442]
-    assert NCLLoss(torch.ones(365), hard=122).n_hard == 122 and NCLLoss(torch.ones(3)).n_hard == 2 and NCLLoss(torch.ones(10), hard=.5).n_hard == 5
+    assert NCLLoss(torch.ones(365), hard=122).n_hard == 122
+    assert NCLLoss(torch.ones(3)).n_hard == 2
+    assert NCLLoss(torch.ones(10), hard=.5).n_hard == 5
     for hard in (1, 0, -.3, 1.5, math.nan):
         with pytest.raises(ValueError, match='hard: expected'): NCLLoss(counts, hard=hard)
     with pytest.raises(ValueError, match="form: expected 'code' or 'paper'"): NCLLoss(counts, form='slides')
@@ -227,8 +237,10 @@ def test_fault_24_variants():
     big = (torch.randn(4, 3, 4)*1e4).requires_grad_()
     NCLLoss(counts, hard=2)(big, y).backward()
     assert big.grad.isfinite().all() and NCLLoss(counts, hard=2)(z.half(), y).isfinite()
-    easy, only = torch.tensor([[[5., 0, -9]]*2]), torch.tensor([0])  # class 2 is easy: its count changes the loss on all classes, not that on hard ones
-    a, b = (NCLLoss(n, weight=0., hard=2)(easy, only) - 2*F.cross_entropy(easy[:, 0]+torch.tensor(n).log(), only) for n in ((4., 2, 1), (4., 2, 9)))
+    # class 2 is easy: its count changes the loss on all classes, not that on hard ones
+    easy, only = torch.tensor([[[5., 0, -9]]*2]), torch.tensor([0])
+    a, b = (NCLLoss(n, weight=0., hard=2)(easy, only) - 2*F.cross_entropy(easy[:, 0]+torch.tensor(n).log(), only)
+            for n in ((4., 2, 1), (4., 2, 9)))
     close(a, b, 1e-5)
 
 
@@ -238,7 +250,8 @@ def test_fault_22_the_loss_of_the_second_stage():
     n = torch.tensor([int(500*.01**(c/99)) for c in range(100)])
     z, y = (torch.randn(64, 100, dtype=torch.float64)).requires_grad_(), torch.randint(0, 100, (64,))
     loss, w = BinaryBalancedLoss(n).double()(z, y), effective_weights(n).double()
-    close(loss, F.binary_cross_entropy(z.softmax(1), F.one_hot(y, 100).double(), weight=w[y][:, None].expand(-1, 100)), 1e-6)
+    close(loss, F.binary_cross_entropy(z.softmax(1), F.one_hot(y, 100).double(),
+                                       weight=w[y][:, None].expand(-1, 100)), 1e-6)
     usual = F.cross_entropy(z, y, weight=w)
     assert 50 < (usual/loss).item() < 100
     a, b = (torch.autograd.grad(o, z)[0].flatten() for o in (loss, usual))
@@ -260,12 +273,15 @@ def decayed(cbs, opt_func, steps=40, bias=True, **kwargs):
     return learn
 
 
-@pytest.mark.parametrize('opt_func', [partial(SGD, mom=.9), partial(SGD, mom=.9, decouple_wd=False)], ids=['decoupled', 'in the gradient'])
+@pytest.mark.parametrize('opt_func', [partial(SGD, mom=.9), partial(SGD, mom=.9, decouple_wd=False)],
+                         ids=['decoupled', 'in the gradient'])
 def test_fault_22_decay_in_the_gradient(opt_func):
     "As PyTorch's SGD with momentum 0.9 decays, of weight and bias, whatever the learner's optimizer does by itself"
     p = torch.ones(1, requires_grad=True)
     opt = torch.optim.SGD([p], lr=.01, momentum=.9, weight_decay=.1)
-    for _ in range(40): p.grad = torch.zeros(1); opt.step()
+    for _ in range(40):
+        p.grad = torch.zeros(1)
+        opt.step()
     learn = decayed(WeightDecay(.1, in_gradient=True), opt_func)
     for o in learn.model.parameters(): close(o.detach(), p.detach().expand_as(o), 1e-5)
     assert learn.opt.cbs[0] is opt_func([p], lr=.1).cbs[0], 'the optimizer is as it was'
@@ -277,7 +293,8 @@ def test_fault_22_the_stage_has_both():
     learn, seen = learner_of('weight-balancing'), []
     class Look(Callback):
         order = 9
-        def before_step(self): seen.append((type(self.learn.loss_func), self.learn.opt.cbs[0], self.learn.opt.hypers[0]['wd']))
+        def before_step(self):
+            seen.append((type(self.learn.loss_func), self.learn.opt.cbs[0], self.learn.opt.hypers[0]['wd']))
     with learn.no_bar(), learn.no_logging(): m.fit(learn, 1, .01, cbs=lambda i: [Look()] if i else [])
     assert len(seen) == 1 and seen[0][0] is BinaryBalancedLoss and seen[0][1] is decay_in_gradient and seen[0][2] == .1
     class_balanced(learn, counts=torch.ones(10))
@@ -295,7 +312,8 @@ def test_fault_22_variants():
     loss(z, torch.tensor([0, 1, 2, 4])).backward()
     assert z.grad.isfinite().all() and loss(z.detach().half(), torch.tensor([0, 1, 2, 4])).isfinite()
     sure = torch.tensor([[20., 0, 0]])  # p rounds to 1 in float32, and the wrong classes' share is still there
-    assert BinaryBalancedLoss([1, 1, 1])(sure, torch.tensor([1])).item() == pytest.approx((20+20-math.log(2))/3, rel=1e-4)
+    assert BinaryBalancedLoss([1, 1, 1])(sure,
+                                         torch.tensor([1])).item() == pytest.approx((20+20-math.log(2))/3, rel=1e-4)
     learn = decayed(WeightDecay(.1), partial(SGD, mom=.9))
     close(learn.model.weight.detach(), torch.full((2, 2), (1-.001)**40), 1e-5)
     assert learn.model.bias.eq(1).all()
@@ -304,10 +322,12 @@ def test_fault_22_variants():
         def before_step(self): raise KeyError('in a step')
     learn, decay = decayed([], partial(SGD, mom=.9)), WeightDecay(.1, in_gradient=True)
     usual = list(learn.opt.cbs)
-    with pytest.raises(KeyError), learn.no_bar(), learn.no_logging(): learn.fit(1, .01, cbs=[decay, Fail()], reset_opt=False)
+    with pytest.raises(KeyError), learn.no_bar(), learn.no_logging():
+        learn.fit(1, .01, cbs=[decay, Fail()], reset_opt=False)
     decay.after_crash()  # as `Method.fit` calls it
     assert learn.opt.cbs == usual and learn.opt.hypers[0]['wd'] != .1
-    wrapped = decayed(WeightDecay(.1, in_gradient=True), partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9), bias=False)
+    wrapped = decayed(WeightDecay(.1, in_gradient=True), partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9),
+                      bias=False)
     p = decayed(WeightDecay(.1, in_gradient=True), partial(SGD, mom=.9), bias=False)
     close(wrapped.model.weight.detach(), p.model.weight.detach(), 1e-5)
 
@@ -338,7 +358,8 @@ def test_fault_27_gates():
     assert net.gates[0].out is net.gates[1].out and net.gates[0].hidden is not net.gates[1].hidden
     feats, logits = torch.randn(3, 48), torch.randn(3, 100)
     g = net.gates[1]
-    by_hand = torch.cat([F.relu(F.normalize(feats, dim=1) @ g.hidden.weight.T + g.hidden.bias), logits.sort(1, descending=True).values[:, :30]], 1) @ g.out.weight.T + g.out.bias
+    by_hand = torch.cat([F.relu(F.normalize(feats, dim=1) @ g.hidden.weight.T + g.hidden.bias),
+                         logits.sort(1, descending=True).values[:, :30]], 1) @ g.out.weight.T + g.out.bias
     close(g(feats, logits), by_hand[:, 0].detach(), 1e-5)
     stage = methods['ride-assigned'].then[0]
     head, even = stage.cbs(counts)
@@ -350,7 +371,8 @@ def test_fault_27_loss_of_gates_is_a_mean():
     "Two gates that say 0 of images which need no more experts: log 2, where it was twice that"
     z = torch.tensor([[[9., 0], [9, 0], [9, 0]]])
     assert GateLoss()((z, torch.zeros(1, 2)), torch.tensor([0])).item() == pytest.approx(math.log(2))
-    assert GateLoss()((z.flip(2), torch.zeros(1, 2)), torch.tensor([0])).item() == pytest.approx(math.log(2)), 'wrong for good'
+    assert GateLoss()((z.flip(2), torch.zeros(1, 2)),
+                      torch.tensor([0])).item() == pytest.approx(math.log(2)), 'wrong for good'
     helped = torch.tensor([[[0., 9], [99, 0], [99, 0]]])  # the first gate is to say yes, which weighs 100
     assert GateLoss()((helped, torch.zeros(1, 2)), torch.tensor([0])).item() == pytest.approx(101*math.log(2)/2)
 
@@ -378,14 +400,19 @@ def test_fault_27_batches_of_the_gates():
 def test_fault_27_distillation_as_published():
     "As many times the loss and the divergence of the mean from the teacher as there are experts; ours is the loss once, and each expert's divergence"
     torch.manual_seed(0)
-    z, teacher, y = torch.randn(6, 3, 4, dtype=torch.float64)*3, torch.randn(6, 4, dtype=torch.float64)*3, torch.tensor([0, 0, 1, 2, 3, 1])
+    z, teacher, y = torch.randn(6, 3, 4,
+                                dtype=torch.float64)*3, torch.randn(6, 4,
+                                                                    dtype=torch.float64)*3, torch.tensor([0, 0, 1, 2,
+                                                                        3, 1])
     ride = RIDELoss(counts).double()
     kl = lambda s: 2.25*F.kl_div(F.log_softmax(s/1.5, 1), F.softmax(teacher/1.5, 1), reduction='batchmean')
     close(Distilled(ride, published=True)((z, teacher), y), 3*(ride(z, y)+kl(z.mean(1))), 1e-6)
     close(Distilled(ride)((z, teacher), y), ride(z, y)+sum(kl(z[:, k]) for k in range(3)), 1e-6)
     alike = z[:, :1].expand(-1, 3, -1)
-    close(Distilled(ride, published=True)((alike, teacher), y)-Distilled(ride)((alike, teacher), y), 2*ride(alike, y), 1e-6)
-    m = dataclasses.replace(methods['ride-distilled'], then=(dataclasses.replace(distillation, prepare=partial(follow, published=True)),))
+    close(Distilled(ride, published=True)((alike, teacher), y)-Distilled(ride)((alike, teacher), y), 2*ride(alike, y),
+          1e-6)
+    m = dataclasses.replace(methods['ride-distilled'],
+                            then=(dataclasses.replace(distillation, prepare=partial(follow, published=True)),))
     learn = learner_of('ride-distilled')
     with learn.no_bar(), learn.no_logging(): m.fit(learn, 1, .01)
     assert learn.loss_func.published
@@ -398,7 +425,8 @@ def test_fault_28_batch_statistics_of_the_second_stage(name):
         stage = methods[name].then[0]
         m = dataclasses.replace(methods[name], then=(dataclasses.replace(stage, cbs=partial(stage.cbs, **kwargs)),))
         learn, kept = learner_of(name), []
-        with learn.no_bar(), learn.no_logging(): m.fit(learn, 2, .01, done=lambda i, kept=kept, learn=learn: kept.append(deepcopy(learn.model.state_dict())))
+        with learn.no_bar(), learn.no_logging():
+            m.fit(learn, 2, .01, done=lambda i, kept=kept, learn=learn: kept.append(deepcopy(learn.model.state_dict())))
         body = [k for k in kept[0] if not k.startswith('fc')]
         changed = {k.rpartition('.')[2] for k in body if not kept[0][k].equal(kept[1][k])}
         assert changed == ({'running_mean', 'running_var', 'num_batches_tracked'} if moves else set())
@@ -477,7 +505,8 @@ def test_fault_28_queue_variants():
     of = lambda label: loss((logits, q, q, q, torch.tensor([label])), torch.tensor([0])).item()
     row = [math.log(.1)]*10+[1., 1]  # centres, key, queue; the query itself is out
     lse = math.log(sum(math.exp(o) for o in row))
-    assert of(0) == pytest.approx(lse-(math.log(.1)+2)/3, rel=1e-5) and of(1) == pytest.approx(lse-(math.log(.1)+1)/2, rel=1e-5)
+    assert of(0) == pytest.approx(lse-(math.log(.1)+2)/3, rel=1e-5)
+    assert of(1) == pytest.approx(lse-(math.log(.1)+1)/2, rel=1e-5)
 
 
 def balanced_by_pytorch(feats, targets, batches, head, n, lr=.01, wd=.1, beta=.9999):

@@ -14,7 +14,8 @@ from ltrl_fastai.methods.ride import Distilled, GateLoss
 @pytest.mark.parametrize('tau', [1, 2])
 def test_sade(dtype, tol, tau):
     d = load('baselines', dtype)
-    close(SADELoss(d['cls_num_list'], tau).to(dtype)(d['expert_logits'], d['targets']), d[f'sade_tau{tau}'], 10*tol)  # theirs adds 1e-9 to the prior
+    # theirs adds 1e-9 to the prior
+    close(SADELoss(d['cls_num_list'], tau).to(dtype)(d['expert_logits'], d['targets']), d[f'sade_tau{tau}'], 10*tol)
 
 
 @dtypes
@@ -58,7 +59,8 @@ def test_one_cross_entropy_is_that_of_a_single_expert():
 
 n = [50, 20, 7, 1]
 logsoft = lambda v: [o-math.log(sum(math.exp(u) for u in v)) for o in v]
-absent = [torch.tensor([0, 0, 1, 2, 3, 1]), torch.tensor([2, 2]), torch.tensor([3])]  # all classes, one of them, a single image of the rarest
+# all classes, one of them, a single image of the rarest
+absent = [torch.tensor([0, 0, 1, 2, 3, 1]), torch.tensor([2, 2]), torch.tensor([3])]
 
 
 @pytest.mark.parametrize('y', absent, ids=len)

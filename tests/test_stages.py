@@ -4,23 +4,27 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.vision.all import (SGD, Callback, CrossEntropyLossFlat, DataLoaders, GradientAccumulation, ImageDataLoaders, L, Learner, RandomResizedCrop, ShortEpochCallback,
+from fastai.vision.all import (SGD, Callback, CrossEntropyLossFlat, DataLoaders, GradientAccumulation,
+                               ImageDataLoaders, L, Learner, RandomResizedCrop, ShortEpochCallback,
                                aug_transforms, deepcopy, nn, partial, resnet18, set_seed, vision_learner)
 from test_methods import Crash, same
 
-from ltrl_fastai.all import (Method, RIDELoss, aggregation, assignment, class_counts, digits_lt, distil_net, distillation, expert_net,
+from ltrl_fastai.all import (Method, RIDELoss, aggregation, assignment, class_counts, digits_lt, distil_net,
+                             distillation, expert_net,
                              methods)
 from parts import all_three
 from ltrl_fastai.experiments.training import RunSettings, train_run
 from ltrl_fastai.methods.balancing import MaxNorm, WeightDecay, balancing_stage
-from ltrl_fastai.methods.decouple import (MeanHead, ScaledHead, TauNormHead, class_means, crt, features_of, lws, mean_head, ncm, scaled_head, tau_norm, tau_normed,
+from ltrl_fastai.methods.decouple import (MeanHead, ScaledHead, TauNormHead, class_means, crt, features_of, lws,
+                                          mean_head, ncm, scaled_head, tau_norm, tau_normed,
                                           unaugmented)
 from ltrl_fastai.methods.heads import head_of
 from ltrl_fastai.methods.mislas import LabelAwareSmoothing, mislas_stage
 from ltrl_fastai.methods.nets import create_net
 from ltrl_fastai.methods.oltr import MemoryHead, OLTRLoss, oltr_stage
 
-stages = dict(crt=crt, lws=lws, tau_norm=tau_norm, ncm=ncm, mislas=mislas_stage, balancing=balancing_stage, oltr=oltr_stage)
+stages = dict(crt=crt, lws=lws, tau_norm=tau_norm, ncm=ncm, mislas=mislas_stage, balancing=balancing_stage,
+              oltr=oltr_stage)
 every_stage = pytest.mark.parametrize('stage', stages.values(), ids=stages)
 
 
@@ -38,7 +42,8 @@ def then(learn, stage):
 
 def learner(dls, **kwargs):
     set_seed(0, reproducible=True)
-    return Learner(dls, create_net('resnet8', 10, n_in=1), loss_func=CrossEntropyLossFlat(), opt_func=partial(SGD, mom=.9), **kwargs)
+    return Learner(dls, create_net('resnet8', 10, n_in=1), loss_func=CrossEntropyLossFlat(),
+                   opt_func=partial(SGD, mom=.9), **kwargs)
 
 
 def with_valid(dls, ids):
@@ -53,18 +58,23 @@ def images(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp('images'), np.random.default_rng(0)
     for c, n in dict(cat=12, dog=7, lynx=5).items():
         (folder/c).mkdir()
-        for i in range(n): PIL.Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(folder/c/f'{i}.png')
+        for i in range(n):
+            PIL.Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(folder/c/f'{i}.png')
     set_seed(0)
-    dls = ImageDataLoaders.from_folder(folder, valid_pct=.3, seed=1, item_tfms=RandomResizedCrop(32), batch_tfms=aug_transforms(), bs=4, device='cpu')
+    dls = ImageDataLoaders.from_folder(folder, valid_pct=.3, seed=1, item_tfms=RandomResizedCrop(32),
+                                       batch_tfms=aug_transforms(), bs=4, device='cpu')
     return vision_learner(dls, resnet18, pretrained=False, opt_func=SGD)
 
 
-@pytest.mark.parametrize('stage', [*stages.values(), assignment, distillation, aggregation], ids=[*stages, 'assignment', 'distillation', 'aggregation'])
+@pytest.mark.parametrize('stage', [*stages.values(), assignment, distillation, aggregation],
+                         ids=[*stages, 'assignment', 'distillation', 'aggregation'])
 def test_a_second_stage_without_its_first_is_refused(dls, stage):
     "Before anything is changed; a learner that was fitted, that has loaded weights, or a net that was trained elsewhere will do"
     def fresh():
         net = create_net('resnet8', 10, n_in=1)
-        return Learner(dls, expert_net(net) if stage in (assignment, aggregation) else distil_net(net, None) if stage is distillation else net,
+        return Learner(dls, expert_net(net) if stage in (assignment,
+                                                         aggregation) else distil_net(net,
+                                                             None) if stage is distillation else net,
                        loss_func=RIDELoss(class_counts(dls)) if stage is distillation else CrossEntropyLossFlat())
 
     def prepare(learn):
@@ -72,7 +82,8 @@ def test_a_second_stage_without_its_first_is_refused(dls, stage):
         if stage.adapt: stage.adapt(learn, dls.valid)
     learn = fresh()
     net, loss, layers = learn.model, learn.loss_func, [type(o) for o in learn.model.modules()]
-    with pytest.raises(ValueError, match="this learner's net has not been trained. Fit the learner first"): prepare(learn)
+    with pytest.raises(ValueError, match="this learner's net has not been trained. Fit the learner first"):
+        prepare(learn)
     assert learn.model is net and learn.loss_func is loss and [type(o) for o in net.modules()] == layers
     with pytest.raises(ValueError, match='second stage'): then(learn, stage)
     trained = fresh()
@@ -117,7 +128,8 @@ def test_class_means_batch_by_batch(dls, bs):
 def test_a_class_without_images_is_never_the_nearest():
     x, y = torch.randn(40, 6), [0, 1, 3]*13+[0]
     dl = list(zip(x, y))
-    learn = Learner(DataLoaders.from_dsets(L(dl), L(dl), bs=8, device='cpu'), nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), loss_func=F.cross_entropy)
+    learn = Learner(DataLoaders.from_dsets(L(dl), L(dl), bs=8, device='cpu'),
+                    nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), loss_func=F.cross_entropy)
     mean_head(begun(learn))
     with learn.no_bar(): preds, _ = learn.get_preds()
     assert preds.isfinite().all() and (preds.argmax(1) != 2).all()
@@ -139,7 +151,8 @@ def test_tau_without_validation_images_leaves_the_net_as_it_was(dls):
     learn = begun(learner(with_valid(dls, [0, 0])))
     before = {k: v.clone() for k, v in learn.model.state_dict().items()}
     with pytest.raises(ValueError, match='chosen on validation images'): tau_normed(learn)
-    assert isinstance(learn.model.fc, nn.Linear) and all(v.equal(before[k]) for k, v in learn.model.state_dict().items())
+    assert isinstance(learn.model.fc, nn.Linear)
+    assert all(v.equal(before[k]) for k, v in learn.model.state_dict().items())
 
 
 @every_stage
@@ -151,7 +164,8 @@ def test_weights_tell_all(dls, stage):
         x = dls.valid.one_batch()[0]
         want = learn.model.eval()(x)
         other = create_net('resnet8', 10, n_in=1)
-        made = {ScaledHead: ScaledHead, TauNormHead: TauNormHead, MeanHead: lambda old: MeanHead(torch.rand(10, 64), torch.ones(10, dtype=torch.bool)),
+        made = {ScaledHead: ScaledHead, TauNormHead: TauNormHead,
+                MeanHead: lambda old: MeanHead(torch.rand(10, 64), torch.ones(10, dtype=torch.bool)),
                 MemoryHead: lambda old: MemoryHead(torch.rand(10, 64))}
         if type(learn.model.fc) in made: other.fc = made[type(learn.model.fc)](other.fc)
         other.load_state_dict(learn.model.state_dict())
@@ -175,7 +189,8 @@ def test_a_body_that_stands_still(dls, stage):
     then(learn, stage)
     moved = {k.rpartition('.')[2] for k, v in learn.model.state_dict().items() if k in body and not v.equal(body[k])}
     stats = {'running_mean', 'running_var', 'num_batches_tracked'}
-    assert moved == (stats if stage in (mislas_stage, crt, lws) else stats | {'weight', 'bias'} if stage is oltr_stage else set())
+    assert moved == (stats if stage in (mislas_stage, crt,
+                                        lws) else stats | {'weight', 'bias'} if stage is oltr_stage else set())
     assert all(p.requires_grad for p in learn.model.parameters())
 
 
@@ -240,14 +255,18 @@ def test_label_aware_smoothing_is_cross_entropy_of_its_labels(own):
         torch.testing.assert_close(loss(z, y), F.cross_entropy(z, soft))
 
 
-@pytest.mark.parametrize('loss', [LabelAwareSmoothing([40, 12, 9, 8, 7, 6, 5, 4, 3, 1]), CrossEntropyLossFlat()], ids=['smoothed', 'plain'])
+@pytest.mark.parametrize('loss', [LabelAwareSmoothing([40, 12, 9, 8, 7, 6, 5, 4, 3, 1]), CrossEntropyLossFlat()],
+                         ids=['smoothed', 'plain'])
 def test_a_small_batch_by_heart(loss):
     dls = digits_lt(device='cpu')
     x, y = [o.as_subclass(torch.Tensor) for o in dls.train.after_batch(dls.train_ds.batch(range(16)))]
     torch.manual_seed(0)
     net = create_net('resnet8', 10, n_in=1)
     opt = torch.optim.Adam(net.parameters(), 1e-2)
-    for _ in range(60): opt.zero_grad(); loss(net(x), y).backward(); opt.step()
+    for _ in range(60):
+        opt.zero_grad()
+        loss(net(x), y).backward()
+        opt.step()
     assert net(x).argmax(1).equal(y)
 
 
@@ -265,7 +284,9 @@ def test_runs_are_resumed_within_the_second_stage(name, staged, tmp_path):
     "The same numbers as without an interruption; of a stage that trains nothing, in the first"
     settings = RunSettings(method=f'staged-{name}', epochs=2, reflective=dict(ks=True, kc=True))
     whole, _ = train_run(settings, bar=False)
-    with pytest.raises(KeyboardInterrupt): train_run(settings, bar=False, checkpoint=tmp_path/'fit.pt', cbs=[Crash(0 if stages[name].epochs == 0 else 1, 0)])
+    with pytest.raises(KeyboardInterrupt):
+        train_run(settings, bar=False, checkpoint=tmp_path/'fit.pt',
+                  cbs=[Crash(0 if stages[name].epochs == 0 else 1, 0)])
     resumed, _ = train_run(settings, bar=False, checkpoint=tmp_path/'fit.pt')
     same(whole, resumed)
 
@@ -279,7 +300,8 @@ def test_reflective_learning_is_of_the_first_stage(dls, stage):
         def before_train(self): on.append(any(type(o).__name__ == 'KnowledgeReview' for o in self.learn.cbs))
     learn = learner(dls, cbs=[all_three(), See()])
     with learn.no_bar(), learn.no_logging(): Method('', '', then=(stage,)).fit(learn, 2, .05)
-    assert on == [True]*2+[False]*(2 if stage.epochs is None else min(2, stage.epochs)) and learn.knowledge_review in learn.cbs
+    assert on == [True]*2+[False]*(2 if stage.epochs is None else min(2, stage.epochs))
+    assert learn.knowledge_review in learn.cbs
 
 
 def test_memory_under_mixed_precision_and_review(dls, quick_fit):

@@ -6,12 +6,12 @@
 __all__ = ['catalogue']
 
 # %% ../../nbs/data/06_catalogue.ipynb #ceb4b9c1
-from fastai.data.all import *
 import importlib.util
-from .imbalance import imbalanced_counts
-from .benchmarks import _cifar, _not_found, fastai_path
-from .beds import find_folder, folder_sets
-from .lists import list_sets, read_lists, check_images, compare_published
+from functools import partial
+from pathlib import Path
+from .facts import cifar_not_found, cifar_sets, count_images, data_folder, find_folder, folder_sets, list_sets
+from .listfiles import check_images, compare_published, located_lists
+from .profiles import imbalanced_counts
 
 # %% ../../nbs/data/06_catalogue.ipynb #a391f8fe
 def _digits(path): return dict(classes=10, train=sum(imbalanced_counts(120, 10, 20)), test=400, found="installed with scikit-learn", missing='', notes=[])
@@ -20,12 +20,12 @@ def _photos(path):
     return dict(classes=100, train=train, test=10000, found="part of this package", missing='', notes=[])
 
 def _cifar_at(n, path):
-    spec = _cifar[n]
-    p = Path(path).expanduser() if path is not None else fastai_path(spec['url'])
+    spec = cifar_sets[n]
+    p = data_folder(path) if path is not None else data_folder()/spec['unpacked']
     whole = p.name==spec['folder'] and p.is_dir() or (p/'train').is_dir() and (p/'test').is_dir()
-    at = p if whole else first(o for o in [p/spec['folder']] if o.is_dir())
-    return dict(classes=n, train=sum(imbalanced_counts(50000//n, n, 100)), test=spec['full'][1], found=f"at {at}" if at else '',
-                missing='' if at else str(_not_found(p, spec)), notes=[])
+    at = p if whole else p/spec['folder'] if (p/spec['folder']).is_dir() else None
+    return dict(classes=n, train=sum(imbalanced_counts(spec['train']//n, n, 100)), test=spec['test'], found=f"at {at}" if at else '',
+                missing='' if at else str(cifar_not_found(p, spec)), notes=[])
 
 def _frozen(path):
     res = _cifar_at(100, path)
@@ -37,7 +37,7 @@ def _listed(name, path):
     spec = list_sets[name]
     res = dict(classes=spec['classes'], train=spec['train'], test=spec['test'], found='', missing='', notes=[])
     try:
-        lists,_,roots = read_lists(name, path)
+        lists,_,roots = located_lists(name, path)
         res.update(found=f"lists in {lists['train'].file.parent}", notes=compare_published(name, lists))
         check_images(lists, roots)
         res['found'] += f", all {sum(map(len, lists.values())):,} images below {lists['train'].root}"
@@ -49,7 +49,7 @@ def _in_folder(name, path):
     res = dict(classes=spec['classes'], train=spec['train'], test=spec['test'], found='', missing='', notes=[])
     try: folder = find_folder(name, path)
     except FileNotFoundError as e: return {**res, 'missing': str(e)} # said in the table
-    got = {k: len(get_image_files(folder/k)) for k in ('train','test')}
+    got = {k: count_images(folder/k) for k in ('train','test')}
     other = [f"{got[k]:,} images in {k} ({spec[k]:,})" for k in got if got[k]!=spec[k]]
     if other: res['notes'] = [f"{name} is not the usual {spec['title']}: there are {', '.join(other)}."]
     return {**res, 'found': f"at {folder}"}

@@ -67,7 +67,7 @@ class Public:
         return any(isinstance(o, (ast.Yield,ast.YieldFrom)) or isinstance(o, ast.Return) and o.value is not None for o in self.within)
 
 
-def is_command(o): return o.name.startswith('ltrl_fastai.experiments.cli.') # options carry their help, and a command's text is that of `--help`
+def is_command(o): return o.name.startswith('ltrl_fastai.experiments.cli') # options carry their help, and a command's text is that of `--help`
 def name_of(arg): return arg.arg if isinstance(arg, ast.arg) else arg.target.id
 
 

@@ -238,7 +238,7 @@ def test_force_replaces_all_of_the_other_kind(tmp_path):
 
 
 def test_which_seeds():
-    from ltrl_fastai.experiments.cli import _seeds
+    from ltrl_fastai.experiments.cli_train import _seeds
     assert _seeds('photos-lt', None, None, None, False) == [0, 1, 2, 3, 4]
     for dataset, seed, rl, worlds in (('digits-lt', None, None, False), ('photos-lt', 0, None, False), ('photos-lt', None, True, False),
                                       ('photos-lt', None, False, False), ('photos-lt', None, None, True)):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['images_in_memory', 'folder_data', 'grocery', 'magnetic', 'hashed_ngrams', 'unicode_names', 'geomorphons', 'landforms',
-           'write_digits_folder', 'digits_folder']
+           'write_digits_folder', 'digits_folder', 'folder_sets', 'find_folder']
 
 # %% ../../nbs/data/09_beds.ipynb #4df1a91d
 from fastai.vision.all import *
@@ -17,6 +17,9 @@ from .images import UnreadableImage, in_parallel
 from .lists import ImageFileDataLoaders
 from .own import _own_lists, own_images
 from .facts import find_folder, folder_sets
+
+# %% ../../nbs/data/09_beds.ipynb #2e59a056
+_all_ = ['folder_sets', 'find_folder']
 
 # %% ../../nbs/data/09_beds.ipynb #ecec56b1
 def images_in_memory(path:str|Path, # A folder or a CSV file: see `own_images`

@@ -7,8 +7,10 @@ __all__ = ['cifar_sets', 'list_sets', 'folder_sets', 'data_folder', 'count_image
            'flat_val', 'flat_val256', 'to_easy', 'from_easy', 'find_lists', 'where_to_put', 'find_folder']
 
 # %% ../../nbs/data/11_facts.ipynb #ee68efc2
-import mimetypes, os, re
-from collections.abc import Callable, Iterable, Mapping
+import mimetypes
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 # %% ../../nbs/data/11_facts.ipynb #5d35940b

@@ -7,7 +7,10 @@ __all__ = ['ImageList', 'text_of', 'read_list', 'read_inat', 'check_lists', 'in_
            'check_images', 'compare_published', 'located_lists']
 
 # %% ../../nbs/data/12_listfiles.ipynb #3054dec2
-import codecs, io, json, os, re
+import codecs
+import io
+import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 import numpy as np

@@ -12,7 +12,7 @@ from fastai.basics import *
 import contextlib, dataclasses
 from itertools import chain
 from ..methods.catalogue import method_constants
-from .plan import Variant, _merge, make_plan, resolve
+from .plan import Variant, merge_setting, make_plan, resolve
 from .runner import Failed, read_result, run_file, run_plan
 from ..core.files import write_json
 from .training import versions
@@ -72,7 +72,7 @@ class TuningCase:
 def _fields(setting, common):
     "Fields of `RunSettings` for a setting, whose method constants join those of all runs"
     res = {'method_args': common['method_args']} if common.get('method_args') else {}
-    for name,value in setting.items(): _,res = _merge({}, res, (None,name), value)
+    for name,value in setting.items(): _,res = merge_setting({}, res, (None,name), value)
     return res
 
 def _meaning(settings):

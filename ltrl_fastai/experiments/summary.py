@@ -8,69 +8,99 @@ __all__ = ['shots', 'result_folders', 'load_results', 'runs_table', 'summarise',
            'plot_gains', 'write_summary']
 
 # %% ../../nbs/experiments/05_summary.ipynb #ae5bec50
-from fastai.basics import *
-from ..reflective.learning import ReflectiveLearning
+import json
+import math
+import re
+from pathlib import Path
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from fastcore.basics import groupby
+from ..core.files import atomic_write, write_text
 from ..evaluation.metrics import interval
-from ..evaluation.pictures import picture_style, picture_palette, picture_ink
+from ..evaluation.pictures import picture_ink, picture_palette, picture_style
+from ..reflective.learning import ReflectiveLearning
 from .plan import hash_of
+from .recipes import caveat, recipes
 from .runner import read_result
-from ..core.files import write_text
-from .recipes import recipes, caveat
 
 # %% ../../nbs/experiments/05_summary.ipynb #efe9df98
-shots = ('many','medium','few','all') # Of which accuracies are told, in this order
+shots = ('many','medium','few','all') # Accuracies of a result, in the order of all tables
 
-def result_folders(folder:Path # Of `ltrl compare` or of `ltrl train`, or one that holds such folders
+def result_folders(folder:Path # Output folder of `ltrl compare` or `ltrl train`, or a folder of such folders
                   ) -> list: # Of folders
-    "The folders that one of our commands wrote, at `folder` or below it; raises `FileNotFoundError` if there is none."
+    "The folders with results, at `folder` or below it; raises `FileNotFoundError` if there is none."
     folder = Path(folder)
-    if not folder.exists(): raise FileNotFoundError(f"{folder} does not exist. Expected a folder that `ltrl compare` or `ltrl train` wrote.")
+    if not folder.exists(): raise FileNotFoundError(
+        f"{folder} does not exist. Expected a folder that `ltrl compare` or `ltrl train` wrote.")
     found = {f.parent.parent for f in _run_files(folder.rglob)} | {f.parent for f in folder.rglob('result.json')}
     res = sorted(o for o in found if o==folder or not _is_search(o))
-    if not res: raise FileNotFoundError(f"{folder}: no result in it. Expected `runs/*.json` (of `ltrl compare`) or `result.json` (of `ltrl train`).")
+    if not res: raise FileNotFoundError(f"{folder}: no result in it. "
+        "Expected `runs/*.json` (of `ltrl compare`) or `result.json` (of `ltrl train`).")
     return res
 
 def _is_search(folder):
-    "Are these the runs that `ltrl compare --tune` has chosen settings by?"
+    "Does the folder hold the runs that `ltrl compare --tune` chose settings by?"
     return folder.name=='tuning' and (folder.parent/'tuning.json').exists()
 
-def _run_files(glob): return sorted(f for f in glob('runs/*.json') if f.name not in ('compare.json','result.json')) # a folder may be called runs
+def _run_files(glob):
+    "Files of runs; an output folder may itself be called `runs`, so its other files are left out"
+    return sorted(f for f in glob('runs/*.json') if f.name not in ('compare.json','result.json'))
 
-def load_results(folder:Path # Of `ltrl compare` or of `ltrl train`
+def load_results(folder:Path # Output folder of `ltrl compare` or `ltrl train`
                 ) -> list: # Of results, in the order of their plan
-    "The results in a folder; raises `FileNotFoundError` if there is none, `ValueError` if its `compare.json` is broken."
+    "The results in a folder; raises `FileNotFoundError` if there is none, `ValueError` if the plan is broken."
     folder = Path(folder)
-    if folder not in (found := result_folders(folder)): raise FileNotFoundError(
+    found = result_folders(folder)
+    if folder not in found: raise FileNotFoundError(
         f"{folder} has results in folders below it ({', '.join(map(str, found[:3]))} ...). Take them one by one.")
-    files,plan = _run_files(folder.glob) or [folder/'result.json'],folder/'compare.json'
-    if plan.exists(): # what is not in it is of an earlier plan
-        try:
-            kept = json.loads(plan.read_text(encoding='utf-8'))
-            order,made_of = {name: i for i,name in enumerate(kept['runs'])},dict(zip(kept['runs'], kept.get('made_of', [])))
-        except (ValueError, KeyError, TypeError) as e: raise ValueError(
-            f"{plan} is no plan of `ltrl compare` ({type(e).__name__}: {e}). Remove it to see all results in the folder.") from None
-        files = sorted((f for f in files if f.stem in order), key=lambda f: order[f.stem])
-    found = [(f,read_result(f)) for f in files]
-    if plan.exists(): found = [(f,o) for f,o in found if f.stem not in made_of or hash_of(o.get('identity'))==made_of[f.stem]] # not what other code has made
-    if not found: raise FileNotFoundError(f"{folder}: none of its planned runs is done yet.")
-    return [o for _,res in found for o in _unpack(res)]
+    files = _run_files(folder.glob) or [folder/'result.json']
+    plan = folder/'compare.json'
+    if plan.exists(): results = _planned_results(plan, files)
+    else: results = [read_result(f) for f in files]
+    if not results: raise FileNotFoundError(f"{folder}: none of its planned runs is done yet.")
+    return [run for res in results for run in _unpack(res)]
+
+def _planned_results(plan, files):
+    "Results of the runs in a plan, in its order; results of earlier plans and of other code are left out"
+    try:
+        kept = json.loads(plan.read_text(encoding='utf-8'))
+        order = {name: i for i,name in enumerate(kept['runs'])}
+        identities = dict(zip(kept['runs'], kept.get('made_of', [])))
+    except (ValueError, KeyError, TypeError) as e: raise ValueError(
+        f"{plan} is no plan of `ltrl compare` ({type(e).__name__}: {e}). Remove it to see all results in the "
+        "folder.") from None
+    res = []
+    for file in sorted((f for f in files if f.stem in order), key=lambda f: order[f.stem]):
+        result = read_result(file)
+        same_code = file.stem not in identities or hash_of(result.get('identity'))==identities[file.stem]
+        if same_code: res.append(result)
+    return res
 
 def _unpack(res):
-    "The runs in a file: `ltrl train` writes a second one as the baseline of the first"
+    "The runs in a file: `ltrl train` stores a second run as the baseline of the first"
     if 'group' in res: return [res]
-    own = {**res['settings'], 'reflective': None if res['reflective'] is None else {k: v for k,v in res['reflective'].items()}}
+    reflective = None if res['reflective'] is None else dict(res['reflective'])
+    settings = {**res['settings'], 'reflective': reflective}
     group = f"{res['dataset']} IF {res['imbalance_factor']:g} {res['method']}"
-    new = {**res, 'group': group, 'variant': res['method'] + (' + RL' if res['reflective'] else ''), 'identity': dict(settings=own)}
-    base = [] if 'baseline' not in res else [{**new, **res['baseline'], 'variant': res['method'], 'identity': dict(settings={**own, 'reflective': None})}]
-    return base+[new]
+    variant = f"{res['method']} + RL" if res['reflective'] else res['method']
+    run = {**res, 'group': group, 'variant': variant, 'identity': dict(settings=settings)}
+    if 'baseline' not in res: return [run]
+    without = dict(settings={**settings, 'reflective': None})
+    return [{**run, **res['baseline'], 'variant': res['method'], 'identity': without}, run]
 
 def runs_table(results:list # As `load_results` gives
               ) -> pd.DataFrame: # Accuracies in percent
-    "A row a run: accuracy by shot on the test images (or on validation images, where the test set was not read) and in training, gains over its partner, seconds."
-    rows,on = [],'accuracy' if all('accuracy' in o for o in results) else 'valid_accuracy'
-    key = lambda o, **kw: json.dumps({**o['identity']['settings'], **kw}, sort_keys=True)
-    for o in results: rows.append(dict(**{k: o[k] for k in ('group','variant','seed')}, on='test' if on=='accuracy' else 'validation', **{k: o[on][k] for k in shots},
-        train=o['train_accuracy'], seconds=o['seconds'], key=key(o), partner=key(o, reflective=None), reflective=o['reflective'] is not None))
+    "A row for each run: accuracies, gains over its partner, seconds; on validation images if a run was not tested."
+    on = 'accuracy' if all('accuracy' in o for o in results) else 'valid_accuracy'
+    def key(o, **changes): return json.dumps({**o['identity']['settings'], **changes}, sort_keys=True)
+    rows = []
+    for o in results:
+        row = {k: o[k] for k in ('group','variant','seed')}
+        row.update(on='test' if on=='accuracy' else 'validation', **{k: o[on][k] for k in shots})
+        row.update(train=o['train_accuracy'], seconds=o['seconds'], key=key(o), partner=key(o, reflective=None),
+                   reflective=o['reflective'] is not None)
+        rows.append(row)
     df = pd.DataFrame(rows)
     base = df[~df.reflective].set_index('key')
     base = base[~base.index.duplicated()]
@@ -81,116 +111,162 @@ def runs_table(results:list # As `load_results` gives
 
 # %% ../../nbs/experiments/05_summary.ipynb #fcc76c0b
 def summarise(runs:pd.DataFrame # As `runs_table` gives
-             ) -> pd.DataFrame: # A row a variant, in order of appearance
-    "Mean and standard deviation by shot; mean and 95% interval of the paired gains; how much longer it took (median)."
+             ) -> pd.DataFrame: # A row for each variant, in order of appearance
+    "Mean and standard deviation by shot, mean and 95% interval of the paired gains, and the median relative time."
     rows = []
     for (group,variant),g in runs.groupby(['group','variant'], sort=False):
         row = dict(group=group, variant=variant, on=g.on.iloc[0], runs=len(g))
-        for k in shots: row[k],row[f'{k}_sd'] = g[k].astype(float).mean(),g[k].astype(float).std(ddof=1)
+        for k in shots:
+            accuracies = g[k].astype(float)
+            row[k] = accuracies.mean()
+            row[f'{k}_sd'] = accuracies.std(ddof=1)
         row['train'] = g.train.mean()
         for k in shots: row[f'gain_{k}'],row[f'gain_{k}_lo'],row[f'gain_{k}_hi'] = interval(g[f'gain_{k}'])
-        rows.append({**row, 'pairs': int(g.gain_all.notna().sum()), 'cost': g.cost.median(), 'seconds': g.seconds.median()})
+        row.update(pairs=int(g.gain_all.notna().sum()), cost=g.cost.median(), seconds=g.seconds.median())
+        rows.append(row)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/experiments/05_summary.ipynb #07a8a506
 def slides_row(group:str, # Data and method, as in `PlannedRun`
-               variant:str # Which way to train, likewise
+               variant:str # Method and variant, as in `PlannedRun`
               ) -> dict|None:
-    "What the slides report of that method on CIFAR-100-LT: accuracies, and the gain by Reflective Learning; None if nothing."
+    "Accuracies and the gain by Reflective Learning that the slides report on CIFAR-100-LT; None if there are none."
     m = re.match(r'cifar100\S*-lt IF (\S+) (\S+)$', group)
-    if not m or variant not in (m[2], f'{m[2]} + RL'): return None
-    res,base = [_reported(m[2], float(m[1]), rl) for rl in (variant!=m[2], False)]
-    if 'all' not in res: return None
-    return dict(**res, gain=round(res['all']-base['all'], 1) if variant!=m[2] and 'all' in base else None)
+    if not m: return None
+    factor,method = m.groups()
+    if variant not in (method, f'{method} + RL'): return None
+    with_rl = variant!=method
+    accuracies = _reported(method, float(factor), with_rl)
+    base = _reported(method, float(factor), False)
+    if 'all' not in accuracies: return None
+    gain = round(accuracies['all']-base['all'], 1) if with_rl and 'all' in base else None
+    return dict(**accuracies, gain=gain)
 
-def _reported(method, factor, rl):
-    "Of CIFAR-100-LT without RandAugment: the first table that has a number counts"
-    found = [o.reported for o in recipes.values() if (o.dataset,o.imbalance_factor,o.method,o.policy)==('cifar100-lt',factor,method,None) and (o.reflective is not None)==rl]
-    return {k: v for o in reversed(found) for k,v in (o or {}).items()}
+def _reported(method, factor, with_rl):
+    "Accuracies on CIFAR-100-LT without RandAugment: the first table that has a number counts"
+    wanted = ('cifar100-lt', factor, method, None, with_rl)
+    res = {}
+    for o in recipes.values():
+        if (o.dataset, o.imbalance_factor, o.method, o.policy, o.reflective is not None)!=wanted: continue
+        res = {**(o.reported or {}), **res}
+    return res
 
-def _num(v, spec='.1f'): return '-' if v is None or math.isnan(v) else f'{v:{spec}}'
-def _pm(m, s): return _num(m) + ('' if math.isnan(s) else f' ± {s:.1f}')
+def _number(value, spec='.1f'): return '-' if value is None or math.isnan(value) else f'{value:{spec}}'
+def _mean_sd(mean, sd): return _number(mean) if math.isnan(sd) else f'{_number(mean)} ± {sd:.1f}'
+
 def show_gain(r:dict, # A row of `summarise`
               k:str # 'many', 'medium', 'few' or 'all'
              ) -> str:
     "'+1.0 (+0.5 to +1.5)'."
-    m,lo,hi = (r[f'gain_{k}{o}'] for o in ('','_lo','_hi'))
-    return '-' if math.isnan(m) else f'{m:+.1f}' if math.isnan(lo) else f'{m:+.1f} ({lo:+.1f} to {hi:+.1f})'
+    mean,low,high = (r[f'gain_{k}{o}'] for o in ('','_lo','_hi'))
+    if math.isnan(mean): return '-'
+    return f'{mean:+.1f}' if math.isnan(low) else f'{mean:+.1f} ({low:+.1f} to {high:+.1f})'
 
 def text_table(rows:list # Of dicts from column names to text
               ) -> str:
-    "A Markdown table that is readable as it is: the first column to the left, the others to the right."
-    head = list(rows[0])
-    width = [max(len(str(o)) for o in (k, *(r[k] for r in rows))) for k in head]
-    line = lambda cells: '| ' + ' | '.join(str(c).ljust(w) if i==0 else str(c).rjust(w) for i,(c,w) in enumerate(zip(cells, width))) + ' |'
-    rule = '|' + '|'.join('-'*(w+1) + ('-' if i==0 else ':') for i,w in enumerate(width)) + '|'
-    return '\n'.join([line(head), rule, *[line(r.values()) for r in rows]])
+    "A Markdown table that is also readable as text: the first column left-aligned, the others right-aligned."
+    columns = list(rows[0])
+    first,*others = [max(len(str(o)) for o in (k, *(r[k] for r in rows))) for k in columns]
+    def line(cells):
+        name,*values = map(str, cells)
+        padded = [name.ljust(first), *(value.rjust(width) for value,width in zip(values, others))]
+        return f"| {' | '.join(padded)} |"
+    rule = '|'.join(['-'*(first+2), *('-'*(width+1)+':' for width in others)])
+    return '\n'.join([line(columns), f'|{rule}|', *(line(r.values()) for r in rows)])
 
 def markdown(summary:pd.DataFrame # As `summarise` gives
             ) -> str:
     "A table for each data set and method."
-    out = []
+    lines = []
     for group,g in summary.groupby('group', sort=False):
-        rows = []
-        for _,r in g.iterrows():
-            s = slides_row(group, r.variant)
-            theirs = '-' if s is None else f"{s['all']}" + ('' if s['gain'] is None else f" ({s['gain']:+})")
-            rows.append({'variant': r.variant, 'runs': r.runs, **{k.title(): _pm(r[k], r[f'{k}_sd']) for k in shots}, 'gain of All (95%)': show_gain(r,'all'),
-                         'gain of Few (95%)': show_gain(r,'few'), 'training': _num(r.train), 'time': _num(r.cost, '.2f'), 'slides: All': theirs})
-        if all(r['slides: All']=='-' for r in rows): rows = [{k: v for k,v in r.items() if k!='slides: All'} for r in rows]
-        out += [f'### {group}', '', text_table(rows), '']
+        rows = [_variant_row(group, r) for _,r in g.iterrows()]
+        if all(r['slides: All']=='-' for r in rows):
+            for r in rows: del r['slides: All']
+        lines += [f'### {group}', '', text_table(rows), '']
     where = 'test images' if (summary.on=='test').all() else 'validation images'
-    return '\n'.join(out) + (f"\nAccuracy on {where} in percent: mean ± standard deviation over runs. "
-        "Gains are paired by seed, over the same settings without Reflective Learning. 'training' is accuracy on the training images, 'time' that of a run over its partner's."
-        + (" Intervals of two pairs are wide by nature (their mean ± 12.7 standard errors): take more seeds.\n" if (summary.pairs==2).any() else '\n'))
+    legend = (f"Accuracy on {where} in percent: mean ± standard deviation over runs. "
+        "Gains are paired by seed, over the same settings without Reflective Learning. "
+        "'training' is accuracy on the training images, 'time' that of a run over its partner's.")
+    if (summary.pairs==2).any():
+        legend += " Intervals of two pairs are wide by nature (their mean ± 12.7 standard errors): take more seeds."
+    return '\n'.join([*lines, legend])+'\n'
+
+def _variant_row(group, r):
+    "A row of `markdown`"
+    row = {'variant': r.variant, 'runs': r.runs}
+    row.update({k.title(): _mean_sd(r[k], r[f'{k}_sd']) for k in shots})
+    row.update({'gain of All (95%)': show_gain(r, 'all'), 'gain of Few (95%)': show_gain(r, 'few')})
+    row.update(training=_number(r.train), time=_number(r.cost, '.2f'))
+    slides = slides_row(group, r.variant)
+    if slides is None: row['slides: All'] = '-'
+    else: row['slides: All'] = f"{slides['all']}" + ('' if slides['gain'] is None else f" ({slides['gain']:+})")
+    return row
 
 # %% ../../nbs/experiments/05_summary.ipynb #657711c5
-def recipe_table(results:list # As `load_results` gives, or several of these together
-                ) -> str: # Markdown; empty if no result was made by a recipe
-    "Measured beside reported: a row for each recipe, mean over seeds."
-    made = [o for o in results if 'recipe' in o]
-    if not made: return ''
-    key = lambda o: (*(o['recipe'][k] for k in ('name','budget')), tuple(o['recipe']['changed'].items()), 'accuracy' in o, o['epochs'])
-    rows,said = [],[]
-    for (name,_,_,test,epochs),os in groupby(made, key).items():
-        why,own = caveat(os[0]['recipe'], epochs),recipes[name].reported if name in recipes else os[0]['recipe']['reported']
-        if why and why not in said: said.append(why)
-        acc = {k: [o['accuracy' if test else 'valid_accuracy'][k] for o in os] for k in shots}
-        rows.append({'recipe': name, 'seeds': len(os), 'epochs': f"{epochs}{f' [{said.index(why)+1}]' if why else ''}", 'on': 'test' if test else 'validation',
-                     **{k.title(): _beside(acc[k], (own or {}).get(k)) for k in shots}})
-    return '\n'.join(['### Measured, and in brackets what the slides report and the difference', '', text_table(rows), *[f'\n[{i}] {o}' for i,o in enumerate(said, 1)], ''])
+def recipe_table(results:list # As `load_results` gives, of one or of several folders
+                ) -> str: # Markdown; empty if no result comes from a recipe
+    "Measured and reported accuracy: a row for each recipe, mean over seeds."
+    of_recipes = [o for o in results if 'recipe' in o]
+    if not of_recipes: return ''
+    rows,caveats = [],[]
+    for same in groupby(of_recipes, _recipe_key).values():
+        mark,epochs = same[0]['recipe'],same[0]['epochs']
+        reason = caveat(mark, epochs)
+        if reason and reason not in caveats: caveats.append(reason)
+        footnote = f' [{caveats.index(reason)+1}]' if reason else ''
+        is_tested = 'accuracy' in same[0]
+        on = 'accuracy' if is_tested else 'valid_accuracy'
+        reported = recipes[mark['name']].reported if mark['name'] in recipes else mark['reported']
+        row = {'recipe': mark['name'], 'seeds': len(same), 'epochs': f'{epochs}{footnote}',
+               'on': 'test' if is_tested else 'validation'}
+        row.update({k.title(): _with_reported([o[on][k] for o in same], (reported or {}).get(k)) for k in shots})
+        rows.append(row)
+    title = '### Measured, and in brackets what the slides report and the difference'
+    footnotes = [f'\n[{i}] {o}' for i,o in enumerate(caveats, 1)]
+    return '\n'.join([title, '', text_table(rows), *footnotes, ''])
 
-def _beside(accs, reported):
-    m = np.mean([math.nan if o is None else o for o in accs])
-    if reported is None: return _num(m)
-    return f"{_num(m)} ({reported:.1f}{'' if math.isnan(m) else f', {m-reported:+.1f}'})"
+def _recipe_key(o):
+    "Results with the same key differ in the seed only"
+    mark = o['recipe']
+    return mark['name'],mark['budget'],tuple(mark['changed'].items()),'accuracy' in o,o['epochs']
+
+def _with_reported(accuracies, reported):
+    "Mean accuracy, and in brackets the reported one and the difference"
+    mean = np.mean([math.nan if o is None else o for o in accuracies])
+    if reported is None: return _number(mean)
+    gap = '' if math.isnan(mean) else f', {mean-reported:+.1f}'
+    return f'{_number(mean)} ({reported:.1f}{gap})'
 
 # %% ../../nbs/experiments/05_summary.ipynb #5b402a4d
 def class_table(results:list # As `load_results` gives
-               ) -> pd.DataFrame: # `group`, `variant`, `runs`, `class`, `images` (of training) and `accuracy` (percent, mean over runs)
-    "A row for each class of each variant."
+               ) -> pd.DataFrame: # Columns group, variant, runs, class, images and accuracy
+    "A row for each class of each variant: training images, and accuracy in percent, mean over runs."
     rows = []
     for o in results:
         names = o.get('classes') or [f'class {i}' for i in range(len(o['per_class']))]
         for name,n,accuracy in zip(names, o['class_counts'], o['per_class']):
             rows.append({'group': o['group'], 'variant': o['variant'], 'class': name, 'images': n,
                          'accuracy': math.nan if accuracy is None else accuracy})
-    same = ['group','variant','class']
-    res = pd.DataFrame(rows).groupby(same, sort=False).agg(runs=('accuracy','size'), images=('images','mean'), accuracy=('accuracy','mean'))
-    res = res.reset_index()
-    whole = (res.images%1==0).all() # not if each seed has images of its own
-    return res[['group','variant','runs','class','images','accuracy']].astype({'images': int} if whole else {})
+    res = pd.DataFrame(rows).groupby(['group','variant','class'], sort=False)
+    res = res.agg(runs=('accuracy','size'), images=('images','mean'), accuracy=('accuracy','mean')).reset_index()
+    is_whole = (res.images%1==0).all() # not if each seed has images of its own
+    if is_whole: res = res.astype({'images': int})
+    return res[['group','variant','runs','class','images','accuracy']]
 
 def class_markdown(results:list # As `load_results` gives
                   ) -> str:
     "Accuracy of every class, largest first: a table for each data set and method, with a column for each variant."
-    out = []
+    lines = []
     for group,g in class_table(results).groupby('group', sort=False):
-        cells = {k: o.set_index('class').accuracy for k,o in g.groupby('variant', sort=False)}
+        accuracies = {k: o.set_index('class').accuracy for k,o in g.groupby('variant', sort=False)}
         images = g.groupby('class', sort=False).images.mean().sort_values(ascending=False, kind='stable')
-        rows = [{'class': k, 'images': f'{n:g}', **{v: _num(o.get(k, math.nan)) for v,o in cells.items()}} for k,n in images.items()]
-        out += [f'### {group}', '', text_table(rows), '']
-    return '\n'.join(out)+'\nAccuracy of each class in percent, mean over runs; images are those of training.\n'
+        rows = []
+        for name,n in images.items():
+            of_variants = {variant: _number(o.get(name, math.nan)) for variant,o in accuracies.items()}
+            rows.append({'class': name, 'images': f'{n:g}', **of_variants})
+        lines += [f'### {group}', '', text_table(rows), '']
+    legend = 'Accuracy of each class in percent, mean over runs; images are training images.'
+    return '\n'.join([*lines, legend])+'\n'
 
 # %% ../../nbs/experiments/05_summary.ipynb #fe28b68e
 _roles = { # By baseline: the role without Reflective Learning and the role with it, as `tuned_plan` names them
@@ -199,28 +275,41 @@ _roles = { # By baseline: the role without Reflective Learning and the role with
     'best': ('tuned','best + RL'),
 }
 
-def _tuned_roles(folder):
-    "By group the variant of each role in a comparison that was tuned; empty for any other"
+def _read_plan(folder):
+    "The content of `compare.json`; empty if there is none"
     file = Path(folder)/'compare.json'
     plan = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
-    return plan.get('tuned', {}) if isinstance(plan, dict) else {}
+    return plan if isinstance(plan, dict) else {}
 
-def tuned_gains(folder:Path # Of `ltrl compare --tune`
+def _tuned_roles(folder):
+    "The variant of each role, by group, in a comparison that was tuned; empty for any other"
+    return _read_plan(folder).get('tuned', {})
+
+def tuned_gains(folder:Path # Output folder of `ltrl compare --tune`
                ) -> pd.DataFrame: # A row for each group and baseline; empty if nothing was tuned in that folder
-    "Paired gains over the plain net, over the tuned baseline, and of the best setting over the best without, with 95% intervals."
-    rows,roles = [],_tuned_roles(folder)
-    runs = runs_table(load_results(folder)) if roles else None
-    for group,of in roles.items():
+    "Paired gains over the plain net, over the tuned baseline, and of the best setting over the best without."
+    roles = _tuned_roles(folder)
+    if not roles: return pd.DataFrame()
+    runs = runs_table(load_results(folder))
+    rows = []
+    for group,variants in roles.items():
         for baseline,(without,with_rl) in _roles.items():
-            a,b = (runs[(runs['group']==group) & (runs.variant==of[role])].set_index('seed') for role in (without,with_rl))
-            both = a.index.intersection(b.index)
-            row = {'group': group, 'baseline': baseline, 'without': of[without], 'with': of[with_rl], 'on': runs.on.iloc[0], 'pairs': len(both)}
-            for k in shots:
-                x,y = (o[k].astype(float)[both] for o in (a,b))
-                row[k],row[f'{k}_rl'] = x.mean(),y.mean()
-                row[f'gain_{k}'],row[f'gain_{k}_lo'],row[f'gain_{k}_hi'] = interval(y-x)
-            rows.append(row)
+            gain = _role_gain(runs, group, variants[without], variants[with_rl])
+            rows.append({'group': group, 'baseline': baseline, **gain})
     return pd.DataFrame(rows)
+
+def _role_gain(runs, group, without, with_rl):
+    "Accuracies and paired gain of a variant over another, on the seeds that both have"
+    in_group = runs[runs['group']==group]
+    a,b = (in_group[in_group.variant==variant].set_index('seed') for variant in (without, with_rl))
+    both = a.index.intersection(b.index)
+    row = {'without': without, 'with': with_rl, 'on': runs.on.iloc[0], 'pairs': len(both)}
+    for k in shots:
+        x,y = (o[k].astype(float)[both] for o in (a,b))
+        row[k] = x.mean()
+        row[f'{k}_rl'] = y.mean()
+        row[f'gain_{k}'],row[f'gain_{k}_lo'],row[f'gain_{k}_hi'] = interval(y-x)
+    return row
 
 _questions = {
     'plain': '(a) one line added, nothing tuned',
@@ -231,109 +320,144 @@ _questions = {
 def tuned_markdown(gains:pd.DataFrame # As `tuned_gains` gives
                   ) -> str: # Empty for no gains
     "A table of the three gains for each data set and method, and the settings that were chosen."
-    out = []
-    for group,g in (gains.groupby('group', sort=False) if len(gains) else ()):
+    if not len(gains): return ''
+    lines = []
+    for group,g in gains.groupby('group', sort=False):
         rows = [{'gain of Reflective Learning': _questions[r.baseline], 'pairs': r.pairs,
-                 'All without': _num(r['all']), 'All with': _num(r.all_rl),
-                 'gain of All (95%)': show_gain(r, 'all'), 'gain of Few (95%)': show_gain(r, 'few')} for _,r in g.iterrows()]
+                 'All without': _number(r['all']), 'All with': _number(r.all_rl),
+                 'gain of All (95%)': show_gain(r, 'all'), 'gain of Few (95%)': show_gain(r, 'few')}
+                for _,r in g.iterrows()]
         best = g.iloc[-1]
         chosen = f"Chosen on validation images: {best['without']}; {best['with']}."
-        out += [f'### {group}, tuned', '', text_table(rows), '', chosen, '']
-        if best.on!='test': out += ["There is no test set: settings were chosen on validation images, and scored on them again. Accuracies look too good.", '']
-    return '\n'.join(out)
+        lines += [f'### {group}, tuned', '', text_table(rows), '', chosen, '']
+        if best.on!='test': lines += ["There is no test set: settings were chosen on validation images, and scored on "
+            "them again. Accuracies look too good.", '']
+    return '\n'.join(lines)
 
 # %% ../../nbs/experiments/05_summary.ipynb #9b62cda4
-_beds = dict(frozen='P1', overfit='P2o', underfit='P2u') # names of the first protocols; others are called as their bed
+_beds = dict(frozen='P1', overfit='P2o', underfit='P2u') # names of the first protocols; others keep theirs
 
-def evidence(folder:Path # With the folders of comparisons by a protocol
-            ) -> list: # Of dicts: protocol, bed, imbalance_factor, method, rl (a preset, parts or None), baseline, decay, seeds, accuracies, gains, command
-    "What was found on the test set, by protocol, imbalance factor, method, Reflective Learning and baseline, in percent points; raises `ValueError` if nothing was."
+def evidence(folder:Path # A folder with the output folders of comparisons by a protocol
+            ) -> list: # Of dicts: protocol, bed, settings, baseline, seeds, accuracies, gains, command
+    "Test accuracies and gains of all comparisons by a protocol, in percent; raises `ValueError` if there are none."
     rows = {}
     for o in result_folders(folder):
-        plan = json.loads((o/'compare.json').read_text(encoding='utf-8')) if (o/'compare.json').exists() else {}
-        bed = re.search(r'--protocol[ =]([\w-]+)', plan.get('command', ''))
-        changes = 'set' if 'tuned' in plan else 'set|sweep|grid' # of --tune, a sweep is the grid
-        by_hand = re.search(rf'--({changes})\b(?! preset=)', plan.get('command', '')) # no name tells what these are
-        if not bed or not plan['test'] or by_hand: continue
-        results = load_results(o)
-        for baseline,r in _by_baseline(summarise(runs_table(results)), o):
-            run = first(e for e in results if (e['group'],e['variant'])==(r.group,r.variant))
-            rl = _name_of(run['reflective'], '' if baseline!='plain' else r.variant)
-            row = dict(protocol=_beds.get(bed[1], bed[1]), bed=bed[1], imbalance_factor=run['imbalance_factor'], method=run['method'], rl=rl, baseline=baseline,
-                       decay=_decay(run), seeds=int(r.runs),
-                       **{k: _rounded(r[k]) for k in shots}, train_accuracy=_rounded(r.train))
-            if rl: row.update(gain_all=_rounded(r.gain_all), gain_few=_rounded(r.gain_few), ci_low=_rounded(r.gain_all_lo), ci_high=_rounded(r.gain_all_hi))
-            rows.setdefault(tuple(row[k] for k in ('protocol','imbalance_factor','method','rl','baseline','decay')), {**row, 'command': plan['command']})
-    if not rows: raise ValueError(f"{folder}: no comparison by a protocol that has read the test set. `ltrl compare --protocol frozen --out {folder}/frozen` makes one.")
+        plan = _read_plan(o)
+        bed = _bed_of(plan)
+        if bed is None: continue
+        for row in _evidence_rows(o, bed):
+            key = tuple(row[k] for k in ('protocol','imbalance_factor','method','rl','baseline','decay'))
+            rows.setdefault(key, {**row, 'command': plan['command']})
+    if not rows: raise ValueError(f"{folder}: no comparison by a protocol that has read the test set. "
+        f"`ltrl compare --protocol frozen --out {folder}/frozen` makes one.")
     return list(rows.values())
 
+def _bed_of(plan):
+    "The protocol of a comparison; None without one, without the test set, or if settings were changed by hand"
+    command = plan.get('command', '')
+    bed = re.search(r'--protocol[ =]([\w-]+)', command)
+    options = 'set' if 'tuned' in plan else 'set|sweep|grid' # a sweep of --tune is its grid
+    is_changed = re.search(rf'--({options})\b(?! preset=)', command) # rows have no name for these settings
+    return None if not bed or not plan['test'] or is_changed else bed[1]
+
+def _evidence_rows(folder, bed):
+    "A row for each variant and baseline of a comparison"
+    results = load_results(folder)
+    for baseline,r in _by_baseline(summarise(runs_table(results)), folder):
+        run = next(o for o in results if (o['group'],o['variant'])==(r.group,r.variant))
+        rl = _name_of(run['reflective'], r.variant if baseline=='plain' else '')
+        row = dict(protocol=_beds.get(bed, bed), bed=bed, imbalance_factor=run['imbalance_factor'],
+                   method=run['method'], rl=rl, baseline=baseline, decay=_decay(run), seeds=int(r.runs))
+        row.update({k: _rounded(r[k]) for k in shots}, train_accuracy=_rounded(r.train))
+        if rl: row.update(gain_all=_rounded(r.gain_all), gain_few=_rounded(r.gain_few),
+                          ci_low=_rounded(r.gain_all_lo), ci_high=_rounded(r.gain_all_hi))
+        yield row
+
 def _by_baseline(summary, folder):
-    "Rows of a summary with their baseline: 'plain', or what `ltrl compare --tune` has measured it against"
-    roles,gains = _tuned_roles(folder),tuned_gains(folder)
-    if not roles: yield from (('plain', r) for _,r in summary.iterrows())
+    "Rows of a summary with their baseline: 'plain', or the baselines of `ltrl compare --tune`"
+    gains = tuned_gains(folder)
+    if not len(gains):
+        for _,r in summary.iterrows(): yield 'plain',r
     for _,g in gains.iterrows():
-        done = {r.variant: r for _,r in summary.iterrows() if r.group==g['group']}
+        of_group = {r.variant: r for _,r in summary.iterrows() if r.group==g['group']}
         gains_of = {k: v for k,v in g.items() if k.startswith('gain_')}
-        if g.baseline!='best' and g['without'] in done: yield g.baseline,done[g['without']]
-        if g['with'] in done: yield g.baseline,pd.Series({**done[g['with']], **gains_of})
+        if g.baseline!='best' and g['without'] in of_group: yield g.baseline,of_group[g['without']]
+        if g['with'] in of_group: yield g.baseline,pd.Series({**of_group[g['with']], **gains_of})
 
 def _name_of(config, label):
-    "The preset, if its parts are on and nothing else was changed; else the parts that are, and what was changed"
+    "The preset if nothing was changed, else the parts that are on and the changes in the label of the variant"
     if config is None: return None
     preset = 'v0.0.1' if config['preset']=='default' and _is_first_version(config) else config['preset']
-    on,usual = [k for k in ('kr','ks','kc') if config[k]],ReflectiveLearning(preset=preset)
-    changed = re.search(r'\(.*\)$', label)
-    same = on==[k for k in usual.parts if usual.is_on(k)] and not changed
-    return preset if same else ' + '.join(map(str.upper, on)) + (f' {changed[0]}' if changed else '')
+    usual = ReflectiveLearning(preset=preset)
+    on = [k for k in ('kr','ks','kc') if config[k]]
+    changes = re.search(r'\(.*\)$', label)
+    if not changes and on==[k for k in usual.parts if usual.is_on(k)]: return preset
+    parts = ' + '.join(map(str.upper, on))
+    return f'{parts} {changes[0]}' if changes else parts
 
 def _decay(run):
-    "Was weight decay in the gradient, or decoupled and a tenth as strong, as in all runs before there was a choice?"
+    "'gradient' or 'decoupled', a tenth as strong; runs of earlier versions do not say which, and were decoupled"
     return 'decoupled' if run['settings'].get('decouple_wd', True) else 'gradient'
 
 def _is_first_version(config):
     "Was it recorded by version 0.0.1, whose parts had fewer arguments?"
     review,summary = config['kr'],config['ks']
-    return bool(review) and 'memory' not in review or bool(summary) and 'resemblance' not in summary
+    if review and 'memory' not in review: return True
+    return bool(summary) and 'resemblance' not in summary
 
-def _rounded(v): return None if v is None or math.isnan(v) else round(float(v), 2)
+def _rounded(value): return None if value is None or math.isnan(value) else round(float(value), 2)
 
 # %% ../../nbs/experiments/05_summary.ipynb #00f6bcfa
 def plot_gains(summary:pd.DataFrame, # As `summarise` gives
-               title:str|None=None # Above all
+               title:str|None=None # Title of the figure
               ) -> plt.Figure:
-    "Paired gains and their intervals, a panel for each data set and method; accuracies where there is nothing to gain over."
+    "Plot paired gains and their intervals, a panel for each data set and method; accuracies where there are no pairs."
     with picture_style(): return _draw_gains(summary, title)
 
 def _draw_gains(summary, title):
     groups = [(k,g) for k,g in summary.groupby('group', sort=False)]
-    gains = summary.gain_all.notna().any()
-    n = [max(1, int(g.gain_all.notna().sum()) if gains else len(g)) for _,g in groups]
-    fig,axs = plt.subplots(len(groups), 1, figsize=(8, .8*len(groups)+.42*sum(n)+.6), height_ratios=[o+1 for o in n], squeeze=False, layout='constrained', sharex=True)
-    for ax,(name,g) in zip(axs[:,0], groups):
-        rows = g[g.gain_all.notna()] if gains else g
-        y = np.arange(len(rows))[::-1]
-        for k,colour,mark,dy in (('all',picture_palette[0],'o',.14), ('few',picture_palette[1],'s',-.14)):
-            m = rows[f'gain_{k}' if gains else k].to_numpy(float)
-            if gains: err = np.nan_to_num(np.abs(np.stack([rows[f'gain_{k}_lo'], rows[f'gain_{k}_hi']]).astype(float)-m))
-            else: err = np.nan_to_num(np.stack([rows[f'{k}_sd']]*2).astype(float))
-            ax.errorbar(m, y+dy, xerr=err, fmt=mark, color=colour, ms=4.5, capsize=2.5, lw=1.3, label=k.title())
-        if gains: ax.axvline(0, color=picture_ink, lw=.8)
-        ax.set_yticks(y, rows.variant); ax.set_ylim(-.6, len(rows)-.4); ax.set_title(name, loc='left', fontsize=9); ax.grid(axis='x'); ax.set_axisbelow(True)
-        for o in ('top','right','left'): ax.spines[o].set_visible(False)
-        ax.tick_params(axis='y', length=0)
-    axs[-1,0].set_xlabel(('paired gain' if gains else 'accuracy') + f" on {summary.on.iloc[0]} images (points; bars: {'95% interval' if gains else 'standard deviation'})")
+    has_gains = summary.gain_all.notna().any()
+    rows_of = [g[g.gain_all.notna()] if has_gains else g for _,g in groups]
+    heights = [max(1, len(rows)) for rows in rows_of]
+    size = 8,.8*len(groups)+.42*sum(heights)+.6
+    fig,axs = plt.subplots(len(groups), 1, figsize=size, height_ratios=[o+1 for o in heights], squeeze=False,
+                           layout='constrained', sharex=True)
+    for ax,(name,_),rows in zip(axs[:,0], groups, rows_of):
+        _draw_group(ax, rows, has_gains)
+        ax.set_title(name, loc='left', fontsize=9)
+    what,bars = ('paired gain','95% interval') if has_gains else ('accuracy','standard deviation')
+    axs[-1,0].set_xlabel(f'{what} on {summary.on.iloc[0]} images (points; bars: {bars})')
     axs[0,0].legend(frameon=False, fontsize=8, ncols=2, loc='lower right', bbox_to_anchor=(1,1))
     if title: fig.suptitle(title, fontsize=10)
     return fig
 
+def _draw_group(ax, rows, has_gains):
+    "All and Few of each variant, with bars"
+    y = np.arange(len(rows))[::-1]
+    for k,colour,marker,offset in (('all',picture_palette[0],'o',.14), ('few',picture_palette[1],'s',-.14)):
+        means = rows[f'gain_{k}' if has_gains else k].to_numpy(float)
+        if has_gains: bars = np.abs(np.stack([rows[f'gain_{k}_lo'], rows[f'gain_{k}_hi']]).astype(float)-means)
+        else: bars = np.stack([rows[f'{k}_sd']]*2).astype(float)
+        ax.errorbar(means, y+offset, xerr=np.nan_to_num(bars), fmt=marker, color=colour, ms=4.5, capsize=2.5, lw=1.3,
+                    label=k.title())
+    if has_gains: ax.axvline(0, color=picture_ink, lw=.8)
+    ax.set_yticks(y, rows.variant)
+    ax.set_ylim(-.6, len(rows)-.4)
+    ax.grid(axis='x')
+    ax.set_axisbelow(True)
+    for side in ('top','right','left'): ax.spines[side].set_visible(False)
+    ax.tick_params(axis='y', length=0)
+
 def write_summary(results:list, # As `load_results` gives
-                  folder:Path # For runs.csv, summary.csv, summary.md and summary.png
+                  folder:Path # Folder for runs.csv, summary.csv, summary.md and summary.png
                  ) -> pd.DataFrame: # As `summarise` gives
-    "Write tables and the picture of a comparison."
+    "Write the tables and the plot of a comparison."
     folder,runs = Path(folder),runs_table(results)
     res = summarise(runs)
     write_text(runs.round(4).to_csv(index=False), folder/'runs.csv')
     write_text(res.round(4).to_csv(index=False), folder/'summary.csv')
     write_text(markdown(res), folder/'summary.md')
-    fig = plot_gains(res); tmp = folder/'.summary.png'; fig.savefig(tmp, dpi=130); tmp.replace(folder/'summary.png'); plt.close(fig)
+    fig = plot_gains(res)
+    with atomic_write(folder/'summary.png') as temporary: fig.savefig(temporary, dpi=130)
+    plt.close(fig)
     return res

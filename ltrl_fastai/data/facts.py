@@ -51,10 +51,11 @@ def cifar_not_found(path:Path, # Where it was looked for
                    ) -> FileNotFoundError:
     "The error that says what was expected where, and how to get it."
     return FileNotFoundError(
-        f"{spec['title']} was not found at {path}. Expected there: a folder `{spec['folder']}` (as torchvision has it), "
-        "or folders `train` and `test` with one folder of images per class (as fastai has it). To get it, with a network: "
-        f"`from fastai.data.external import untar_data, URLs; untar_data(URLs.{spec['url']})`, "
-        f"or `torchvision.datasets.{spec['cls']}('data', download=True)` and then `--data data` (in Python, `path='data'`).")
+        f"{spec['title']} was not found at {path}. Expected there: a folder `{spec['folder']}` (as torchvision has "
+        "it), or folders `train` and `test` with one folder of images per class (as fastai has it). To get it, with a "
+        f"network: `from fastai.data.external import untar_data, URLs; untar_data(URLs.{spec['url']})`, or "
+        f"`torchvision.datasets.{spec['cls']}('data', download=True)` and then `--data data` (in Python, "
+        "`path='data'`).")
 
 # %% ../../nbs/data/11_facts.ipynb #a130a61e
 def as_listed(p:str # Path as listed

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Annotated
 import typer
 import typer.core
-from .cli_common import app, check_output, fail, option, prepare_training, set_image_check, split_list
+from ltrl_fastai.experiments.cli_common import (app, check_output, fail, option, prepare_training, set_image_check,
+    split_list)
 
 # %% ../../nbs/experiments/14_cli_compare.ipynb #54ef40e9
 _train_options = 'epochs lr bs net policy cut size n_max n_valid data_seed preset'.split()

@@ -13,7 +13,8 @@ import shutil
 from pathlib import Path
 from typing import Annotated
 import typer
-from .cli_common import app, check_output, fail, option, prepare_training, save_figure, set_image_check
+from ltrl_fastai.experiments.cli_common import (app, check_output, fail, option, prepare_training, save_figure,
+    set_image_check)
 
 # %% ../../nbs/experiments/13_cli_train.ipynb #f0c35b56
 @app.command()

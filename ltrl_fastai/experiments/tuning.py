@@ -84,6 +84,12 @@ def _fields(setting, common):
     for name,value in setting.items(): _,fields = merge_setting({}, fields, (None,name), value)
     return fields
 
+def _way(setting, reflective, common):
+    "A setting as a `Variant`"
+    text,fields = show_setting(setting),_fields(setting, common)
+    if reflective is None: return Variant(text, None, fields)
+    return Variant(f'RL ({text})' if text else 'RL', reflective, fields)
+
 def _effective(settings):
     "The settings of a run, without method constants that equal their default"
     default = method_constants(settings.method)
@@ -192,12 +198,6 @@ class _Side:
         chosen = None if best['setting'] is None else dict(sorted(best['setting'].items()))
         runs = sum(len(o['valid_accuracy']) for o in self.tried)
         return dict(chosen=chosen, mean=best['mean'], runs=runs, tried=self.tried)
-
-def _way(setting, reflective, common):
-    "A setting as a `Variant`"
-    text,fields = show_setting(setting),_fields(setting, common)
-    if reflective is None: return Variant(text, None, fields)
-    return Variant(f'RL ({text})' if text else 'RL', reflective, fields)
 
 def _accuracies(runs, folder, jobs, watcher, command):
     "Train the runs of each setting; validation accuracy of each in percent, None for a run that diverged"

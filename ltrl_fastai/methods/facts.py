@@ -52,7 +52,8 @@ method_facts = Methods({ # All that `ltrl methods` lists
         'cross-entropy on mixtures of two images', 'Zhang et al., ICLR 2018; slides, table 7',
         defaults=_no_nesterov, reported=45.1),
     'bsce': MethodFacts(
-        'Balanced Softmax: cross-entropy of logits + log n', 'Ren et al., NeurIPS 2020; slides, table 1', reported=46.1),
+        'Balanced Softmax: cross-entropy of logits + log n', 'Ren et al., NeurIPS 2020; slides, table 1',
+        reported=46.1),
     'logit-adjustment': MethodFacts(
         'cross-entropy; log n is subtracted from the logits at prediction', 'Menon et al., ICLR 2021'),
     'ldam': MethodFacts(
@@ -94,7 +95,8 @@ method_facts = Methods({ # All that `ltrl methods` lists
         'cross-entropy, then a learned scale for each class vector', 'Kang et al., ICLR 2020',
         then=('lws',), defaults=_no_nesterov),
     'tau-norm': MethodFacts(
-        'cross-entropy, then class vectors divided by a power of their norms', 'Kang et al., ICLR 2020; slides, table 6',
+        'cross-entropy, then class vectors divided by a power of their norms',
+        'Kang et al., ICLR 2020; slides, table 6',
         then=('tau_norm',), defaults=_no_nesterov, reported=43.2),
     'ncm': MethodFacts(
         'cross-entropy, then the nearest class mean', 'Kang et al., ICLR 2020', then=('ncm',), defaults=_no_nesterov),
@@ -108,7 +110,8 @@ method_facts = Methods({ # All that `ltrl methods` lists
         'strong weight decay, then a head with limited weight norms', 'Alshammari et al., CVPR 2022; slides, table 7',
         then=('balancing_stage',), defaults=dict(wd=5e-3, lr=.01, **_no_nesterov), reported=53.6),
 }, also={
-    'balanced-softmax': 'bsce', 'cross-entropy': 'softmax', 'ce': 'softmax', 'cb-loss': 'class-balanced', 'tade': 'sade',
+    'balanced-softmax': 'bsce', 'cross-entropy': 'softmax', 'ce': 'softmax', 'cb-loss': 'class-balanced',
+    'tade': 'sade',
     'classifier-retraining': 'crt', 'learnable-weight-scaling': 'lws', 'tau-normalization': 'tau-norm',
     'nearest-class-mean': 'ncm',
 })

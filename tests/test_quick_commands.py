@@ -29,7 +29,8 @@ main()
 def run_without_torch(*args, cwd, code=0):
     "What `ltrl` prints in a process that can't import PyTorch or fastai"
     env = {**os.environ, 'COLUMNS': '200', 'FASTAI_HOME': str(cwd/'home')}
-    r = subprocess.run([sys.executable, '-c', program, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True)
+    command = [sys.executable, '-c', program, *map(str, args)]
+    r = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     assert r.returncode == code and 'Traceback' not in r.stderr, r.stdout+r.stderr
     return r.stdout+r.stderr
 
@@ -50,8 +51,8 @@ def test_methods(tmp_path):
     said = run_without_torch('methods', cwd=tmp_path)
     assert all(k in said for k in methods)
     facts = json.loads(run_without_torch('methods', '--json', cwd=tmp_path))
-    assert facts == [dict(name=k, about=o.about, reference=o.reference, stages=o.stages, views=o.views, reported=o.reported)
-                     for k, o in methods.items()]
+    keys = ('about', 'reference', 'stages', 'views', 'reported')
+    assert facts == [dict(name=name, **{k: getattr(o, k) for k in keys}) for name, o in methods.items()]
 
 
 def test_recipes(tmp_path):
@@ -64,7 +65,8 @@ def test_recipes(tmp_path):
 def test_datasets_that_are_missing(tmp_path):
     said = run_without_torch('datasets', cwd=tmp_path)
     assert said.count('Missing: ') == 8 and f"{tmp_path/'home'}" in said
-    assert 'is not there, where a folder was expected' in run_without_torch('datasets', '--data', 'nowhere', cwd=tmp_path, code=2)
+    said = run_without_torch('datasets', '--data', 'nowhere', cwd=tmp_path, code=2)
+    assert 'is not there, where a folder was expected' in said
 
 
 def test_datasets_that_are_there(tmp_path):
@@ -77,7 +79,8 @@ def test_datasets_that_are_there(tmp_path):
         (tmp_path/file).write_text(f'{image} 0\n')
     for part in ('train', 'test'): (tmp_path/'magnetic'/part/'free').mkdir(parents=True)
     (tmp_path/'cifar-100-python').mkdir()
-    found = {o['name']: o for o in json.loads(run_without_torch('datasets', '--json', '--data', tmp_path, cwd=tmp_path))}
+    listed = json.loads(run_without_torch('datasets', '--json', '--data', tmp_path, cwd=tmp_path))
+    found = {o['name']: o for o in listed}
     assert [found[o]['state'] for o in ('imagenet-lt', 'magnetic', 'cifar100-lt')] == ['there']*3
     assert 'all 3 images' in found['imagenet-lt']['found'] and 'not the published' in found['imagenet-lt']['notes'][0]
     (tmp_path/image).unlink()

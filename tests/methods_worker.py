@@ -1,4 +1,4 @@
-"Methods with a loader, a queue or nets of their own, trained by several processes. test_ranks.py starts it, as it does ranks_worker.py."
+"Train methods with their own loader, queue or nets in several processes; test_ranks.py starts this."
 import os
 import sys
 from functools import partial
@@ -11,19 +11,25 @@ names = ['paco', 'bbn', 'ncl', 'crt', 'mislas']
 
 
 class Targets(Callback):
-    "Classes of the images that this rank is trained on, epoch by epoch"
+    "Records the targets that this rank is trained on, epoch by epoch"
     run_valid = False
     def before_fit(self): self.seen = []
     def before_train(self): self.seen.append([])
     def after_batch(self): self.seen[-1] += self.y.tolist()
 
 
+def train(name, folder):
+    set_seed(0, reproducible=True)
+    dls = digits_lt(device='cpu')
+    cbs = [ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), Targets()]
+    learn = methods[name].learner(dls, create_net('resnet8', 10, n_in=1), opt_func=partial(SGD, mom=.9), cbs=cbs)
+    with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar(), learn.no_logging():
+        methods[name].fit(learn, 2, .02)
+    result = dict(state=learn.model.state_dict(), seen=learn.targets.seen)
+    torch.save(result, f"{folder}/{name}-{os.environ['RANK']}.pt")
+
+
 if __name__ == '__main__':
     with allow_cpu_ranks():
-        for name in names:
-            set_seed(0, reproducible=True)
-            learn = methods[name].learner(digits_lt(device='cpu'), create_net('resnet8', 10, n_in=1), opt_func=partial(SGD, mom=.9),
-                                          cbs=[ReflectiveLearning(preset='v0.0.1', ks=True, kc=True), Targets()])
-            with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar(), learn.no_logging(): methods[name].fit(learn, 2, .02)
-            torch.save(dict(state=learn.model.state_dict(), seen=learn.targets.seen), f"{sys.argv[1]}/{name}-{os.environ['RANK']}.pt")
+        for name in names: train(name, sys.argv[1])
         torch.distributed.destroy_process_group()

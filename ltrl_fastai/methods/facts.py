@@ -39,76 +39,81 @@ class Methods(dict[str, _Entry]):
         raise KeyError(f"method: got {name!r}.{did_you_mean(name, self, also=self.also)} There are {', '.join(self)}.")
 
 # %% ../../nbs/methods/24_facts.ipynb #0ed808fa
-_no_nesterov = dict(nesterov=False) # as their authors train
+_no_nesterov = dict(nesterov=False) # as the authors train
 
 method_facts = Methods({ # All that `ltrl methods` lists
     'softmax': MethodFacts(
-        'cross-entropy', 'the baseline; slides, table 1', reported=41.4),
+        'cross-entropy, without any correction for class frequency', 'the baseline; slides, table 1', reported=41.4),
     'focal': MethodFacts(
-        'cross-entropy that gives little weight to samples that are right already', 'Lin et al., ICCV 2017'),
+        'focal loss: cross-entropy that gives less weight to samples already classified well', 'Lin et al., ICCV 2017'),
     'class-balanced': MethodFacts(
-        'cross-entropy, classes weighted by their effective number of images', 'Cui et al., CVPR 2019'),
+        'cross-entropy with class weights from the effective number of images', 'Cui et al., CVPR 2019'),
     'mixup': MethodFacts(
-        'cross-entropy on mixtures of two images', 'Zhang et al., ICLR 2018; slides, table 7',
-        defaults=_no_nesterov, reported=45.1),
+        'cross-entropy on mixtures of two images', 'Zhang et al., ICLR 2018; slides, table 7', defaults=_no_nesterov,
+        reported=45.1),
     'bsce': MethodFacts(
         'Balanced Softmax: cross-entropy of logits + log n', 'Ren et al., NeurIPS 2020; slides, table 1',
         reported=46.1),
     'logit-adjustment': MethodFacts(
-        'cross-entropy; log n is subtracted from the logits at prediction', 'Menon et al., ICLR 2021'),
+        'cross-entropy; at prediction, the log class prior is subtracted from the logits', 'Menon et al., ICLR 2021'),
     'ldam': MethodFacts(
-        'margins that are larger for rarer classes, on a cosine head', 'Cao et al., NeurIPS 2019',
+        'cross-entropy with larger margins for rarer classes, on a cosine head', 'Cao et al., NeurIPS 2019',
         defaults=_no_nesterov),
     'ldam-drw': MethodFacts(
-        'LDAM with class weights in the last fifth of the epochs', 'Cao et al., NeurIPS 2019; slides, table 6',
+        'LDAM, with class weights in the last fifth of the epochs', 'Cao et al., NeurIPS 2019; slides, table 6',
         defaults=_no_nesterov, reported=42.0),
     'lade': MethodFacts(
-        'Balanced Softmax with logits regularised to be free of the training prior',
+        'Balanced Softmax, plus a term that removes the training prior from the logits',
         'Hong et al., CVPR 2021; reported by SADE', defaults=_no_nesterov, reported=45.6),
     'ride': MethodFacts(
-        'three experts trained by LDAM and pushed apart', 'Wang et al., ICLR 2021; slides, table 1', reported=48.0),
+        'three experts trained by LDAM and rewarded for disagreeing', 'Wang et al., ICLR 2021; slides, table 1',
+        reported=48.0),
     'ride-assigned': MethodFacts(
-        'RIDE, then gates that use as many experts as an image needs', 'Wang et al., ICLR 2021; its README',
+        'RIDE; then gates that choose how many experts each image needs', 'Wang et al., ICLR 2021; its README',
         then=('assignment',), reported=48.6),
     'ride-distilled': MethodFacts(
-        'RIDE with six experts, then distilled into three', 'Wang et al., ICLR 2021', then=('distillation',)),
+        'RIDE with six experts; then three new experts distilled from them', 'Wang et al., ICLR 2021',
+        then=('distillation',)),
     'sade': MethodFacts(
-        'three experts for three class priors', 'Zhang et al., NeurIPS 2022; slides, table 1', reported=49.4),
+        'three experts: for long-tailed, balanced and inversely long-tailed test data',
+        'Zhang et al., NeurIPS 2022; slides, table 1', reported=49.4),
     'sade-aggregated': MethodFacts(
-        'SADE, then weights of its experts learned on unlabelled test images',
-        'Zhang et al., NeurIPS 2022; its README', then=('aggregation',), reported=49.8),
+        'SADE; then expert weights fitted to unlabelled test images', 'Zhang et al., NeurIPS 2022; its README',
+        then=('aggregation',), reported=49.8),
     'mdcs': MethodFacts(
-        'experts for three powers of the class counts, consistent over two views',
+        'three experts for three powers of the class counts, consistent over two views',
         'Zhao et al., ICCV 2023; slides, table 1 (RandAugment)', views=2, reported=56.1),
     'ncl': MethodFacts(
-        'three nets that learn from each other, on all and on hard classes', 'Li et al., CVPR 2022; slides, table 4'),
+        'three separate nets that learn from each other, on all classes and on hard ones',
+        'Li et al., CVPR 2022; slides, table 4'),
     'paco': MethodFacts(
-        'contrastive learning of two views with a queue and learned class centres',
+        'contrast of two views with a queue of earlier ones and with learned class centres',
         'Cui et al., ICCV 2021; slides, table 1 (RandAugment)', views=2, defaults=_no_nesterov, reported=52.0),
     'bbn': MethodFacts(
-        'two branches, one on the data as they are, one with class frequencies reversed',
+        'two branches: one on the data as they are, one on inversely sampled data',
         'Zhou et al., CVPR 2020; slides, table 1', reported=44.7),
     'crt': MethodFacts(
-        'cross-entropy, then a new head trained with class-aware sampling', 'Kang et al., ICLR 2020; slides, table 6',
+        'cross-entropy; then a new head, trained with class-aware sampling', 'Kang et al., ICLR 2020; slides, table 6',
         then=('crt',), defaults=_no_nesterov, reported=43.3),
     'lws': MethodFacts(
-        'cross-entropy, then a learned scale for each class vector', 'Kang et al., ICLR 2020',
+        'cross-entropy; then one learned scale per class, trained with class-aware sampling', 'Kang et al., ICLR 2020',
         then=('lws',), defaults=_no_nesterov),
     'tau-norm': MethodFacts(
-        'cross-entropy, then class vectors divided by a power of their norms',
-        'Kang et al., ICLR 2020; slides, table 6',
-        then=('tau_norm',), defaults=_no_nesterov, reported=43.2),
+        'cross-entropy; then class vectors divided by a power of their norms',
+        'Kang et al., ICLR 2020; slides, table 6', then=('tau_norm',), defaults=_no_nesterov, reported=43.2),
     'ncm': MethodFacts(
-        'cross-entropy, then the nearest class mean', 'Kang et al., ICLR 2020', then=('ncm',), defaults=_no_nesterov),
+        'cross-entropy; then classification by the nearest class mean', 'Kang et al., ICLR 2020', then=('ncm',),
+        defaults=_no_nesterov),
     'oltr': MethodFacts(
-        'cross-entropy, then class centroids as a memory', 'Liu et al., CVPR 2019; slides, table 5',
+        'cross-entropy; then a memory of learned class centroids', 'Liu et al., CVPR 2019; slides, table 5',
         then=('oltr_stage',), defaults=_no_nesterov),
     'mislas': MethodFacts(
-        'mixup, then a head with label-aware smoothing and re-estimated batch statistics',
+        'mixup; then a head trained with label-aware smoothing and updated batch statistics',
         'Zhong et al., CVPR 2021; slides, table 7', then=('mislas_stage',), defaults=_no_nesterov, reported=47.0),
     'weight-balancing': MethodFacts(
-        'strong weight decay, then a head with limited weight norms', 'Alshammari et al., CVPR 2022; slides, table 7',
-        then=('balancing_stage',), defaults=dict(wd=5e-3, lr=.01, **_no_nesterov), reported=53.6),
+        'strong weight decay; then a head whose class vectors are limited in length',
+        'Alshammari et al., CVPR 2022; slides, table 7', then=('balancing_stage',),
+        defaults=dict(wd=5e-3, lr=.01, **_no_nesterov), reported=53.6),
 }, also={
     'balanced-softmax': 'bsce', 'cross-entropy': 'softmax', 'ce': 'softmax', 'cb-loss': 'class-balanced',
     'tade': 'sade',

@@ -1,8 +1,8 @@
-"""What Quarto would make of the docs, where there is no Quarto: a program of the same commands, for `nbdev-docs` to call.
+"""A replacement for Quarto that `nbdev-docs` can call, with the same commands, to test how Quarto would read the docs.
 
-Quarto turns a notebook into Markdown, has pandoc read it, and puts the page into the frame of a website. This does the first and the second in the same way, with the
-pandoc of PyPI, and leaves the third away: there is no navigation, no search, no theme. It is as strict as Quarto is about settings, and more so about pages: what is not
-there, be it included, listed in a sidebar or linked to, is an error.
+Quarto converts a notebook to Markdown, calls pandoc, and adds the frame of a website. This program does the first two
+in the same way, with the pandoc of PyPI, but has no navigation, no search and no theme. It is as strict as Quarto about
+settings, and stricter about pages: a missing file that is included, listed in a sidebar or linked to is an error.
 """
 import argparse
 import json
@@ -16,7 +16,8 @@ from urllib.parse import unquote
 import pypandoc
 import yaml
 
-known = {  # keys of the settings that a website may have, of those that ours or nbdev's use; Quarto refuses others within `website` and `project`
+# Settings of a website that this project or nbdev uses; Quarto refuses unknown ones in `website` and `project`
+known = {
     'project': {'type', 'output-dir'},
     'website': {'title', 'site-url', 'description', 'repo-branch', 'repo-url', 'favicon', 'navbar', 'sidebar'},
     'website.navbar': {'background', 'search', 'left'},
@@ -25,23 +26,27 @@ known = {  # keys of the settings that a website may have, of those that ours or
 
 
 def merged(a, b):
-    "Settings `a`, with those of `b` beside or above them"
-    return {**a, **{k: merged(a[k], v) if isinstance(a.get(k), dict) and isinstance(v, dict) else v for k, v in b.items()}}
+    "Settings `a`, updated by `b` at every level"
+    res = dict(a)
+    for k, v in b.items(): res[k] = merged(a[k], v) if isinstance(a.get(k), dict) and isinstance(v, dict) else v
+    return res
 
 
 def settings(folder):
+    "The settings of the website; exits if there are unknown ones"
     res = yaml.safe_load((folder/'_quarto.yml').read_text(encoding='utf-8'))
     for o in res.get('metadata-files', []): res = merged(res, yaml.safe_load((folder/o).read_text(encoding='utf-8')))
     for where, keys in known.items():
         part = res
         for k in filter(None, where.split('.')): part = part[k]
-        if unknown := set(part)-keys: sys.exit(f'unknown in {where or "the settings"}: {unknown}')
+        unknown = set(part)-keys
+        if unknown: sys.exit(f'unknown in {where or "the settings"}: {unknown}')
     if res['project']['type'] != 'website': sys.exit('no website')
     return res
 
 
 def inputs(folder):
-    "All pages: what begins with a dot or an underline is none"
+    "All pages: files whose path has no part that begins with a dot or an underline"
     found = (p.relative_to(folder) for k in ('*.ipynb', '*.qmd', '*.md') for p in folder.rglob(k))
     return sorted(p for p in found if p.name != 'README.md' and not any(o[0] in '._' for o in p.parts))
 
@@ -61,35 +66,36 @@ def fenced(text, attr=''):
     return f'{marks}{attr}\n{text.rstrip()}\n{marks}'
 
 
-def shown(output, asis):
-    "An output of a cell: the best of what there is"
-    if output['output_type'] == 'stream': return f"::: {{.cell-output .cell-output-{output['name']}}}\n{fenced(joined(output['text']))}\n:::"
+def shown(output, asis, alt):
+    "Markdown of an output in its best format"
+    def div(kind, text): return f"::: {{.cell-output .cell-output-{kind}}}\n{text}\n:::"
+    if output['output_type'] == 'stream': return div(output['name'], fenced(joined(output['text'])))
     if output['output_type'] == 'error': return fenced(f"{output['ename']}: {output['evalue']}")
     data = {k: joined(v) for k, v in output['data'].items() if isinstance(v, (str, list))}
-    if 'text/markdown' in data: return data['text/markdown'] if asis else f"::: {{.cell-output .cell-output-display}}\n{data['text/markdown']}\n:::"
-    if 'image/png' in data: return None, f"data:image/png;base64,{data['image/png'].strip()}"
+    if 'text/markdown' in data: return data['text/markdown'] if asis else div('display', data['text/markdown'])
+    if 'image/png' in data: return f"![{alt}](data:image/png;base64,{data['image/png'].strip()})"
     if 'image/svg+xml' in data: return fenced(data['image/svg+xml'], '{=html}')
     if 'text/html' in data: return fenced(data['text/html'], '{=html}')
-    return f"::: {{.cell-output .cell-output-display}}\n{fenced(data['text/plain'])}\n:::"
+    return div('display', fenced(data['text/plain']))
 
 
 def cell(c):
+    "Markdown of a cell"
     source = joined(c['source'])
     if c['cell_type'] != 'code': return source
     lines = source.split('\n')
     n = next((i for i, line in enumerate(lines) if not line.startswith('#|')), len(lines))
     options = yaml.safe_load('\n'.join(line[2:] for line in lines[:n])) or {}
     if options.get('include') is False: return ''
-    code, asis = '\n'.join(lines[n:]).strip(), options.get('output') == 'asis'
+    code = '\n'.join(lines[n:]).strip()
+    asis = options.get('output') == 'asis'
     parts = [fenced(code, '{.python .cell-code}')] if code and options.get('echo') is not False else []
-    for o in c.get('outputs', []):
-        text = shown(o, asis)
-        parts.append(text if isinstance(text, str) else f'![{options.get("fig-alt", "")}]({text[1]})')
+    parts += [shown(o, asis, options.get('fig-alt', '')) for o in c.get('outputs', [])]
     return '\n\n'.join(parts) if asis else '\n\n'.join(['::: {.cell}', *parts, ':::'])
 
 
 def markdown(file):
-    "A page as Markdown, and what stands before its first line"
+    "Front matter and Markdown of a page"
     text = file.read_text(encoding='utf-8')
     if file.suffix == '.ipynb':
         cells = json.loads(text)['cells']
@@ -99,7 +105,8 @@ def markdown(file):
     else:
         _, head, text = re.split(r'^---\n', text, maxsplit=2, flags=re.M)
         text = re.sub(r'\{\{< include (\S+) >\}\}', lambda m: (file.parent/m[1]).read_text(encoding='utf-8'), text)
-    if m := re.search(r'\{\{<.*', text): sys.exit(f'{file}: {m[0]}: not known here')
+    shortcode = re.search(r'\{\{<.*', text)
+    if shortcode: sys.exit(f'{file}: {shortcode[0]}: not supported')
     return yaml.safe_load(head), text
 
 
@@ -107,21 +114,25 @@ pandoc = ('-f', 'markdown', '-t', 'html5', '--mathml', '--wrap=none', '--fail-if
 
 
 def render_page(folder, page, names, to):
-    "Write a page, whose links to pages are by the `names` that these have on the site"
+    "Write a page; links to source files become links to the `names` of their pages"
     def link(m):
-        path, _, anchor = m[2].partition('#')
+        path, hash_sign, anchor = m[2].partition('#')
         if not path or re.match(r'[a-z]+:', path): return m[0]
         target = Path(os.path.normpath(path[1:] if path[0] == '/' else page.parent/unquote(path)))
-        return f'{m[1]}="{os.path.relpath(names.get(target, target), page.parent)}{"#"*bool(anchor)}{anchor}"'
+        address = os.path.relpath(names.get(target, target), page.parent)
+        return f'{m[1]}="{address}{hash_sign if anchor else ""}{anchor}"'
     head, text = markdown(folder/page)
     r = subprocess.run([pypandoc.get_pandoc_path(), *pandoc], input=text, capture_output=True, text=True)
     if r.returncode: sys.exit(f'{page}: {r.stderr}')
     body = re.sub(r'\b(href|src)="([^"]*)"', link, r.stdout)
     to.parent.mkdir(parents=True, exist_ok=True)
-    to.write_text(f'<!DOCTYPE html>\n<title>{head["title"]}</title>\n<main>\n<h1>{head["title"]}</h1>\n{body}</main>\n', encoding='utf-8')
+    title = head['title']
+    html = f'<!DOCTYPE html>\n<title>{title}</title>\n<main>\n<h1>{title}</h1>\n{body}</main>\n'
+    to.write_text(html, encoding='utf-8')
 
 
 def render(folder, pages, to):
+    "Write pages and copy pictures and styles"
     config = settings(folder)
     nav = [folder/o['href'] for o in config['website']['navbar']['left']]+[folder/config['website']['favicon']]
     for p in [*nav, *listed(folder, config['website']['sidebar']['contents'])]:
@@ -142,6 +153,9 @@ if __name__ == '__main__':
     parser.add_argument('--output-dir', type=Path)
     parser.add_argument('--no-cache', action='store_true')
     parser.add_argument('--no-clean', action='store_true')
-    args, folder = parser.parse_args(), Path.cwd()
-    if args.command == 'inspect': print(json.dumps(dict(config=settings(folder), files=dict(input=[str(folder/p) for p in inputs(folder)]))))
+    args = parser.parse_args()
+    folder = Path.cwd()
+    if args.command == 'inspect':
+        files = [str(folder/p) for p in inputs(folder)]
+        print(json.dumps(dict(config=settings(folder), files=dict(input=files))))
     else: render(folder, args.pages or inputs(folder), args.output_dir)

@@ -1,4 +1,4 @@
-"CIFAR in torchvision's own format, and what is wrong with a folder is said."
+"CIFAR in torchvision's format and in folders, errors about broken folders, and frozen features."
 import pickle
 import sys
 
@@ -8,15 +8,18 @@ import torch
 import torchvision
 from PIL import Image
 
-from ltrl_fastai.all import Lite0, cifar10_lt, cifar100_lt, load_cifar
+from ltrl_fastai.all import BalancedSoftmaxLoss, Lite0, cifar10_lt, cifar100_lt, class_counts, load_cifar
 
 
 def write_cifar100(folder, n=3):
     "A tiny `cifar-100-python`, `n` training images of each class"
     folder.mkdir()
     rng = np.random.RandomState(0)
-    data = {s: (rng.randint(0, 256, (100*k, 3072)).astype(np.uint8), [i % 100 for i in range(100*k)]) for s, k in (('train', n), ('test', 1))}
-    for s, (x, y) in data.items(): (folder/s).write_bytes(pickle.dumps({'data': x, 'fine_labels': y}))
+    data = {}
+    for split, k in (('train', n), ('test', 1)):
+        x, y = rng.randint(0, 256, (100*k, 3072)).astype(np.uint8), [i % 100 for i in range(100*k)]
+        (folder/split).write_bytes(pickle.dumps({'data': x, 'fine_labels': y}))
+        data[split] = x, y
     (folder/'meta').write_bytes(pickle.dumps({'fine_label_names': [f'c{i:02}' for i in range(100)]}))
     return data
 
@@ -24,9 +27,13 @@ def write_cifar100(folder, n=3):
 @pytest.mark.parametrize('where', ['', 'cifar-100-python'], ids=['parent', 'itself'])
 def test_torchvisions_folder(tmp_path, monkeypatch, where):
     data = write_cifar100(tmp_path/'cifar-100-python')
-    monkeypatch.setattr(torchvision.datasets.cifar, 'check_integrity', lambda *a: True)  # its checksums are those of the real files
+    # its checksums are those of the real files
+    monkeypatch.setattr(torchvision.datasets.cifar, 'check_integrity', lambda *a: True)
     (x, y), (tx, ty), vocab = load_cifar(100, tmp_path/where)
-    assert (x.numpy() == data['train'][0].reshape(-1, 3, 32, 32)).all() and y.tolist() == data['train'][1] and len(tx) == 100 and vocab[3] == 'c03'
+    assert (x.numpy() == data['train'][0].reshape(-1, 3, 32, 32)).all()
+    assert y.tolist() == data['train'][1]
+    assert len(tx) == 100
+    assert vocab[3] == 'c03'
     dls = cifar100_lt(3, tmp_path/where, device='cpu', keep_train=True)
     assert dls.class_counts[0] == 3 and dls.class_counts[-1] == 1
 
@@ -37,7 +44,7 @@ def test_a_damaged_folder_is_named(tmp_path):
 
 
 def folder(tmp_path, sizes):
-    "`train` and `test` with one image a class, of the sizes given"
+    "`train` and `test` with one image per class, of these sizes"
     for s in ('train', 'test'):
         for i, size in enumerate(sizes):
             (tmp_path/s/f'c{i}').mkdir(parents=True)
@@ -69,15 +76,18 @@ def test_frozen_features_of_the_pretrained_net(monkeypatch):
     x = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     flat = torch.full((1, 3, 32, 32), 127, dtype=torch.uint8)
     with torch.no_grad():
-        feats = (net := Lite0())(x)
-        assert feats.shape == (4, 1280) and feats.isfinite().all() and feats.min() >= 0  # after a ReLU6
-        assert torch.allclose(net(x[2:3]), feats[2:3], atol=1e-3) and (feats[0]-feats[1]).abs().max() > .1
+        net = Lite0()
+        feats = net(x)
+        assert feats.shape == (4, 1280)
+        assert feats.isfinite().all() and feats.min() >= 0  # after a ReLU6
+        assert torch.allclose(net(x[2:3]), feats[2:3], atol=1e-3)
+        assert (feats[0]-feats[1]).abs().max() > .1
         assert not torch.allclose(net(flat), net(flat-120), atol=1e-2)
     monkeypatch.setitem(sys.modules, 'efficientnet_lite_pytorch', None)
     with pytest.raises(ImportError, match=r"pip install 'ltrl_fastai\[frozen\]'"): Lite0()
 
 
-def test_wrong_counts_are_said_in_words():
-    from ltrl_fastai.all import BalancedSoftmaxLoss, class_counts
-    with pytest.raises(TypeError, match=r'the function class_counts: did you mean `class_counts\(dls\)`'): BalancedSoftmaxLoss(class_counts)
+def test_errors_about_wrong_counts():
+    message = r'the function class_counts: did you mean `class_counts\(dls\)`'
+    with pytest.raises(TypeError, match=message): BalancedSoftmaxLoss(class_counts)
     with pytest.raises(TypeError, match='a list of numbers, got .*many'): BalancedSoftmaxLoss(['many', 'few'])

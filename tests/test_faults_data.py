@@ -986,7 +986,7 @@ def test_fault_16_variants_a_folder_and_an_empty_file_in_a_csv_file(photos):
 
 def test_fault_16_variants_in_lists(tmp_path):
     from ltrl_fastai.data.lists import imagenet_lt, list_sets
-    for split, name in list_sets['imagenet-lt']['lists'].items():
+    for split, name in list_sets['imagenet-lt'].lists.items():
         lines = [f'{split}/n0/{i}.jpg 0' for i in range(4)]+[f'{split}/n1/{i}.jpg 1' for i in range(3)]
         for line in lines: picture(tmp_path/line.split()[0])
         (tmp_path/name).write_text('\n'.join(lines))

@@ -1,4 +1,4 @@
-"`from ltrl_fastai.all import *` brings what belongs there, and shadows nothing of fastai, fastcore or PyTorch."
+"`from ltrl_fastai.all import *` imports all public names but a few, and shadows none of fastai, fastcore or PyTorch."
 import importlib
 import subprocess
 import sys
@@ -6,17 +6,19 @@ from pathlib import Path
 
 import pytest
 
-others = ('fastai.vision.all fastai.basics fastai.tabular.all fastai.text.all fastai.callback.all fastai.collab fastai.data.all '
-          'fastai.distributed fastai.learner fastai.data.external fastai.losses fastai.metrics fastai.optimizer '
-          'fastcore.all fastcore.basics fastcore.foundation fastcore.utils fastcore.xtras fastcore.test fastcore.script fastcore.meta '
-          'fasttransform torch torch.nn torch.nn.functional torch.nn.utils torch.optim torch.utils.data torch.distributed '
-          'torchvision torchvision.transforms torchvision.models numpy pandas builtins').split()
-left_out = set('fastai_path follow interval locate smooth as_listed dealt did_you_mean few_of flat_val read_csv shrink where_to_put '
-               'with_targets alone_and_even scales_alone_and_even shifted_and_even'.split())
+others = '''
+    fastai.vision.all fastai.basics fastai.tabular.all fastai.text.all fastai.callback.all fastai.collab
+    fastai.data.all fastai.distributed fastai.learner fastai.data.external fastai.losses fastai.metrics fastai.optimizer
+    fastcore.all fastcore.basics fastcore.foundation fastcore.utils fastcore.xtras fastcore.test fastcore.script
+    fastcore.meta fasttransform torch torch.nn torch.nn.functional torch.nn.utils torch.optim torch.utils.data
+    torch.distributed torchvision torchvision.transforms torchvision.models numpy pandas builtins'''.split()
+left_out = set('''
+    fastai_path follow interval locate smooth as_listed dealt did_you_mean few_of flat_val read_csv shrink where_to_put
+    with_targets alone_and_even scales_alone_and_even shifted_and_even'''.split())
 
 
 def starred(module):
-    "What a star import of this module brings"
+    "The names of a star import of this module, and their objects"
     module = importlib.import_module(module)
     names = getattr(module, '__all__', None) or [k for k in vars(module) if not k.startswith('_')]
     return {k: getattr(module, k) for k in names}
@@ -28,7 +30,9 @@ def shadowed(ours, theirs): return sorted(k for k in ours if k in theirs and our
 @pytest.mark.parametrize('module', others)
 def test_fault_13_nothing_is_shadowed(module):
     mine = starred('ltrl_fastai.all')
-    assert not shadowed(mine, starred(module)) and not shadowed(mine, {k: v for k, v in vars(importlib.import_module(module)).items() if k[0] != '_'})
+    public = {k: v for k, v in vars(importlib.import_module(module)).items() if k[0] != '_'}
+    assert not shadowed(mine, starred(module))
+    assert not shadowed(mine, public)
 
 
 def test_fault_13_a_shadow_is_found():
@@ -37,23 +41,26 @@ def test_fault_13_a_shadow_is_found():
 
 
 def test_fault_13_every_exported_name_is_there_or_left_out_on_purpose():
-    "Whatever a module of the package exports, or it is on the list above"
-    mine, every = starred('ltrl_fastai.all'), {}
+    "Each exported name of the package is in `ltrl_fastai.all`, or on the list above"
+    mine = starred('ltrl_fastai.all')
+    every = {}
     for line in (Path(__file__).parent.parent/'ltrl_fastai/all.py').read_text().splitlines():
         if line.startswith('from ltrl_fastai.') and line.endswith('import *'): every.update(starred(line.split()[1]))
-    assert len(every) > 200 and set(every)-set(mine) == left_out
+    assert len(every) > 200
+    assert set(every)-set(mine) == left_out
     assert all(mine[k] is v for k, v in every.items() if k in mine)
 
 
-def test_fault_13_no_everyday_word_comes_along():
-    "Verbs that a user is likely to call something of his own by"
+def test_fault_13_common_words_are_not_exported():
+    "Words that users are likely to use as names themselves"
     assert not left_out & set(starred('ltrl_fastai.all'))
 
 
-def test_fault_13_after_both_star_imports_fastai_is_whole():
-    "In a fresh process, in either order"
+def test_fault_13_both_star_imports_keep_all_names():
+    "In a new process, in either order"
     for first, second in (('fastai.vision.all', 'ltrl_fastai.all'), ('ltrl_fastai.all', 'fastai.vision.all')):
-        code = (f'from {first} import *\nfrom {second} import *\nimport fastai.vision.all as f, ltrl_fastai.all as l\n'
+        code = (f'from {first} import *\nfrom {second} import *\n'
+                'import fastai.vision.all as f, ltrl_fastai.all as l\n'
                 'lost = [k for k, v in vars(f).items() if k[0]!="_" and globals().get(k) is not v]\n'
                 'mine = [k for k, v in vars(l).items() if k[0]!="_" and globals().get(k) is not v]\n'
                 'print(lost, mine)')

@@ -1,4 +1,4 @@
-"Code of a user, for a type checker: `mypy` is to find the types that are asserted. It is never run."
+"User code for a type checker: `mypy` must agree with the asserted types. It is never run."
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ from torch import Tensor
 from torchvision.models import resnet34
 from typing_extensions import assert_type
 
-from ltrl_fastai.all import (BalancedSoftmaxLoss, Checkpoint, Diagnosis, KnowledgeReview, LADELoss, LongTailDataLoaders, Method, Recipe, ReflectiveLearning, ShotReport, Stage,
-    cifar100_lt, class_centers, class_counts, class_similarity, create_net, digits_lt, expert_net, group_accuracy, imbalanced_counts, long_tail_subset, methods, picture_palette,
+from ltrl_fastai.all import (
+    BalancedSoftmaxLoss, Checkpoint, Diagnosis, KnowledgeReview, LADELoss, LongTailDataLoaders, Method, Recipe,
+    ReflectiveLearning, ShotReport, Stage, cifar100_lt, class_centers, class_counts, class_similarity, create_net,
+    digits_lt, expert_net, group_accuracy, imbalanced_counts, long_tail_subset, methods, picture_palette,
     project_conflict, recipe, recipes, review_loss, shifted_table, shot_accuracies, soft_labels)
 
 
@@ -30,7 +32,8 @@ def training(dls: LongTailDataLoaders) -> Learner:
     counts = class_counts(dls)
     assert_type(counts, Tensor)
     for some in (counts, counts.tolist(), np.array([3, 2, 1])): BalancedSoftmaxLoss(some, tau=.5) # any kind of numbers
-    learn = Learner(dls, create_net('resnet20', 10, n_in=1), loss_func=LADELoss([3, 2, 1]), metrics=shot_accuracies(counts), cbs=[Diagnosis(), Checkpoint('fit.pt')])
+    learn = Learner(dls, create_net('resnet20', 10, n_in=1), loss_func=LADELoss([3, 2, 1]),
+                    metrics=shot_accuracies(counts), cbs=[Diagnosis(), Checkpoint('fit.pt')])
     rl = ReflectiveLearning(kr=dict(tau=4.), ks=True, kc=None, preset='paper')
     assert_type(rl.switch(ks=False), ReflectiveLearning)
     assert_type(rl.is_on('ks'), bool)
@@ -57,7 +60,8 @@ def with_methods(dls: LongTailDataLoaders, net: nn.Module) -> Learner:
     assert_type(expert_net(net, 3, cosine=False).features(torch.rand(1, 3, 8, 8)), Tensor)
     def again(learn: Learner, counts: Tensor) -> None: pass
     def cbs(counts: Tensor) -> list[Callback]: return []
-    mine = Method('a line', 'a reference', BalancedSoftmaxLoss, then=(Stage('again', again, cbs, epochs=None, lr=None),))
+    stage = Stage('again', again, cbs, epochs=None, lr=None)
+    mine = Method('a line', 'a reference', BalancedSoftmaxLoss, then=(stage,))
     return mine.fit(m.learner(dls, net, cbs=ReflectiveLearning()), 30, .1, done=lambda i: None)
 
 

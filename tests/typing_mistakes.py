@@ -1,9 +1,10 @@
-"Mistakes of a user that a type checker is to find: each line with a mark, of the kind that it names, and no other. It is never run."
+"Mistakes of users: a type checker must find those marked `# E:`, of that kind, and no others. It is never run."
 from fastai.vision.all import Learner
 from torch import Tensor
 
-from ltrl_fastai.all import (BalancedSoftmaxLoss, KnowledgeReview, LongTailDataLoaders, Method, ReflectiveLearning, ShotReport, class_counts, create_net, digits_lt,
-    imbalanced_counts, methods, review_loss, shot_accuracies)
+from ltrl_fastai.all import (
+    BalancedSoftmaxLoss, KnowledgeReview, LongTailDataLoaders, Method, ReflectiveLearning, ShotReport, class_counts,
+    create_net, digits_lt, imbalanced_counts, methods, review_loss, shot_accuracies)
 
 
 def mistakes(dls: LongTailDataLoaders, learn: Learner, report: ShotReport, z: Tensor, y: Tensor) -> None:

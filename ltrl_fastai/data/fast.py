@@ -15,8 +15,10 @@ from torchvision.transforms import v2
 
 # %% ../../nbs/data/01_fast.ipynb #de0c2032
 class TensorItems:
-    "A dataset in memory: one tensor with an item a row, and their classes. What an item is, a subclass says; raises `ValueError` if there are not as many targets as items."
-    n_inp,loss_func,wrap = 1,CrossEntropyLossFlat(),staticmethod(noop)
+    "A dataset in memory: one tensor with an item per row, and targets; raises `ValueError` if their lengths differ."
+    n_inp = 1
+    loss_func = CrossEntropyLossFlat()
+    wrap = staticmethod(noop) # makes an input of one or several rows
     def __init__(self,
         x:Tensor, # `(N, ...)` all items
         targets:Tensor|None=None, # `(N,)` class indices; None for items to predict
@@ -24,81 +26,94 @@ class TensorItems:
         split_idx:int|None=None # 0 for training, 1 for validation: which batch transforms run
     ):
         self.check(x)
-        if targets is not None and len(targets)!=len(x): raise ValueError(f"targets: expected one for each of {len(x)} items, got {len(targets)}.")
-        self.x,self.split_idx = x.as_subclass(Tensor),split_idx
+        if targets is not None and len(targets)!=len(x):
+            raise ValueError(f"targets: expected one for each of {len(x)} items, got {len(targets)}.")
+        self.x = x.as_subclass(Tensor)
+        self.split_idx = split_idx
         self.targets = None if targets is None else torch.as_tensor(targets, dtype=torch.long)
         if vocab is None: vocab = range(int(self.targets.max())+1 if targets is not None and len(targets) else 0)
         self.vocab = CategoryMap(list(vocab), sort=False)
 
     def check(self, x:Tensor # All items
              ):
-        "Raise `ValueError` if items are not what a subclass is for."
+        "Check the shape and dtype of `x`; subclasses raise `ValueError` if they are wrong."
     @property
     def c(self) -> int:
         "Number of classes."
         return len(self.vocab)
     def __len__(self): return len(self.x)
-    def __getitem__(self, i:int): return self.wrap(self.x[i]),*([] if self.targets is None else [TensorCategory(self.targets[i])])
+    def __getitem__(self, i:int):
+        x = self.wrap(self.x[i])
+        return (x,) if self.targets is None else (x, TensorCategory(self.targets[i]))
     def batch(self, ids:list # Indices of items
-             ) -> tuple: # `(B, ...)` and `(B,)` int64
-        "Many items at once."
+             ) -> tuple: # Inputs `(B, ...)` and, if there are targets, class indices `(B,)` int64
+        "Several items at once."
         ids = torch.as_tensor(ids, device=self.x.device)
-        return self.wrap(self.x[ids]),*([] if self.targets is None else [TensorCategory(self.targets[ids.to(self.targets.device)])])
+        x = self.wrap(self.x[ids])
+        return (x,) if self.targets is None else (x, TensorCategory(self.targets[ids.to(self.targets.device)]))
     def one(self, o:Any # A tensor, array or PIL image
            ) -> Tensor:
         "An item as a tensor."
         return o.as_subclass(Tensor) if isinstance(o, Tensor) else torch.as_tensor(np.array(o))
-    def of(self, items:Iterable # Of arrays, tensors or PIL images
+    def of(self, items:Iterable # Arrays, tensors or PIL images, all of one shape
           ) -> 'TensorItems':
-        "Arrays or tensors of one shape (or PIL images of one size), as a dataset without targets."
+        "A dataset of new items without targets."
         return type(self)(torch.stack([self.one(o) for o in items]), vocab=self.vocab, split_idx=1)
     @contextmanager
     def set_split_idx(self, i:int # 0 for training, 1 for validation
                      ) -> Iterator:
-        "For `learn.tta`: the transforms of split `i`, for a while."
-        old,self.split_idx = self.split_idx,i
+        "Apply the transforms of split `i` inside a `with` statement, as `learn.tta` does."
+        old = self.split_idx
+        self.split_idx = i
         try: yield self
         finally: self.split_idx = old
     def new_empty(self) -> 'TensorItems':
-        "A dataset like this one, with no items: what `Learner.export` keeps."
+        "The same dataset without items, which `Learner.export` keeps."
         y = None if self.targets is None else self.targets[:0].clone()
         return type(self)(self.x[:0].clone(), y, self.vocab, self.split_idx) # a view would keep all items
     def decode(self, o:tuple, # Input and target
-               full:bool=True # As of fastai's `Datasets`; not looked at
+               full:bool=True # Ignored; fastai's `Datasets` has it
               ) -> tuple:
-        "An item to show, its class by name."
+        "An item with its class name, to show."
         return o[0],*(TitledStr(self.vocab[int(y)]) for y in o[1:])
+
+def _shape_and_dtype(x): return f'{tuple(x.shape)} of {x.dtype}' if isinstance(x, Tensor) else type(x).__name__
 
 class ImageTensors(TensorItems):
     "A dataset of images in memory: uint8 `(N, C, H, W)`, and their classes."
     wrap = TensorImage
     def check(self, x):
-        if not isinstance(x, Tensor) or x.ndim!=4 or x.dtype!=torch.uint8: raise ValueError(
-            f"images: expected uint8 (N, C, H, W), got {f'{tuple(x.shape)} of {x.dtype}' if isinstance(x, Tensor) else type(x).__name__}.")
+        if not isinstance(x, Tensor) or x.ndim!=4 or x.dtype!=torch.uint8:
+            raise ValueError(f"images: expected uint8 (N, C, H, W), got {_shape_and_dtype(x)}.")
     @property
     def images(self) -> Tensor:
-        "All of them."
+        "All images."
         return self.x
     def one(self, o):
         o = super().one(o)
-        return o[None] if o.ndim==2 else o.permute(2,0,1) if o.shape[0]!=self.x.shape[1] and o.shape[-1]==self.x.shape[1] else o
+        if o.ndim==2: return o[None]
+        n_channels = self.x.shape[1]
+        channels_last = o.shape[0]!=n_channels and o.shape[-1]==n_channels
+        return o.permute(2,0,1) if channels_last else o
 
 class FeatureTensors(TensorItems):
-    "A dataset of feature vectors in memory: floating point `(N, D)`, given out as float32, and their classes."
+    "A dataset of feature vectors in memory: floating point `(N, D)`, returned as float32, and their classes."
     wrap = staticmethod(Tensor.float)
     def check(self, x):
-        if not isinstance(x, Tensor) or x.ndim!=2 or not x.is_floating_point(): raise ValueError(
-            f"features: expected floating point (N, D), got {f'{tuple(x.shape)} of {x.dtype}' if isinstance(x, Tensor) else type(x).__name__}.")
+        if not isinstance(x, Tensor) or x.ndim!=2 or not x.is_floating_point():
+            raise ValueError(f"features: expected floating point (N, D), got {_shape_and_dtype(x)}.")
 
 class TensorDL(TfmdDL):
-    "Batches of `ImageTensors` or `FeatureTensors`, by one indexing each, transformed by `after_batch`; raises `TypeError` for data without `batch`, `ValueError` for `after_item`."
-    def __init__(self, dataset:TensorItems, # What to load
+    "Batches of a `TensorItems`, indexed at once; raises `TypeError` for other datasets, `ValueError` for `after_item`."
+    def __init__(self, dataset:TensorItems, # The dataset
                  bs:int=128, # Batch size
-                 num_workers:int=0, # Processes that load: none, since indexing takes no time
-                 **kwargs # Of `TfmdDL`: `shuffle`, `after_batch`, ...
+                 num_workers:int=0, # Loader processes; indexing takes no time, so none are needed
+                 **kwargs # Passed on to `TfmdDL`: `shuffle`, `after_batch`, ...
                 ):
-        if not hasattr(dataset, 'batch'): raise TypeError(f"dataset: expected ImageTensors or FeatureTensors, got {type(dataset).__name__}.")
-        if L(getattr(kwargs.get('after_item'), 'fs', kwargs.get('after_item'))): raise ValueError(
+        if not hasattr(dataset, 'batch'):
+            raise TypeError(f"dataset: expected ImageTensors or FeatureTensors, got {type(dataset).__name__}.")
+        after_item = kwargs.get('after_item')
+        if L(getattr(after_item, 'fs', after_item)): raise ValueError(
             "after_item: this loader has no single items to transform. Use batch transforms, or a fastai TfmdDL.")
         super().__init__(dataset, bs=bs, num_workers=num_workers, **kwargs)
     def create_batches(self, samps): yield from map(self.dataset.batch, chunked(samps, self.bs, self.drop_last))
@@ -108,76 +123,91 @@ class TensorDL(TfmdDL):
 
 # %% ../../nbs/data/01_fast.ipynb #5011d815
 def pad_crop(x:Tensor, # `(B, C, H, W)`
-             pad:int=4 # Pixels of zeros around
+             pad:int=4 # Zero pixels on each side
             ) -> Tensor:
-    "Each image from a random place of its zero-padded self, at its old size."
-    b,_,h,w = x.shape
+    "Crop each image at a random place after padding it with zeros, keeping its size."
+    b,c,h,w = x.shape
     dy,dx = torch.randint(0, 2*pad+1, (2,b), device=x.device)
-    rows,cols = dy[:,None]+torch.arange(h, device=x.device),dx[:,None]+torch.arange(w, device=x.device)
-    x = F.pad(x, (pad,)*4).gather(2, rows[:,None,:,None].expand(-1,x.shape[1],-1,w+2*pad))
-    return x.gather(3, cols[:,None,None,:].expand(-1,x.shape[1],h,-1))
+    rows = dy[:,None]+torch.arange(h, device=x.device)
+    cols = dx[:,None]+torch.arange(w, device=x.device)
+    x = F.pad(x, (pad,)*4).gather(2, rows[:,None,:,None].expand(-1,c,-1,w+2*pad))
+    return x.gather(3, cols[:,None,None,:].expand(-1,c,h,-1))
 
 def random_flip(x:Tensor, # `(B, C, H, W)`
                 p:float=.5 # Probability
                ) -> Tensor:
-    "Each image mirrored left to right with probability `p`."
+    "Mirror each image left to right with probability `p`."
     return torch.where(torch.rand(len(x),1,1,1, device=x.device)<p, x.flip(3), x)
 
 def cutout(x:Tensor, # `(B, C, H, W)`
            size:int=16 # Side of the square
           ) -> Tensor:
-    "Each image with a square of zeros at a random place, which may reach over the border (DeVries and Taylor 2017)."
+    "Zero a square at a random place of each image, possibly across the border (DeVries and Taylor 2017)."
     b,_,h,w = x.shape
     cy,cx = [(o*n).floor() for o,n in zip(torch.rand(2,b,1,1, device=x.device), (h,w))]
-    def hit(c, n): d = torch.arange(n, device=x.device)-c+size//2; return (d>=0) & (d<size)
-    return x.masked_fill((hit(cy,h).transpose(1,2) & hit(cx,w))[:,None], 0)
+    def inside(centre, n):
+        offset = torch.arange(n, device=x.device)-centre+size//2
+        return (offset>=0) & (offset<size)
+    return x.masked_fill((inside(cy,h).transpose(1,2) & inside(cx,w))[:,None], 0)
 
 class BatchAug(Transform):
     "A function of image batches as a training transform."
     split_idx = 0
-    def __init__(self, f:Callable, # From images `(B, C, H, W)` to images
-                 order:int=0, # Of the transform among others
-                 strong:bool=False, # Is it left out of weak views? See `two_views`
+    def __init__(self, f:Callable, # Function of images `(B, C, H, W)` that returns images
+                 order:int=0, # Order among transforms
+                 strong:bool=False, # Leave it out of weak views? See `two_views`
                  **kwargs # Arguments of `f`
-                ): super().__init__(); self.f,self.order,self.strong = partial(f, **kwargs),order,strong
+                ):
+        super().__init__()
+        self.f = partial(f, **kwargs)
+        self.order = order
+        self.strong = strong
     def encodes(self, x:TensorImage): return retain_type(self.f(x.as_subclass(Tensor)), x)
 
 def chunkwise(x:Tensor, # `(B, C, H, W)` uint8
               tfm:Callable, # A torchvision v2 transform
               chunk:int=8 # Images that share a draw; 1 is slowest and draws for each image
              ) -> Tensor:
-    "A torchvision v2 transform with a new draw every `chunk` images: torchvision draws once per call, whatever the batch."
+    "Apply a torchvision v2 transform with a new draw every `chunk` images; torchvision draws once per call."
     return torch.cat([tfm(o) for o in x.split(chunk)])
 
-_policies = dict(randaugment=lambda: v2.RandAugment(num_ops=2, magnitude=9), autoaugment=lambda: v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10))
+_policies = dict(randaugment=partial(v2.RandAugment, num_ops=2, magnitude=9),
+                 autoaugment=partial(v2.AutoAugment, v2.AutoAugmentPolicy.CIFAR10))
 
 def small_image_tfms(train:Tensor, # `(N, C, H, W)` uint8: the training images, for the statistics
                      crop:int=4, # Padding of the random crop; 0 for none
-                     flip:bool=True, # Mirror?
+                     flip:bool=True, # Mirror images at random?
                      policy:str|None=None, # 'randaugment', 'autoaugment' or None
                      cut:int=0, # Side of the Cutout square; 0 for none
                      chunk:int=8 # Images that share a draw of the policy
-                    ) -> list: # Of batch transforms
-    "What CIFAR training does to a batch: crop, flip, policy, to float, normalise by the training statistics, Cutout; raises `ValueError` if `policy` is unknown."
-    if policy not in (None,*_policies): raise ValueError(f"policy: expected None or one of {list(_policies)}, got {policy!r}")
+                    ) -> list: # Batch transforms
+    "CIFAR's augmentation and normalisation of batches; raises `ValueError` if `policy` is unknown."
+    if policy not in (None,*_policies):
+        raise ValueError(f"policy: expected None or one of {list(_policies)}, got {policy!r}")
     x = train.float().div_(255)
-    stats = [x.mean((0,2,3)).tolist(), x.std((0,2,3)).clamp(min=1e-3).tolist()]
-    res = [BatchAug(pad_crop, pad=crop)] if crop else []
-    if flip: res.append(BatchAug(random_flip, 1))
-    if policy: res.append(BatchAug(chunkwise, 2, strong=True, tfm=_policies[policy](), chunk=chunk))
-    res += [IntToFloatTensor(), Normalize.from_stats(*stats, cuda=False)]
-    return res+([BatchAug(cutout, 100, size=cut)] if cut else [])
+    mean,std = x.mean((0,2,3)).tolist(),x.std((0,2,3)).clamp(min=1e-3).tolist()
+    tfms = []
+    if crop: tfms.append(BatchAug(pad_crop, pad=crop))
+    if flip: tfms.append(BatchAug(random_flip, 1))
+    if policy: tfms.append(BatchAug(chunkwise, 2, strong=True, tfm=_policies[policy](), chunk=chunk))
+    tfms += [IntToFloatTensor(), Normalize.from_stats(mean, std, cuda=False)]
+    if cut: tfms.append(BatchAug(cutout, 100, size=cut))
+    return tfms
 
-def tensor_dataloaders(*datasets, # `ImageTensors` or `FeatureTensors`: training, validation, and more if there are
-                       bs:int=128, # Of training; the others take twice as many
+def tensor_dataloaders(*datasets, # `ImageTensors` or `FeatureTensors`: training, validation, and any others
+                       bs:int=128, # Training batch size; the other loaders use twice as many
                        tfms:Iterable=(), # Batch transforms
                        device:str|torch.device|None=None, # Default: fastai's
-                       path:str|Path='.', # For saved models
-                       cls:type=DataLoaders, # What to make
+                       path:str|Path='.', # Folder of saved models
+                       cls:type=DataLoaders, # Class of the result
                        **kwargs # Passed on to the training `TensorDL`
                       ) -> DataLoaders:
-    "`DataLoaders` over images in memory: training shuffled, the others in order."
-    datasets = [copy(o) for o in datasets] # the same images may be in two splits
-    for i,o in enumerate(datasets): o.split_idx = min(i,1)
-    dls = [TensorDL(o, bs=bs*(1+(i>0)), shuffle=i==0, after_batch=list(tfms), **(kwargs if i==0 else {})) for i,o in enumerate(datasets)]
+    "`DataLoaders` of datasets in memory: training is shuffled, the others are in order."
+    dls = []
+    for i,dataset in enumerate(datasets):
+        dataset = copy(dataset) # the same images may be in two splits
+        dataset.split_idx = min(i, 1)
+        is_train = i==0
+        options = kwargs if is_train else {}
+        dls.append(TensorDL(dataset, bs=bs if is_train else 2*bs, shuffle=is_train, after_batch=list(tfms), **options))
     return cls(*dls, path=path, device=device or default_device())

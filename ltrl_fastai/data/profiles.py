@@ -6,16 +6,21 @@
 __all__ = ['check_imbalance_factor', 'imbalanced_counts']
 
 # %% ../../nbs/data/10_profiles.ipynb #6b02cb77
-_profiles = dict(
-    exp    = lambda pos, f, power: f**pos,
-    pareto = lambda pos, f, power: (1+pos*(f**(-1/power)-1))**-power,
-    step   = lambda pos, f, power: f if pos>.5 else 1.)
+def _exponential(position, ratio, power): return ratio**position
+def _pareto(position, ratio, power): return (1+position*(ratio**(-1/power)-1))**-power
+def _step(position, ratio, power): return ratio if position>.5 else 1.
+
+# Class size relative to the largest class, from the position in the tail (0 to 1) and smallest over largest class
+_profiles = dict(exp=_exponential, pareto=_pareto, step=_step)
 
 def check_imbalance_factor(imbalance_factor:float # Largest over smallest class
                           ):
-    "Raise `ValueError` unless `imbalance_factor` is at least 1."
-    if not imbalance_factor>=1: raise ValueError("imbalance_factor: expected 1 (balanced) or more, the ratio of largest to smallest class, "
-        f"got {imbalance_factor:g}.{f' Did you mean {1/imbalance_factor:g}?' if imbalance_factor>0 else ''}")
+    "Check that `imbalance_factor` is at least 1; raises `ValueError` otherwise."
+    if imbalance_factor>=1: return
+    suggestion = f' Did you mean {1/imbalance_factor:g}?' if imbalance_factor>0 else ''
+    raise ValueError(
+        "imbalance_factor: expected 1 (balanced) or more, the ratio of largest to smallest class, "
+        f"got {imbalance_factor:g}.{suggestion}")
 
 def imbalanced_counts(n_max:int, # Images of the largest class
                       n_classes:int, # Number of classes
@@ -23,12 +28,18 @@ def imbalanced_counts(n_max:int, # Images of the largest class
                       profile:str='exp', # 'exp' (CIFAR-LT), 'pareto' (a power law) or 'step' (two halves)
                       power:float=6. # Exponent of the power law
                      ) -> list: # `n_classes` integers, from largest to smallest
-    "Images per class of a long-tailed training set; 'exp' is exactly CIFAR-LT's profile (Cao et al. 2019); raises `ValueError` if `profile` is unknown or a class gets no image."
+    "Images per class of a long-tailed set; raises `ValueError` if `profile` is unknown or a class gets no image."
     check_imbalance_factor(imbalance_factor)
-    if profile not in _profiles: raise ValueError(f"profile: expected one of {list(_profiles)}, got {profile!r}")
-    if n_classes<1 or n_max<1: raise ValueError(f"expected at least one class and one image, got {n_classes} classes and n_max={n_max}")
-    f = 1/imbalance_factor
-    counts = [int(n_max*_profiles[profile](c/(n_classes-1.) if n_classes>1 else 0., f, power) + 1e-9) for c in range(n_classes)] # 5 is not 4.9999999
-    if counts[-1]<1: raise ValueError(f"imbalance_factor: {imbalance_factor:g} leaves no image for {sum(n<1 for n in counts)} of {n_classes} classes, "
-        f"since the largest has {n_max}. At most {n_max} is possible.")
+    if profile not in _profiles:
+        raise ValueError(f"profile: expected one of {list(_profiles)}, got {profile!r}")
+    if n_classes<1 or n_max<1:
+        raise ValueError(f"expected at least one class and one image, got {n_classes} classes and n_max={n_max}")
+    relative_size,ratio = _profiles[profile],1/imbalance_factor
+    positions = [c/(n_classes-1.) if n_classes>1 else 0. for c in range(n_classes)]
+    counts = [int(n_max*relative_size(o, ratio, power) + 1e-9) for o in positions] # 4.9999999 counts as 5
+    if counts[-1]<1:
+        n_empty = sum(n<1 for n in counts)
+        raise ValueError(
+            f"imbalance_factor: {imbalance_factor:g} leaves no image for {n_empty} of {n_classes} classes, "
+            f"since the largest has {n_max}. At most {n_max} is possible.")
     return counts

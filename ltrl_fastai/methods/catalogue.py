@@ -62,7 +62,7 @@ _parts = { # Loss, net and callbacks of each method, where they differ from thos
 _stages = dict(assignment=assignment, distillation=distillation, aggregation=aggregation, crt=crt, lws=lws, tau_norm=tau_norm,
                ncm=ncm, oltr_stage=oltr_stage, mislas_stage=mislas_stage, balancing_stage=balancing_stage)
 
-def _method(name):
+def _method(name) -> Method:
     "The method of that name: its facts and its parts"
     facts = {**vars(method_facts[name])}
     then = tuple(_stages[o] for o in facts.pop('then'))

@@ -13,7 +13,7 @@ import warnings
 from .imbalance import imbalanced_counts, long_tail_indices, class_counts
 from .images import UnreadableImage, _reason, file_state, in_parallel, load_whole, open_image, save_whole
 from .fast import ImageTensors, FeatureTensors, tensor_dataloaders, small_image_tfms
-from .facts import cifar_not_found, cifar_sets, data_folder, few_of
+from .facts import _cifar_not_found, cifar_sets, data_folder, few_of
 
 # %% ../../nbs/data/02_benchmarks.ipynb #1fa521b0
 _all_ = ['few_of']
@@ -176,7 +176,7 @@ def load_cifar(n_classes:int=100, # 10 or 100
         path = data_folder()/spec['unpacked']
         if not path.exists():
             try: path = untar_data(getattr(URLs, spec['url']))
-            except (OSError, ValueError) as e: raise cifar_not_found(path, spec) from e
+            except (OSError, ValueError) as e: raise _cifar_not_found(path, spec) from e
     path = Path(path).expanduser()
     here = [o for o in (path, path/spec['folder']) if o.name==spec['folder'] and o.is_dir()]
     if here:
@@ -184,7 +184,7 @@ def load_cifar(n_classes:int=100, # 10 or 100
         try: sets = [getattr(torchvision.datasets, spec['cls'])(here[0].parent, train=t, download=False) for t in (True,False)]
         except RuntimeError as e: raise ValueError(f"{here[0]}: torchvision finds files missing or changed in it ({e}). Remove the folder and download it again.") from e
         return *[(torch.from_numpy(o.data).permute(0,3,1,2).contiguous(), torch.tensor(o.targets)) for o in sets],sets[0].classes
-    if not ((path/'train').is_dir() and (path/'test').is_dir()): raise cifar_not_found(path, spec)
+    if not ((path/'train').is_dir() and (path/'test').is_dir()): raise _cifar_not_found(path, spec)
     *train,vocab = _folder_tensors(path/'train')
     *test,tvocab = _folder_tensors(path/'test')
     if len(vocab)!=n_classes or tvocab!=vocab: raise ValueError(

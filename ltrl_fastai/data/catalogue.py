@@ -9,7 +9,7 @@ __all__ = ['catalogue']
 import importlib.util
 from functools import partial
 from pathlib import Path
-from .facts import cifar_not_found, cifar_sets, count_images, data_folder, find_folder, folder_sets, list_sets
+from .facts import _cifar_not_found, cifar_sets, count_images, data_folder, find_folder, folder_sets, list_sets
 from .listfiles import check_images, compare_published, located_lists
 from .profiles import imbalanced_counts
 
@@ -25,7 +25,7 @@ def _cifar_at(n, path):
     whole = p.name==spec['folder'] and p.is_dir() or (p/'train').is_dir() and (p/'test').is_dir()
     at = p if whole else p/spec['folder'] if (p/spec['folder']).is_dir() else None
     return dict(classes=n, train=sum(imbalanced_counts(spec['train']//n, n, 100)), test=spec['test'], found=f"at {at}" if at else '',
-                missing='' if at else str(cifar_not_found(p, spec)), notes=[])
+                missing='' if at else str(_cifar_not_found(p, spec)), notes=[])
 
 def _frozen(path):
     res = _cifar_at(100, path)

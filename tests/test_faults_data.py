@@ -1,22 +1,35 @@
-"Faults that were seen in data, each a small input with the right outcome, under its number in the list of faults."
+"Regression tests of faults in data; each has the number of the fault, a small input and the right outcome."
 import codecs
 import csv
 import functools
+import json
 import os
+import struct
+import subprocess
+import sys
+import threading
 import warnings
+import zlib
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from fastai.tabular.all import CategoryBlock, RegressionBlock, TabularPandas
-from fastai.vision.all import Datasets, L, PILImage, nn
+from fastai.vision.all import Datasets, L, Learner, PILImage, nn
 from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
+from typer.testing import CliRunner
 
-from ltrl_fastai.all import (cifar10_lt, class_counts, dataset_targets, digits_lt, load_cifar, own_images,
-                             read_folder, read_list)
-from ltrl_fastai.data.lists import DataNote
+from ltrl_fastai.all import (
+    broken_images, cifar100_frozen_lt, cifar10_lt, class_counts, dataset_targets, digits_lt, frozen_features,
+    frozen_loaders, imagenet_lt, inaturalist18, load_cifar, long_tailed, open_image, own_images, read_folder,
+    read_inat, read_list, CifarResNet, Lite0)
+from ltrl_fastai.data import images as images_module
+from ltrl_fastai.data import lists as lists_module
+from ltrl_fastai.data.lists import DataNote, list_sets
 from ltrl_fastai.data.own import read_csv
+from ltrl_fastai.experiments.cli import app
 
 pytestmark = pytest.mark.filterwarnings('ignore::ltrl_fastai.data.lists.DataNote')
 small = dict(bs=4, size=16, device='cpu')
@@ -24,7 +37,7 @@ rng = np.random.RandomState(0)
 
 
 def picture(file, value=None, mode='RGB'):
-    "8 by 8 pixels of noise, or of one level"
+    "Save 8 by 8 pixels of noise, or of one level"
     file.parent.mkdir(parents=True, exist_ok=True)
     shape = (8, 8, 3) if mode == 'RGB' else (8, 8)
     pixels = rng.randint(0, 255, shape) if value is None else np.full(shape, value)
@@ -33,14 +46,14 @@ def picture(file, value=None, mode='RGB'):
 
 
 def folders(root, counts):
-    "A folder of pictures for each name"
+    "A folder of `n` pictures for each name"
     for name, n in counts.items():
         for i in range(n): picture(root/name/f'{i}.png')
     return root
 
 
 def table(root, rows, header='path,label', name='images.csv', make=True):
-    "A CSV file of lines as they are, and the pictures that its plain lines speak of"
+    "Write a CSV file, and the pictures that it lists"
     root.mkdir(parents=True, exist_ok=True)
     (root/name).write_text('\n'.join([header, *rows])+'\n')
     for line in rows if make else []: picture(root/line.split(',')[0].strip('"'))
@@ -50,19 +63,19 @@ def table(root, rows, header='path,label', name='images.csv', make=True):
 def hundred(label=lambda i: 'ant' if i % 3 else 'bee'): return [f'{i:03}.png,{label(i)}' for i in range(100)]
 
 
-# 7: folders within folders
+# 7: nested folders
 
 nested = {'a/apartment/outdoor': 6, 'c/church/outdoor': 5, 'c/church/indoor': 4, 'b/bar': 3}
 
 
 def test_fault_07_nested_folders(tmp_path):
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         dls = own_images(folders(tmp_path, nested), **small)
     assert list(dls.vocab) == ['apartment/outdoor', 'bar', 'church/outdoor', 'indoor']
     total = torch.bincount(torch.tensor([*dls.train_ds.targets, *dls.valid_ds.targets]))
     assert total.tolist() == [6, 3, 5, 4]
-    assert not any('left out' in str(o.message) for o in told)
+    assert not any('left out' in str(o.message) for o in caught)
     for file, y in zip([f for f, _ in dls.train_ds.items], dls.train_ds.targets):
         assert os.path.relpath(file, tmp_path).rsplit('/', 1)[0].endswith(dls.vocab[y])
 
@@ -79,7 +92,7 @@ def test_fault_07_classes_are_the_same_in_all_splits(tmp_path):
         read_folder(tmp_path)
 
 
-def test_fault_07_a_class_that_lies_elsewhere_in_test(tmp_path):
+def test_fault_07_a_class_in_another_folder_of_the_test_split(tmp_path):
     "The grocery data have Vegetables/Mushroom/Brown-Cap in test, and Vegetables/Brown-Cap in training"
     folders(tmp_path/'train', {'v/cap': 3, 'v/leek': 4, 'f/pear': 3})
     folders(tmp_path/'test', {'v/mushroom/cap': 2, 'v/leek': 1, 'pear': 3})
@@ -97,8 +110,8 @@ def test_fault_07_a_class_above_a_class_and_names_of_three_parts(tmp_path):
     assert np.bincount(lists['train'].labels).tolist() == [2, 1, 4, 3]
 
 
-def test_fault_07_a_real_one_of_different_depths(tmp_path):
-    "As the Grocery Store Dataset has it: some kinds have varieties, some have none"
+def test_fault_07_classes_at_different_depths(tmp_path):
+    "As in the Grocery Store Dataset: some kinds have varieties, some have none"
     kinds = ['Fruit/Apple/Golden', 'Fruit/Banana', 'Packages/Juice/Bravo', 'Packages/Juice/God/Apple', 'Greens/Leek']
     assert read_folder(folders(tmp_path, dict.fromkeys(kinds, 3)))[1] == ['Apple', 'Banana', 'Bravo', 'Golden', 'Leek']
 
@@ -119,7 +132,7 @@ def test_fault_07_superclasses_of_cifar_are_not_merged(tmp_path):
     with pytest.raises(ValueError, match='c0.*above/c0|above/c0.*c0'): load_cifar(10, tmp_path)
 
 
-# 8: a CSV file that is broken
+# 8: broken CSV files
 
 def test_fault_08_a_quote_that_is_not_closed(tmp_path):
     rows = hundred()
@@ -132,7 +145,7 @@ def test_fault_08_a_quote_that_is_not_closed(tmp_path):
 def quoted(at, line): return lambda rows: [*rows[:at], line, *rows[at+1:]]
 
 
-@pytest.mark.parametrize('change,said', [
+@pytest.mark.parametrize('change,message', [
     (quoted(40, '040.png,"bee'), r':42: .*quote'),
     (quoted(99, '099.png,"bee'), r':101: .*quote'),
     (quoted(40, '040.png,bee"'), r':42: .*quote'),
@@ -146,10 +159,10 @@ def quoted(at, line): return lambda rows: [*rows[:at], line, *rows[at+1:]]
     (quoted(40, ' ,bee'), r':42: expected a path and a label'),
 ], ids=['open', 'open in the last line', 'closed only', 'open path', 'closed by another', 'all quoted after it', 'few',
         'many', 'comma at the end', 'no label', 'no path'])
-def test_fault_08_the_line_is_named(tmp_path, change, said):
+def test_fault_08_the_line_is_named(tmp_path, change, message):
     table(tmp_path, hundred())
     file = table(tmp_path, change(hundred()), make=False)
-    with pytest.raises(ValueError, match=r'images\.csv'+said): own_images(file, **small)
+    with pytest.raises(ValueError, match=r'images\.csv'+message): own_images(file, **small)
 
 
 def test_fault_08_the_header(tmp_path):
@@ -163,13 +176,14 @@ def test_fault_08_the_header(tmp_path):
     with pytest.raises(ValueError, match='a line for each training image'): own_images(file)
 
 
-def test_fault_08_what_is_right_is_still_read(tmp_path):
-    "Quotes, commas, line breaks in a column that is not used, an index column without a name, Windows' line ends"
+def test_fault_08_valid_files_are_still_read(tmp_path):
+    "Quotes, commas, line breaks in an unused column, an index column without a name, and line ends of Windows"
     with open(tmp_path/'a.csv', 'w', newline='') as f:
         writer = csv.writer(f, quoting=csv.QUOTE_ALL, lineterminator='\r\n')
         writer.writerow(['', 'path', 'label', 'note'])
         for i in range(4):
-            label, note = '5" pipe' if i % 2 else 'x,y', 'first\nsecond' if i == 2 else ''
+            label = '5" pipe' if i % 2 else 'x,y'
+            note = 'first\nsecond' if i == 2 else ''
             writer.writerow([i, f'a, b/{i}.png', label, note])
         f.write('\r\n')
     lists, vocab = read_csv(tmp_path/'a.csv')
@@ -178,9 +192,10 @@ def test_fault_08_what_is_right_is_still_read(tmp_path):
     assert lists['train'].lines == [2, 3, 4, 6]
 
 
-def test_fault_08_rows_swallowed_by_a_column_that_is_not_used(tmp_path):
+def test_fault_08_rows_swallowed_by_an_unused_column(tmp_path):
     rows = [f'{i}.png,{"ab"[i%2]},fine' for i in range(9)]
-    rows[3], rows[6] = '3.png,b,"good', '6.png,a,bad"'
+    rows[3] = '3.png,b,"good'
+    rows[6] = '6.png,a,bad"'
     file = table(tmp_path, rows, 'path,label,note', make=False)
     with pytest.raises(ValueError, match=r'images\.csv:5: .*quote'): read_csv(file)
 
@@ -190,7 +205,6 @@ def test_fault_08_rows_swallowed_by_a_column_that_is_not_used(tmp_path):
 levels = [0, 4000, 20000, 50000, 65535]
 
 
-
 @pytest.mark.parametrize('ending', ['png', 'tif'])
 def test_fault_10_images_of_16_bit(tmp_path, ending):
     for name in 'ab':
@@ -198,21 +212,22 @@ def test_fault_10_images_of_16_bit(tmp_path, ending):
             (tmp_path/name).mkdir(exist_ok=True)
             Image.fromarray(np.full((8, 8), v, np.uint16)).save(tmp_path/name/f'{i}.{ending}')
     dls = own_images(tmp_path, bs=4, n_valid=1, device='cpu')
-    seen = {int(np.asarray(dls.train_ds[i][0].convert('L'))[0, 0]) for ds in (dls.train_ds,) for i in range(len(ds))}
-    assert seen <= {round(v/257) for v in levels} and len(seen) > 2
+    ds = dls.train_ds
+    found = {int(np.asarray(ds[i][0].convert('L'))[0, 0]) for i in range(len(ds))}
+    assert found <= {round(v/257) for v in levels}
+    assert len(found) > 2
 
 
 @pytest.mark.parametrize('ending', ['png', 'tif', 'pgm'])
 def test_fault_10_levels_keep_their_order(tmp_path, ending):
-    from ltrl_fastai.all import open_image
     ramp = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
     Image.fromarray(ramp).save(tmp_path/f'ramp.{ending}')
     got = np.asarray(open_image(tmp_path/f'ramp.{ending}'))
-    assert got.shape == (16, 16, 3) and (got[..., 0].ravel() == np.arange(256)).all()
+    assert got.shape == (16, 16, 3)
+    assert (got[..., 0].ravel() == np.arange(256)).all()
 
 
 def test_fault_10_other_kinds_of_pixels(tmp_path):
-    from ltrl_fastai.all import open_image
     rgb = Image.fromarray(rng.randint(0, 255, (8, 8, 3)).astype(np.uint8))
     grey = rgb.convert('L')
     kinds = {
@@ -238,8 +253,6 @@ def test_fault_10_pixels_whose_range_is_not_known_are_refused_by_name(tmp_path, 
 
 
 def test_fault_10_white_is_zero(tmp_path):
-    from PIL.TiffImagePlugin import ImageFileDirectory_v2
-    from ltrl_fastai.all import open_image
     info = ImageFileDirectory_v2()
     info[262] = 0
     Image.fromarray(np.full((8, 8), 257*200, np.uint16)).save(tmp_path/'x.tif', tiffinfo=info)
@@ -248,7 +261,6 @@ def test_fault_10_white_is_zero(tmp_path):
 
 
 def test_fault_10_orientation_is_handled_as_fastai_does(tmp_path):
-    from ltrl_fastai.all import open_image
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(rng.randint(0, 255, (8, 16, 3)).astype(np.uint8)).save(tmp_path/'x.jpg', exif=exif)
@@ -256,16 +268,17 @@ def test_fault_10_orientation_is_handled_as_fastai_does(tmp_path):
 
 
 def test_fault_10_decoded_copies_of_a_folder(tmp_path):
-    "The fast path of small images reads them in the same way"
+    "The fast path of small images reads 16 bits in the same way"
     for split in ('train', 'test'):
         for c in range(10):
             (tmp_path/split/f'c{c}').mkdir(parents=True)
             Image.fromarray(np.full((8, 8), 257*(10*c+3), np.uint16)).save(tmp_path/split/f'c{c}/0.png')
     (x, y), _, _ = load_cifar(10, tmp_path)
-    assert x.shape == (10, 3, 8, 8) and [int(o.unique()) for o in x] == [10*c+3 for c in range(10)]
+    assert x.shape == (10, 3, 8, 8)
+    assert [int(o.unique()) for o in x] == [10*c+3 for c in range(10)]
 
 
-# 12: caches that know what they hold
+# 12: caches of other content
 
 class Scaled:
     "Features that depend on an argument and on weights"
@@ -277,16 +290,17 @@ class Scaled:
 
 
 def features(extract, folder, images=None, **kw):
-    from ltrl_fastai.all import frozen_features
     x = torch.arange(5*3*4, dtype=torch.uint8).view(5, 3, 2, 2) if images is None else images
     return frozen_features(x, extract, folder, **kw)
 
 
 def scaled_by(factor): return lambda o: o.float().mean((2, 3))*factor
+
+
 def calling(net): return lambda o: net(o)
 
 
-def test_fault_12_features_know_their_extractor(tmp_path):
+def test_fault_12_features_depend_on_the_extractor(tmp_path):
     x = torch.arange(60, dtype=torch.uint8).view(5, 3, 2, 2)
     plain = x.float().mean((2, 3))
     assert torch.equal(features(Scaled(1), tmp_path).float(), plain)
@@ -295,7 +309,7 @@ def test_fault_12_features_know_their_extractor(tmp_path):
     assert torch.equal(features(functools.partial(Scaled.__call__, Scaled(4)), tmp_path).float(), 4*plain)
 
 
-def test_fault_12_functions_modules_and_what_they_refer_to(tmp_path):
+def test_fault_12_features_depend_on_functions_and_modules(tmp_path):
     x = torch.arange(60, dtype=torch.uint8).view(5, 3, 2, 2)
     plain = x.float().mean((2, 3))
     for factor in (1, 2):
@@ -312,7 +326,7 @@ def test_fault_12_functions_modules_and_what_they_refer_to(tmp_path):
         assert torch.equal(features(functools.partial(torch.sum, dim=dims), tmp_path).float(), x.sum(dims).float())
 
 
-def test_fault_12_functions_modules_and_what_they_refer_to_by_name(tmp_path):
+def test_fault_12_features_depend_on_globals_of_a_function(tmp_path):
     x = torch.arange(60, dtype=torch.uint8).view(5, 3, 2, 2)
     for factor in (1, 2):
         space = dict(factor=factor)
@@ -320,17 +334,19 @@ def test_fault_12_functions_modules_and_what_they_refer_to_by_name(tmp_path):
         assert torch.equal(features(space['extract'], tmp_path).float(), factor*x.float().mean((2, 3)))
 
 
-def test_fault_12_what_is_there_is_not_computed_again(tmp_path):
+def test_fault_12_cached_features_are_not_computed_again(tmp_path):
     calls = []
     class Counted(Scaled):
         def __call__(self, x):
             calls.append(len(x))
             return super().__call__(x)
     first = features(Counted(2), tmp_path)
-    assert calls and torch.equal(features(Counted(2), tmp_path), first) and sum(calls) == 5
+    assert sum(calls) == 5
+    assert torch.equal(features(Counted(2), tmp_path), first)
+    assert sum(calls) == 5
 
 
-def test_fault_12_parts_of_other_sizes_and_images_of_other_shapes(tmp_path):
+def test_fault_12_other_chunks_and_other_shapes(tmp_path):
     x = torch.arange(60, dtype=torch.uint8).view(5, 3, 2, 2)
     for chunk in (3, 2, 1, 5):
         assert torch.equal(features(Scaled(), tmp_path, chunk=chunk).float(), x.float().mean((2, 3)))
@@ -346,15 +362,15 @@ def test_fault_12_a_damaged_file_is_computed_again(tmp_path):
 
 
 def test_fault_12_lite0_of_two_sizes(tmp_path):
-    from ltrl_fastai.all import Lite0
     x = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    large, little = features(Lite0(64), tmp_path, x), features(Lite0(32), tmp_path, x)
-    assert not torch.equal(large, little) and torch.equal(little, features(Lite0(32), tmp_path/'other', x))
+    large = features(Lite0(64), tmp_path, x)
+    little = features(Lite0(32), tmp_path, x)
+    assert not torch.equal(large, little)
+    assert torch.equal(little, features(Lite0(32), tmp_path/'other', x))
     assert torch.equal(features(Lite0(64), tmp_path, x), large)
 
 
 def test_fault_12_a_partial_extractor_of_cifar(tmp_path):
-    from ltrl_fastai.all import cifar100_frozen_lt
     for split, n in (('train', 4), ('test', 1)):
         for c in range(100):
             for i in range(n): picture(tmp_path/'cifar'/split/f'c{c:02}/{i}.png', c)
@@ -365,7 +381,7 @@ def test_fault_12_a_partial_extractor_of_cifar(tmp_path):
     assert torch.equal(cifar100_frozen_lt(3, extract=Scaled, **kw).train_ds.x, by[1].train_ds.x)
 
 
-def test_fault_12_the_decoded_copy_knows_names_and_contents(tmp_path):
+def test_fault_12_the_decoded_copy_depends_on_names_and_contents(tmp_path):
     for split in ('train', 'test'):
         for c in range(10): picture(tmp_path/split/f'c{c}/0.png', c)
     load_cifar(10, tmp_path)
@@ -376,7 +392,7 @@ def test_fault_12_the_decoded_copy_knows_names_and_contents(tmp_path):
 
 @pytest.fixture
 def shades(tmp_path):
-    "Dark and light, and a few of a grey between, in folders of different depths, with a test part"
+    "Dark, light and a few grey pictures, in folders of different depths, with a test split"
     for split, n in (('train', 12), ('test', 3)):
         for name, value, m in (('dark', 10, n), ('other/light', 240, n), ('other/grey', 120, max(2, n//3))):
             for i in range(m): picture(tmp_path/'shades'/split/name/f'{i}.png', value+i)
@@ -384,30 +400,34 @@ def shades(tmp_path):
 
 
 def test_fault_12_frozen_loaders_of_a_folder(shades, tmp_path):
-    from ltrl_fastai.all import frozen_loaders
     dls = frozen_loaders(shades, Scaled(2), folder=tmp_path/'kept', bs=4, device='cpu')
-    assert list(dls.vocab) == ['dark', 'grey', 'light'] and class_counts(dls).tolist() == [10, 3, 10]
+    assert list(dls.vocab) == ['dark', 'grey', 'light']
+    assert class_counts(dls).tolist() == [10, 3, 10]
     x, y = dls.test.one_batch()
-    assert x.dtype == torch.float32 and x.shape == (8, 3) and y.tolist() == [0]*3+[1]*2+[2]*3
+    assert x.dtype == torch.float32
+    assert x.shape == (8, 3)
+    assert y.tolist() == [0]*3+[1]*2+[2]*3
     assert x[:, 0].tolist() == [20., 22., 24., 240., 242., 480., 482., 484.]
+    ranges = [(20, 42), (240, 246), (480, 502)]  # by class
     for ds in (dls.train_ds, dls.valid_ds):
         for i in range(len(ds)):
             feature, label = ds[i]
-            assert {0: 20, 1: 240, 2: 480}[int(label)] <= feature[0] <= {0: 42, 1: 246, 2: 502}[int(label)]
+            lower, upper = ranges[int(label)]
+            assert lower <= feature[0] <= upper
 
 
 def test_fault_12_frozen_loaders_of_a_csv_file(tmp_path):
-    from ltrl_fastai.all import frozen_loaders
     rows = [f'{i}.png,{"ant" if i < 12 else "bee"},{"test" if i % 4 == 0 else "train"}' for i in range(20)]
     file = table(tmp_path/'mine', rows, 'path,label,split')
     for i in range(20): picture(tmp_path/f'mine/{i}.png', 10*i)
     dls = frozen_loaders(file, Scaled, folder=tmp_path/'kept', device='cpu')
-    assert list(dls.vocab) == ['ant', 'bee'] and dls.test.dataset.x[:, 0].tolist() == [0., 40., 80., 120., 160.]
-    assert dls.name == 'images' and any('validation images were drawn' in o for o in dls.notes)
+    assert list(dls.vocab) == ['ant', 'bee']
+    assert dls.test.dataset.x[:, 0].tolist() == [0., 40., 80., 120., 160.]
+    assert dls.name == 'images'
+    assert any('validation images were drawn' in o for o in dls.notes)
 
 
-def test_fault_12_frozen_loaders_keep_what_is_unchanged(shades, tmp_path):
-    from ltrl_fastai.all import frozen_loaders
+def test_fault_12_frozen_loaders_compute_only_changed_images(shades, tmp_path):
     seen = []
     class Watched(Scaled):
         def __call__(self, x):
@@ -443,28 +463,27 @@ def lists_of(dls): return [{int(x[0, 0, 0]) for x in ds.x} for ds in (dls.train_
 
 
 def test_fault_14_the_head_has_validation_images():
-    from ltrl_fastai.all import long_tailed
     train, c = balanced()
-    with pytest.warns(DataNote, match='8 images of class a were taken out of training') as told:
+    with pytest.warns(DataNote, match='8 images of class a were taken out of training') as caught:
         dls = long_tailed(train, train, list('abcde'), 10, n_valid=10, device='cpu')
     assert class_counts(dls.valid_ds, 5).tolist() == [8, 10, 10, 10, 10]
     assert class_counts(dls).tolist() == [32, 22, 12, 7, 4]
-    assert any('8 images of class a' in o for o in dls.notes) and len(told) == 1
+    assert any('8 images of class a' in o for o in dls.notes) and len(caught) == 1
     a, b = lists_of(dls)
     assert not a & b
 
 
-def test_fault_14_the_published_training_set_is_kept_where_it_is_asked_for():
-    from ltrl_fastai.all import long_tailed
+def test_fault_14_keep_train_keeps_the_published_training_set():
     train, c = balanced()
-    with pytest.warns(DataNote, match='No validation image of 1 of 5 classes: a') as told:
+    with pytest.warns(DataNote, match='No validation image of 1 of 5 classes: a') as caught:
         dls = long_tailed(train, train, list('abcde'), 10, n_valid=10, keep_train=True, device='cpu')
     assert class_counts(dls).tolist() == [40, 22, 12, 7, 4]
     assert class_counts(dls.valid_ds, 5).tolist() == [0, 10, 10, 10, 10]
-    assert len(told) == 1
+    assert len(caught) == 1
     more, _ = lists_of(dls)
     fewer, held = lists_of(long_tailed(train, train, list('abcde'), 10, n_valid=10, device='cpu'))
-    assert fewer < more and more-fewer < held
+    assert fewer < more
+    assert more-fewer < held
 
 
 def test_fault_14_cifar(tmp_path):
@@ -481,25 +500,27 @@ def test_fault_14_cifar(tmp_path):
 
 
 def test_fault_14_a_balanced_training_set_has_validation_images_too():
-    from ltrl_fastai.all import long_tailed
     train, c = balanced()
     dls = long_tailed(train, train, list('abcde'), 1, n_valid=3, device='cpu')
-    assert class_counts(dls).tolist() == [37]*5 and class_counts(dls.valid_ds).tolist() == [3]*5
+    assert class_counts(dls).tolist() == [37]*5
+    assert class_counts(dls.valid_ds).tolist() == [3]*5
     with pytest.raises(ValueError, match='none is left for validation'):
         long_tailed(train, train, list('abcde'), 1, keep_train=True)
 
 
-def test_fault_14_digits_are_as_they_were():
+def test_fault_14_digits_need_no_note():
     with warnings.catch_warnings():
         warnings.simplefilter('error', DataNote)
         dls = digits_lt(device='cpu')
-    assert class_counts(dls.valid_ds).tolist() == [10]*10 and int(class_counts(dls)[0]) == 120 and not dls.notes
+    assert class_counts(dls.valid_ds).tolist() == [10]*10
+    assert class_counts(dls)[0] == 120
+    assert not dls.notes
 
 
-# 16: photographs that are broken
+# 16: broken photographs
 
 def cut(file, share=.5):
-    "The first half of a file"
+    "Keep the first half of a file"
     data = file.read_bytes()
     file.write_bytes(data[:int(len(data)*share)])
     return file
@@ -522,15 +543,15 @@ def break_two(photos):
 
 def test_fault_16_broken_photographs_are_named_before_training(photos):
     with pytest.raises(ValueError) as e: own_images(break_two(photos), **small)
-    said = str(e.value)
-    assert said.startswith('2 of 26 images')
-    assert 'ant/3.jpg' in said
-    assert 'bee/5.jpg' in said
-    assert '--skip-broken' in said
-    assert '\n' not in said
+    message = str(e.value)
+    assert message.startswith('2 of 26 images')
+    assert 'ant/3.jpg' in message
+    assert 'bee/5.jpg' in message
+    assert '--skip-broken' in message
+    assert '\n' not in message
 
 
-def test_fault_16_they_can_be_left_out(photos):
+def test_fault_16_broken_photographs_can_be_left_out(photos):
     with pytest.warns(DataNote, match='2 images can.t be read and are left out: .*ant/3.jpg'):
         dls = own_images(break_two(photos), skip_broken=True, **small)
     assert len(dls.train_ds)+len(dls.valid_ds) == 24
@@ -547,8 +568,7 @@ def test_fault_16_without_the_check_the_loader_names_the_file(photos):
 
 @pytest.mark.parametrize('share', [.98, .6, .1, 0])
 @pytest.mark.parametrize('ending', ['jpg', 'png', 'bmp', 'tif', 'gif', 'webp'])
-def test_fault_16_of_every_format(tmp_path, ending, share):
-    from ltrl_fastai.all import broken_images
+def test_fault_16_truncated_files_of_every_format(tmp_path, ending, share):
     files = [tmp_path/f'{i}.{ending}' for i in range(2)]
     for f in files: Image.fromarray(rng.randint(0, 255, (120, 90, 3)).astype(np.uint8)).save(f)
     assert broken_images(files) == {}
@@ -569,7 +589,7 @@ def test_fault_16_a_csv_file_names_the_line(photos):
         own_images(photos/'x.csv', **small)
 
 
-def test_fault_16_decoded_copies_name_all_of_them(tmp_path):
+def test_fault_16_all_broken_small_images_are_named(tmp_path):
     for split in ('train', 'test'):
         for c in range(10): picture(tmp_path/split/f'c{c}/0.png')
     cut(tmp_path/'train/c3/0.png')
@@ -577,24 +597,24 @@ def test_fault_16_decoded_copies_name_all_of_them(tmp_path):
     with pytest.raises(ValueError, match=r'2 of 10 images.*c3/0\.png.*c7/0\.png'): load_cifar(10, tmp_path)
 
 
-def test_fault_16_what_was_seen_whole_is_remembered_until_it_changes(photos, monkeypatch):
-    from ltrl_fastai.data import images
+def test_fault_16_files_are_read_again_only_if_they_change(photos, monkeypatch):
     read = []
-    whole = images._fault_of
-    monkeypatch.setattr(images, '_fault_of', lambda f: read.append(str(f)) or whole(f))
+    fault_of = images_module._fault_of
+    monkeypatch.setattr(images_module, '_fault_of', lambda f: read.append(str(f)) or fault_of(f))
     files = sorted(photos.rglob('*.jpg'))
-    images._seen_whole.clear()
+    images_module._seen_whole.clear()
     kept = photos/'.seen'
-    assert images.broken_images(files, kept, at_least=1) == {} and len(read) == 26
-    images._seen_whole.clear()
-    assert images.broken_images(files, kept, at_least=1) == {} and len(read) == 26
+    assert images_module.broken_images(files, kept, at_least=1) == {}
+    assert len(read) == 26
+    images_module._seen_whole.clear()
+    assert images_module.broken_images(files, kept, at_least=1) == {}
+    assert len(read) == 26
     cut(photos/'cat/0.jpg')
-    assert list(images.broken_images(files, kept, at_least=1)) == [photos/'cat/0.jpg'] and len(read) == 27
+    assert list(images_module.broken_images(files, kept, at_least=1)) == [photos/'cat/0.jpg']
+    assert len(read) == 27
 
 
 def command(monkeypatch, *args):
-    from ltrl_fastai.experiments.cli import app
-    from typer.testing import CliRunner
     monkeypatch.setenv('LTRL_CHECK_IMAGES', '1')
     return CliRunner().invoke(app, [str(o) for o in args])
 
@@ -604,60 +624,58 @@ quick = ('--net', 'resnet8', '--size', '16', '--epochs', '1', '--no-rl', '--out'
 
 def test_fault_16_the_command_line_names_them(photos, monkeypatch):
     monkeypatch.chdir(break_two(photos))
-    said = command(monkeypatch, 'train', '--dataset', photos, *quick)
-    assert said.exit_code == 2
-    assert said.output.startswith("Error: 2 of 26 images can't be read")
-    assert said.output.count('\n') == 1
-    said = command(monkeypatch, 'compare', '--dataset', photos, '--out', 'all', '--seeds', '1')
-    assert said.exit_code == 2
-    assert said.output.startswith("Error: 2 of 26 images can't be read")
+    result = command(monkeypatch, 'train', '--dataset', photos, *quick)
+    assert result.exit_code == 2
+    assert result.output.startswith("Error: 2 of 26 images can't be read")
+    assert result.output.count('\n') == 1
+    result = command(monkeypatch, 'compare', '--dataset', photos, '--out', 'all', '--seeds', '1')
+    assert result.exit_code == 2
+    assert result.output.startswith("Error: 2 of 26 images can't be read")
 
 
 def test_fault_16_the_command_line_leaves_them_out(photos, monkeypatch):
-    import json
     monkeypatch.chdir(break_two(photos))
-    said = command(monkeypatch, 'train', '--dataset', photos, *quick, '--skip-broken')
-    assert said.exit_code == 0, said.output
-    assert "Note: 2 images can't be read and are left out: " in said.output
-    result = json.loads((photos/'out/result.json').read_text())
-    assert sorted(result['skipped']) == ['ant/3.jpg', 'bee/5.jpg']
-    assert sum(result['class_counts']) == 20
+    result = command(monkeypatch, 'train', '--dataset', photos, *quick, '--skip-broken')
+    assert result.exit_code == 0, result.output
+    assert "Note: 2 images can't be read and are left out: " in result.output
+    saved = json.loads((photos/'out/result.json').read_text())
+    assert sorted(saved['skipped']) == ['ant/3.jpg', 'bee/5.jpg']
+    assert sum(saved['class_counts']) == 20
 
 
-def test_fault_16_the_command_line_does_not_look(photos, monkeypatch):
-    from ltrl_fastai.data import lists
-    monkeypatch.setattr(lists, 'broken_images', lambda *args: 1/0)
+def test_fault_16_no_check_on_the_command_line(photos, monkeypatch):
+    monkeypatch.setattr(lists_module, 'broken_images', lambda *args: 1/0)
     monkeypatch.chdir(photos)
-    said = command(monkeypatch, 'train', '--dataset', photos, *quick, '--no-check')
-    assert said.exit_code == 0, said.output
+    result = command(monkeypatch, 'train', '--dataset', photos, *quick, '--no-check')
+    assert result.exit_code == 0, result.output
     assert command(monkeypatch, 'train', '--skip-broken').exit_code == 2
     for i in range(12): cut(photos/f'ant/{i}.jpg')
-    said = command(monkeypatch, 'train', '--dataset', photos, *quick, '--no-check', '--force')
-    assert said.exit_code == 2
-    assert 'ant/' in said.output.splitlines()[-1]
-    assert "can't be read" in said.output.splitlines()[-1]
-    assert 'Traceback' not in said.output
+    result = command(monkeypatch, 'train', '--dataset', photos, *quick, '--no-check', '--force')
+    assert result.exit_code == 2
+    assert 'ant/' in result.output.splitlines()[-1]
+    assert "can't be read" in result.output.splitlines()[-1]
+    assert 'Traceback' not in result.output
 
 
-# 17: files of other programs
+# 17: files from other programs
 
 words = [f'{i}.png,{"ant" if i % 2 else "bee"}' for i in range(12)]
 
 
 @pytest.mark.parametrize('encoding', ['utf-16', 'utf-8-sig', 'utf-32'])
-def test_fault_17_csv_with_a_mark(tmp_path, encoding):
+def test_fault_17_csv_with_a_byte_order_mark(tmp_path, encoding):
     file = table(tmp_path, words)
     file.write_text(file.read_text(), encoding=encoding)
     assert own_images(file, **small).vocab == ['ant', 'bee']
 
 
-@pytest.mark.parametrize('encoding,said', [
+@pytest.mark.parametrize('encoding,message', [
     ('cp1252', r'images\.csv:3: .*cp1252.*café.*UTF-8'), ('utf-16-le', r'images\.csv: .*UTF-16.*UTF-8'),
     ('utf-16-be', r'images\.csv: .*UTF-16.*UTF-8')])
-def test_fault_17_csv_in_another_encoding(tmp_path, encoding, said):
+def test_fault_17_csv_in_another_encoding(tmp_path, encoding, message):
     file = table(tmp_path, words)
     file.write_text('path,label\n0.png,bee\n1.png,café\n', encoding=encoding)
-    with pytest.raises(ValueError, match=said): own_images(file, **small)
+    with pytest.raises(ValueError, match=message): own_images(file, **small)
 
 
 def test_fault_17_a_mark_in_a_list(tmp_path):
@@ -669,7 +687,6 @@ def test_fault_17_a_mark_in_a_list(tmp_path):
 
 
 def test_fault_17_a_mark_in_json(tmp_path):
-    from ltrl_fastai.all import read_inat
     text = '{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "category_id": 0}]}'
     (tmp_path/'train2018.json').write_text(text, encoding='utf-8-sig')
     assert read_inat(tmp_path/'train2018.json')[0].paths == ['a.jpg']
@@ -681,7 +698,8 @@ def test_fault_17_a_mark_in_json(tmp_path):
 def test_fault_17_is_valid(tmp_path, yes, no, name):
     rows = [f'{o},{yes if i%4 == 3 else no}' for i, o in enumerate(words)]
     lists, _ = read_csv(table(tmp_path, rows, f'path,label,{name}'))
-    assert len(lists['valid']) == 3 and len(lists['train']) == 9
+    assert len(lists['valid']) == 3
+    assert len(lists['train']) == 9
 
 
 def test_fault_17_folds(tmp_path):
@@ -742,7 +760,7 @@ def test_fault_17_hidden_files_and_other_files(tmp_path):
     with pytest.raises(ValueError, match=r'found no image.*3 files.*\.npy'): read_folder(tmp_path/'arrays')
 
 
-# 18: counting what is no class
+# 18: targets that are not class indices
 
 def tabular(block):
     frame = pd.DataFrame(dict(x=range(6), y=[.2, .9, 1.7, 1., 2., 3.]))
@@ -760,7 +778,7 @@ def test_fault_18_a_tabular_regression():
     assert class_counts(tabular(CategoryBlock())).sum() == 4
 
 
-@pytest.mark.parametrize('targets,said', [
+@pytest.mark.parametrize('targets,message', [
     ([.2, .9, 1.7], 'floating.*0.2'), (np.array([.2, .9, 1.7]), 'floating.*0.2'),
     (torch.tensor([.2, .9, 1.7]), 'floating.*0.2'),
     ([0, 1, 1.5], 'floating.*1.5'), ([torch.tensor(.5), torch.tensor(1)], 'floating.*0.5'),
@@ -768,8 +786,8 @@ def test_fault_18_a_tabular_regression():
     ([0, None, 1], 'None'), ([0, float('nan')], 'floating.*nan'),
     ([np.float32(1.5)], 'floating.*1.5'), ([{'a': 1}], 'dict'), (pd.Series([.5, 1.5]), 'floating.*0.5'),
 ], ids=str)
-def test_fault_18_targets_that_are_no_class_indices(targets, said):
-    with pytest.raises(TypeError, match=said): class_counts(Labelled(targets))
+def test_fault_18_targets_that_are_no_class_indices(targets, message):
+    with pytest.raises(TypeError, match=message): class_counts(Labelled(targets))
 
 
 def test_fault_18_pairs_and_data_sets_of_fastai():
@@ -783,10 +801,11 @@ def test_fault_18_pairs_and_data_sets_of_fastai():
     [False, True, True], pd.Series([0, 1, 1]),
     [[0], [1], [1]], torch.tensor([[0], [1], [1]]), np.array([False, True, True])], ids=str)
 def test_fault_18_class_indices_are_counted_as_before(targets):
-    assert class_counts(Labelled(targets)).tolist() == [1, 2] and dataset_targets(Labelled(targets)) == [0, 1, 1]
+    assert class_counts(Labelled(targets)).tolist() == [1, 2]
+    assert dataset_targets(Labelled(targets)) == [0, 1, 1]
 
 
-# Variants that were thought of after the mending
+# Variants of these faults
 
 def test_fault_07_variants_links_spaces_and_other_letters(tmp_path):
     folders(tmp_path/'train', {'cold drinks/Äpfel saft': 3, 'warm drinks/Äpfel saft': 3, 'tea': 3})
@@ -805,7 +824,7 @@ def test_fault_07_variants_validation_part_of_its_own_without_one_class(tmp_path
 
 
 def test_fault_07_variants_sessions_within_classes(tmp_path):
-    "Folders of one name below each class are classes of their own, and none is merged"
+    "Folders with the same name in two classes are separate classes"
     _, vocab = read_folder(folders(tmp_path, {'cat/2020': 2, 'dog/2020': 2, 'dog/2021': 1}))
     assert vocab == ['2021', 'cat/2020', 'dog/2020']
 
@@ -830,9 +849,7 @@ def test_fault_08_variants_a_broken_header(tmp_path):
 
 
 def png_of_16_bit(file, levels):
-    "An RGB file of 16 bits a channel, which Pillow can't write"
-    import struct
-    import zlib
+    "Write an RGB file with 16 bits per channel, which Pillow does not support"
     height, width, _ = levels.shape
     raw = b''.join(b'\0'+row.astype('>u2').tobytes() for row in levels)
     def chunk(kind, data): return struct.pack('>I', len(data))+kind+data+struct.pack('>I', zlib.crc32(kind+data))
@@ -841,7 +858,6 @@ def png_of_16_bit(file, levels):
 
 
 def test_fault_10_variants_colours_of_16_bit(tmp_path):
-    from ltrl_fastai.all import open_image
     levels = rng.randint(0, 65536, (6, 5, 3))
     png_of_16_bit(tmp_path/'x.png', levels)
     got = np.asarray(open_image(tmp_path/'x.png')).astype(int)
@@ -849,8 +865,6 @@ def test_fault_10_variants_colours_of_16_bit(tmp_path):
 
 
 def test_fault_10_variants_a_learner_predicts_on_16_bit(tmp_path):
-    from fastai.vision.all import Learner
-    from ltrl_fastai.all import CifarResNet
     for name, base in dict(a=0, b=30000).items():
         (tmp_path/name).mkdir()
         for i in range(5): Image.fromarray(np.full((8, 8), base+500*i, np.uint16)).save(tmp_path/name/f'{i}.png')
@@ -863,7 +877,6 @@ def test_fault_10_variants_a_learner_predicts_on_16_bit(tmp_path):
 
 
 def test_fault_10_variants_frames_and_transparency(tmp_path):
-    from ltrl_fastai.all import open_image
     frames = [Image.new('RGB', (8, 8), (60*i, 0, 0)) for i in range(3)]
     frames[1].save(tmp_path/'x.gif', save_all=True, append_images=frames[2:])
     assert np.asarray(open_image(tmp_path/'x.gif'))[0, 0].tolist() == [60, 0, 0]
@@ -882,7 +895,7 @@ def test_fault_12_variants_weights_changed_in_place(tmp_path):
     with torch.no_grad(): net[1].bias -= 1
 
 
-def test_fault_12_variants_counters_are_no_part_of_an_extractor(tmp_path):
+def test_fault_12_variants_counters_do_not_identify_an_extractor(tmp_path):
     class Counting(Scaled):
         calls = 0
         def __call__(self, x):
@@ -903,34 +916,30 @@ def test_fault_12_variants_class_attributes_and_inherited_code(tmp_path):
         assert torch.equal(features(Derived(), tmp_path).float(), power*x.float().mean((2, 3)))
 
 
-def test_fault_12_variants_what_can_not_be_told_asks_for_a_key(tmp_path):
-    import threading
+def test_fault_12_variants_an_extractor_that_needs_a_key(tmp_path):
     extract = Scaled(2)
     extract.lock = threading.Lock()
     with pytest.raises(TypeError, match='it holds a lock.*Give `key`'): features(extract, tmp_path)
     assert torch.equal(features(extract, tmp_path, key='two'), features(Scaled(2), tmp_path/'other'))
 
 
-def test_fault_12_variants_another_process_finds_them(tmp_path):
-    import subprocess
-    import sys
-    code = ("import sys, torch; from ltrl_fastai.all import frozen_features, Lite0\n"
-            "torch.manual_seed(0); x = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)\n"
+def test_fault_12_variants_another_process_finds_the_features(tmp_path):
+    code = ("import torch\nfrom ltrl_fastai.all import frozen_features, Lite0\n"
+            "torch.manual_seed(0)\nx = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)\n"
             "letters = {'b', 'a', 'c'}\n"
             "net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 2))\n"
-            "said = []\n"
+            "printed = []\n"
             "for e in (Lite0(32), lambda o: net(o.float())*len(letters)):\n"
-            f"    frozen_features(x, e, {str(tmp_path)!r}, echo=said.append)\n"
-            "print(len(said))")
+            f"    frozen_features(x, e, {str(tmp_path)!r}, echo=printed.append)\n"
+            "print(len(printed))")
     space = dict(__name__='__main__')
     exec(code, space)
     again = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-    assert len(space['said']) == 2
+    assert len(space['printed']) == 2
     assert again.stdout.strip() == '0'
 
 
-def test_fault_12_variants_frozen_loaders_of_bad_requests(shades, tmp_path):
-    from ltrl_fastai.all import frozen_loaders
+def test_fault_12_variants_errors_of_frozen_loaders(shades, tmp_path):
     with pytest.raises(ValueError, match='method: expected one of squish'):
         frozen_loaders(shades, Scaled, method='stretch')
     with pytest.raises(ValueError, match=r'extract: expected features \(B, D\)'):
@@ -946,8 +955,7 @@ def test_fault_12_variants_frozen_loaders_of_bad_requests(shades, tmp_path):
 @pytest.mark.parametrize('profile', ['exp', 'pareto', 'step'])
 @pytest.mark.parametrize('factor', [1, 2, 10])
 @pytest.mark.parametrize('n_valid', [1, 5, 100])
-def test_fault_14_variants_every_class_is_validated_and_nothing_is_in_two_parts(profile, factor, n_valid):
-    from ltrl_fastai.all import long_tailed
+def test_fault_14_variants_every_class_is_validated_and_no_image_is_in_two_splits(profile, factor, n_valid):
     train, c = balanced()
     dls = long_tailed(train, train, list('abcde'), factor, n_valid=n_valid, profile=profile, device='cpu')
     valid = class_counts(dls.valid_ds, 5)
@@ -958,15 +966,13 @@ def test_fault_14_variants_every_class_is_validated_and_nothing_is_in_two_parts(
 
 
 def test_fault_14_variants_features_and_a_class_of_two():
-    from ltrl_fastai.all import long_tailed
     x, y = torch.rand(10, 4), torch.tensor([0]*2+[1]*8)
     with pytest.warns(DataNote, match='No validation image of 1 of 2 classes: a'):
         dls = long_tailed((x, y), (x, y), ['a', 'b'], 1, device='cpu')
     assert class_counts(dls).tolist() == [2, 2]
 
 
-def test_fault_14_variants_held_out_classes_of_lists_are_told(tmp_path):
-    from ltrl_fastai.data.lists import inaturalist18
+def test_fault_14_variants_classes_without_validation_images_are_noted(tmp_path):
     lines = [f'train_val2018/{c}/{i}.png {y}' for y, (c, n) in enumerate(dict(p=4, q=2).items()) for i in range(n)]
     tests = [f'train_val2018/{c}/t.png {y}' for y, c in enumerate('pq')]
     for line in lines+tests: picture(tmp_path/line.split()[0])
@@ -985,7 +991,6 @@ def test_fault_16_variants_a_folder_and_an_empty_file_in_a_csv_file(photos):
 
 
 def test_fault_16_variants_in_lists(tmp_path):
-    from ltrl_fastai.data.lists import imagenet_lt, list_sets
     for split, name in list_sets['imagenet-lt'].lists.items():
         lines = [f'{split}/n0/{i}.jpg 0' for i in range(4)]+[f'{split}/n1/{i}.jpg 1' for i in range(3)]
         for line in lines: picture(tmp_path/line.split()[0])
@@ -1032,6 +1037,6 @@ def test_fault_18_variants():
     numbers = [(torch.zeros(2), .25*i) for i in range(4)]
     with pytest.raises(TypeError, match='floating.*0.0'): class_counts(torch.utils.data.Subset(numbers, [1, 2]))
     with pytest.raises(TypeError, match="text.*'1'"): class_counts(Labelled(np.array(['1', 2], dtype=object)))
-    with pytest.raises(TypeError, match='no single class indices'): class_counts(Labelled(torch.eye(3)))
+    with pytest.raises(TypeError, match='not single class indices'): class_counts(Labelled(torch.eye(3)))
     with pytest.raises(ValueError, match='no items to count'): class_counts(Labelled([]))
     assert class_counts(Labelled(np.array([0, 1, 1], dtype=object))).tolist() == [1, 2]

@@ -141,9 +141,8 @@ class _Digest:
             return ['instance', self(type(o)), *self.values({k: v for k,v in vars(o).items() if k not in written})]
         try: reduced = o.__reduce_ex__(4)
         except Exception as e: raise TypeError(
-            f"extract: it holds a {type(o).__name__}, of which can't be told what is in it ({e}), so its features "
-            "can't be told from those of another. "
-            "Give `key`: a text that changes whenever the extractor does.") from e
+            f"extract: it holds a {type(o).__name__}, whose content can't be read ({e}), so the extractor can't be "
+            "identified in the cache. Give `key`: a text that changes whenever the extractor does.") from e
         if isinstance(reduced, tuple): reduced = tuple(list(v) if isinstance(v, Iterator) else v for v in reduced)
         return ['reduced', self(type(o)), self(reduced)]
 

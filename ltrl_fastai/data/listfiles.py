@@ -74,23 +74,23 @@ def text_of(file:Path, # A text file
     if encoding is None and b'\0' in data:
         guess = 'utf-16-le' if data[1:2]==b'\0' else 'utf-16-be'
         raise ValueError(
-            f"{file}: expected UTF-8, and this looks like UTF-16 without a mark. {remedy.format(guess)}")
+            f"{file}: expected UTF-8, but this looks like UTF-16 without a byte order mark. {remedy.format(guess)}")
     try: return data.decode(encoding or 'utf-8', errors)
     except UnicodeDecodeError as e: bad = e
     if encoding:
         raise ValueError(
-            f"{file}: it begins as {encoding} and is broken at byte {bad.start}. {remedy.format(encoding)}")
+            f"{file}: it begins as {encoding}, but is broken at byte {bad.start}. {remedy.format(encoding)}")
     line = data[:bad.start].count(b'\n')
     decoded = data.split(b'\n')[line].strip().decode('cp1252', 'replace')
     raise ValueError(
-        f"{file}:{line+1}: expected UTF-8, and byte 0x{data[bad.start]:02x} is none. This looks like cp1252 "
+        f"{file}:{line+1}: expected UTF-8, but byte 0x{data[bad.start]:02x} is invalid. This looks like cp1252 "
         f"(Windows), in which the line is {decoded!r}. "
         f"{remedy.format('cp1252')}")
 
 def _label(text, where):
     "A class index from a list; raises `ValueError` that names the place otherwise"
     if not text.lstrip('-').isdecimal():
-        raise ValueError(f"{where}: expected a class index behind the path, got {text!r}.")
+        raise ValueError(f"{where}: expected a class index after the path, got {text!r}.")
     if int(text)<0: raise ValueError(f"{where}: expected a class index of 0 or more, got {text}.")
     return int(text)
 
@@ -106,7 +106,7 @@ def read_list(file:Path # A text file with one line `path label` for each image
         paths.append(words[0])
         labels.append(_label(words[1], f'{file}:{n}'))
         lines.append(n)
-    if not paths: raise ValueError(f"{file}: expected a line `path label` for each image, and it is empty.")
+    if not paths: raise ValueError(f"{file}: expected a line `path label` for each image, but it is empty.")
     return ImageList(file, paths, labels, lines)
 
 # %% ../../nbs/data/12_listfiles.ipynb #341d4ca0
@@ -132,11 +132,11 @@ def read_inat(file:Path # `train2018.json` or `val2018.json`
 def _json_of(file):
     "Content of an annotation file; raises `ValueError` if it is not JSON or lacks images or annotations"
     try: content = json.loads(file.read_bytes())
-    except ValueError as e: raise ValueError(f"{file} is no JSON that can be read ({e}). Unpack it again.") from None
+    except ValueError as e: raise ValueError(f"{file} is not valid JSON ({e}). Unpack it again.") from None
     if not isinstance(content, dict): content = {}
     lacking = [k for k in ('images','annotations') if not isinstance(content.get(k), list)]
     if lacking: raise ValueError(
-        f"{file}: expected lists `images` and `annotations`, and there is no {' and no '.join(lacking)}. "
+        f"{file}: expected lists `images` and `annotations`, but there is no {' and no '.join(lacking)}. "
         "The test images of iNaturalist have no labels: take val2018.json.")
     return content
 

@@ -78,7 +78,7 @@ def hold_out(labels:list, # Class index of each training image
     counts = np.bincount(labels)
     n = np.where(counts<3, 0, np.maximum((counts*share).astype(int), 1))
     if not n.any(): raise ValueError(
-        "No class has three images or more, so that none can spare one for validation. "
+        "No class has three images or more, so none can give one for validation. "
         "Add images, or give a validation split of your own.")
     if n_valid is not None: n = np.minimum(n, n_valid)
     valid = long_tail_indices(np.asarray(labels), n.tolist(), seed)

@@ -43,9 +43,9 @@ def _split_folders(path):
         is_class = not any(get_image_files(o) for o in _folders_in(train))
         if is_class: return dict(train=path),[]
         raise ValueError(
-            f"{train}: it holds folders of classes as the training part does, and {beside}. Expected the parts "
-            "`train`, `valid` and `test` alone, or classes alone. "
-            f"If it is the training part: give {train} as the data set, or move the others elsewhere. If it is a "
+            f"{train}: it contains class folders like a training split, and {beside}. Expected the splits "
+            "`train`, `valid` and `test` only, or classes only. "
+            f"If it is the training split: give {train} as the data set, or move the others elsewhere. If it is a "
             "class: rename it.")
     if 'train' not in by_split or len(by_split)<len(splits):
         found = ', '.join(o.name for _,o in splits)
@@ -54,8 +54,8 @@ def _split_folders(path):
             f"{path}: expected a folder `train`, and one each for `valid` and `test` or none, got {found}. "
             "If one of them is a class: rename it, or give a CSV file.")
     if not others: return by_split,[]
-    return by_split,[f"{few_of([o.name for o in others], 10)}: no part of the data set, left out; "
-                     f"its parts are {', '.join(o.name for o in by_split.values())}."]
+    return by_split,[f"{few_of([o.name for o in others], 10)}: not part of the data set, left out; "
+                     f"its splits are {', '.join(o.name for o in by_split.values())}."]
 
 def _check_class_folders(split, folder, files):
     "Check that each image is in a folder of a class; raises `ValueError` otherwise"
@@ -66,7 +66,7 @@ def _check_class_folders(split, folder, files):
         f"{example} is in no folder of a class. Expected {folder.name}/class/{example.name}. "
         "For labels in a file: give the CSV file instead of the folder.")
     raise ValueError(
-        f"{folder}: {len(outside)} images are in no folder of a class, so that their labels are not known. Expected "
+        f"{folder}: {len(outside)} images are in no folder of a class, so their labels are not known. Expected "
         f"{folder.name}/class/{example.name}. "
         "If they have no labels, move the folder elsewhere: a trained learner predicts them with "
         "`learn.get_preds(dl=learn.dls.test_dl(files))`. For labels in a file: give a CSV file.")
@@ -92,7 +92,7 @@ def _read_folder(path):
     "As `read_folder`, and notes"
     path = Path(path)
     if not path.is_dir():
-        raise ValueError(f"{path}: expected a folder, and it is {'a file' if path.exists() else 'not there'}.")
+        raise ValueError(f"{path}: expected a folder, but it is {'a file' if path.exists() else 'not there'}.")
     splits,notes = _split_folders(path)
     files = {k: sorted(get_image_files(splits[k])) for k in _splits if k in splits}
     if not files['train']: raise ValueError(
@@ -169,7 +169,7 @@ def _records(text, file):
     "Line number and values of each record of a CSV file; raises `ValueError` for a quote that is not closed"
     lines = list(io.StringIO(text, newline=''))
     reader = csv.reader(lines, strict=True, skipinitialspace=True)
-    remedy = "Close it; a quote inside of a value is written twice, in a value between quotes."
+    remedy = "Close it; a quote inside a value is written twice, and the value between quotes."
     n_columns = None
     while True:
         begin = reader.line_num
@@ -192,13 +192,13 @@ def _records(text, file):
 def _header_of(records, file):
     "Names of all columns, including empty ones; raises `ValueError` if a name occurs twice"
     line,header = next(records, (1,[]))
-    if not header: raise ValueError(f"{file}: expected a header and a line for each image, and it is empty.")
+    if not header: raise ValueError(f"{file}: expected a header and a line for each image, but it is empty.")
     repeated = [o for o,n in Counter(o.strip() for o in header).items() if o and n>1]
     if repeated: raise ValueError(
         f"{file}:{line}: column {repeated[0]!r} is there twice. Each name is expected once: rename or remove one.")
     separator = first(o for o in ';\t|' if o in header[0]) if len(header)==1 else None
     if separator: raise ValueError(
-        f"{file}:{line}: expected columns separated by ',', and they are separated by {separator!r}: {header[0]!r}. "
+        f"{file}:{line}: expected columns separated by ',', but they are separated by {separator!r}: {header[0]!r}. "
         "Save the file with commas.")
     return header
 
@@ -217,8 +217,8 @@ def _split_word(word, column, where):
     expected = 'True or False' if is_flag else 'train, valid or test'
     remedy = ''
     if not is_flag and re.fullmatch(r'-?\d+(\.\d*)?', word): remedy = (
-        " This looks like the number of a fold, and which of them is for validation is not said: make a column "
-        "`is_valid` with True or False of it; or rename the column, and validation images are drawn.")
+        " This looks like the number of a fold, and the validation fold is not known: make a column `is_valid` "
+        "with True or False; or rename the column, and validation images are drawn.")
     raise ValueError(f"{where}: expected {expected} as {column}, got {word!r}.{remedy}")
 
 def _rows(records, header, columns, file):
@@ -229,7 +229,7 @@ def _rows(records, header, columns, file):
         where = f'{file}:{line}'
         if len(values)!=len(header): raise ValueError(
             f"{where}: expected {len(header)} values ({', '.join(header)}), got {len(values)}: "
-            f"{', '.join(values)!r}. Write a value for each column; one with a comma in it is put between quotes.")
+            f"{', '.join(values)!r}. Write a value for each column; put a value with a comma between quotes.")
         path = values[position['path']].strip()
         label = values[position['label']].strip()
         if not path or not label: raise ValueError(
@@ -247,7 +247,7 @@ def read_csv(file:Path, # A CSV file with a header
     "List the images of a CSV file; raises `ValueError` with the line if it is broken."
     file = Path(file)
     if not file.is_file():
-        raise ValueError(f"{file}: expected a CSV file, and it is {'a folder' if file.exists() else 'not there'}.")
+        raise ValueError(f"{file}: expected a CSV file, but it is {'a folder' if file.exists() else 'not there'}.")
     records = _records(text_of(file), file)
     header = _header_of(records, file)
     names = [o for o in header if o]
@@ -277,7 +277,7 @@ def common_size(files:list # Paths of images
         try:
             with PIL.Image.open(f) as im: w,h = im.size
         except PIL.UnidentifiedImageError as e: raise ValueError(
-            f"{f}: expected an image, and it can't be read as one. Remove it or mend it; "
+            f"{f}: expected an image, but it can't be read as one. Remove or replace it; "
             "fastai's `verify_images(get_image_files(folder))` finds all such files.") from e
         if w!=h or w>64 or size not in (None,w): return None
         size = w
@@ -290,7 +290,7 @@ def _draw_test(lists, share, seed):
     train,test = hold_out(every.labels, share, seed=seed)
     lists['train'] = every.take(train)
     lists['test'] = every.take(test)
-    return f"There is no test part: {len(test):,} test images were drawn from training, {share:.0%} of each class."
+    return f"There is no test split: {len(test):,} test images were drawn from training, {share:.0%} of each class."
 
 def _redrawn(train, valid, seed):
     "Training and validation images drawn from both, as many of each class as before"
@@ -325,7 +325,7 @@ def _own_lists(path, n_valid, data_seed, check, skip_broken, columns, test_share
     if 'test' not in lists and test_share: notes.append(_draw_test(lists, test_share, data_seed))
     if 'valid' in lists and redraw:
         lists['train'],lists['valid'] = _redrawn(lists['train'], lists['valid'], data_seed)
-        notes.append("Training and validation images were drawn anew from both parts, as many of each class as before.")
+        notes.append("Training and validation images were redrawn from both splits, as many of each class as before.")
     if 'valid' not in lists:
         every = lists['train']
         train,valid = hold_out(every.labels, n_valid=n_valid, seed=data_seed)

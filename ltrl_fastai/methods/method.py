@@ -69,7 +69,7 @@ class Stage:
     prepare:Callable=noop # Function of learner and class counts that changes the learner
     cbs:Callable=_no_callbacks # Function from class counts to the callbacks of this stage
     epochs:int|None=0 # Largest number of epochs, capped at those of the first fit; 0 for no training, None for as many
-    lr:float|Callable|None=.1 # Start of its cosine schedule, or a function of the first fit's rate; None: as the first
+    lr:float|Callable|None=.1 # Initial rate (cosine), or a function of the first fit's; None: the first fit's schedule
     adapt:Callable|None=None # Function of learner and loader that adapts the net to the unlabelled images to classify
     views:int=1 # Views of each image that `adapt` needs
 

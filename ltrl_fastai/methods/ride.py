@@ -18,8 +18,8 @@ from .experts import ExpertNet, ExpertsLoss, expert_net
 from .weights import DeferredWeights
 
 # %% ../../nbs/methods/14_ride.ipynb #4384191c
-def _kl(student, teacher):
-    "Divergence of student logits from teacher logits, over the last axis"
+def _kl(teacher, student):
+    "Each class's term of the divergence of student from teacher logits"
     log_p = F.log_softmax(teacher, dim=-1)
     return F.kl_div(F.log_softmax(student, dim=-1), log_p, reduction='none', log_target=True)
 
@@ -53,7 +53,7 @@ class RIDELoss(ExpertsLoss):
             t = self.temperature.to(pred)
             w = self.weight.to(loss)[targets]
             loss = loss*w/w.mean() # so that the mean over the batch is a weighted mean
-        kl = _kl(pred/t, (mean/t)[:,None]).sum((1,2))
+        kl = _kl((mean/t)[:,None], pred/t).sum((1,2)) # over experts and classes
         return loss - self.diversity*t.mean()**2*kl
     def summary_logits(self, pred:Tensor # `(B, K, C)` in training
                       ) -> list: # Empty
@@ -198,9 +198,9 @@ class Distilled(ExpertsLoss):
         t = self.temperature
         loss = self.loss.parts(z, targets)
         if self.published:
-            kl = _kl(z.mean(1)/t, teacher/t).sum(-1)
+            kl = _kl(teacher/t, z.mean(1)/t).sum(-1)
             return z.shape[1]*(loss + self.alpha*t*t*kl)
-        kl = _kl(z/t, teacher[:,None]/t).sum(-1).sum(1)
+        kl = _kl(teacher[:,None]/t, z/t).sum(-1).sum(1)
         return loss + self.alpha*t*t*kl
 
 class WithTeacher(nn.Module):

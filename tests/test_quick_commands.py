@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from ltrl_fastai.data.facts import list_sets
+from ltrl_fastai.data.listfiles import list_sets
 from ltrl_fastai.experiments.cli import app
 from ltrl_fastai.experiments.recipes import recipes
 from ltrl_fastai.methods.catalogue import methods
@@ -71,7 +71,7 @@ def test_datasets_that_are_missing(tmp_path):
 
 def test_datasets_that_are_there(tmp_path):
     "Lists are read, and all of their images are looked for"
-    lists = list_sets['imagenet-lt']['lists']
+    lists = list_sets['imagenet-lt'].lists
     for i, file in enumerate(lists.values()):
         image = f'train/n0144076{i}/a.JPEG'
         (tmp_path/image).parent.mkdir(parents=True)

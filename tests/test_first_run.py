@@ -256,7 +256,7 @@ def test_force_replaces_a_result_of_another_kind(tmp_path):
 
 
 def test_which_seeds():
-    from ltrl_fastai.experiments.cli import _seeds
+    from ltrl_fastai.experiments.cli_train import _seeds
     assert _seeds('photos-lt', None, None, None, False) == [0, 1, 2, 3, 4]
     of_one_seed = [
         ('digits-lt', None, None, False), ('photos-lt', 0, None, False), ('photos-lt', None, True, False),

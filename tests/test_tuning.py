@@ -54,12 +54,16 @@ def test_dropout_of_an_mlp_is_in_the_input_too():
     net = create_net('mlp16', 3, n_in=8, dropout=.5)
     assert isinstance(net[0], nn.Dropout) and isinstance(net[-2], nn.Dropout) and dropouts(net) == [.3, .5]
     assert dropouts(create_net('mlp16', 3, n_in=8)) == []
-    torch.manual_seed(0); plain = create_net('mlp16', 3, n_in=8).eval()
-    torch.manual_seed(0); dropped = create_net('mlp16', 3, n_in=8, dropout=.5).eval()
+    torch.manual_seed(0)
+    plain = create_net('mlp16', 3, n_in=8).eval()
+    torch.manual_seed(0)
+    dropped = create_net('mlp16', 3, n_in=8, dropout=.5).eval()
     x = torch.randn(4, 8)
     assert torch.equal(plain(x), dropped(x))  # the same weights, and nothing is dropped outside of training
-    torch.manual_seed(0); a = dropped.train()(x)
-    torch.manual_seed(1); b = dropped(x)
+    torch.manual_seed(0)
+    a = dropped.train()(x)
+    torch.manual_seed(1)
+    b = dropped(x)
     assert not torch.equal(a, b)
 
 
@@ -133,7 +137,9 @@ def test_smoothed_labels_of_margins_and_of_experts_by_hand():
 
 def test_smoothing_reaches_the_learner_and_leaves_the_loss_of_others_alone():
     a, b = (RunSettings(**tiny, label_smoothing=o).learner().loss_func for o in (.1, None))
-    assert a.func.label_smoothing == .1 and b.func.label_smoothing == 0. and BalancedSoftmaxLoss([2, 1]).func.label_smoothing == 0.
+    assert a.func.label_smoothing == .1
+    assert b.func.label_smoothing == 0.
+    assert BalancedSoftmaxLoss([2, 1]).func.label_smoothing == 0.
 
 
 # After training
@@ -158,16 +164,19 @@ def test_posthoc_auto_is_chosen_on_validation_images():
 
     def accuracy(tau, among):
         right = (z-tau*log_prior).argmax(1) == y
-        return round(sum(float(right[among & (y == c)].float().mean()) for c in range(10) if (among & (y == c)).any())/10, 9)
+        of_classes = [right[among & (y == c)].float() for c in range(10)]
+        return round(sum(float(o.mean()) for o in of_classes if len(o))/10, 9)
     taus, every = [round(.1*i, 1) for i in range(-10, 21)], torch.ones_like(y, dtype=torch.bool)
     def best(among): return max(taus, key=lambda tau: (accuracy(tau, among), -abs(tau)))
-    assert res['posthoc'] == dict(tau=best(every), chosen=True) and best_tau(z, y, learn.dls.class_counts) == best(every)
+    assert res['posthoc'] == dict(tau=best(every), chosen=True)
+    assert best_tau(z, y, learn.dls.class_counts) == best(every)
     part = torch.zeros_like(y)
     for c in range(10): part[y == c] = (torch.arange((y == c).sum())+c) % 5
     hits = torch.zeros_like(y, dtype=torch.bool)
     for k in range(5): hits[part == k] = ((z-best(part != k)*log_prior).argmax(1) == y)[part == k]
     assert torch.equal(crossfit_adjusted(z, y, learn.dls.class_counts) == y, hits)
-    assert res['valid_accuracy']['all'] == pytest.approx(100*sum(float(hits[y == c].float().mean()) for c in range(10))/10, abs=1e-4)
+    by_class = [float(hits[y == c].float().mean()) for c in range(10)]
+    assert res['valid_accuracy']['all'] == pytest.approx(100*sum(by_class)/10, abs=1e-4)
 
 
 def test_what_is_chosen_on_an_image_is_not_scored_on_it():
@@ -207,7 +216,8 @@ def test_an_adjustment_of_one_class_or_of_few_images():
     (dict(label_smoothing=1.), 'label_smoothing: expected a share from 0 to below 1'),
     (dict(label_smoothing=.1, method='focal'), 'label_smoothing: FocalLossFlat has no labels that could be smoothed'),
     (dict(label_smoothing=.1, method='ride'), 'label_smoothing: RIDELoss has no labels'),
-    (dict(label_smoothing=.1, method='class-balanced', method_args=dict(label_smoothing=.1)), "has no 'label_smoothing'"),
+    (dict(label_smoothing=.1, method='class-balanced', method_args=dict(label_smoothing=.1)),
+     "has no 'label_smoothing'"),
     (dict(posthoc='best'), "posthoc: expected a number or 'auto', got 'best'"),
     (dict(posthoc=True), "posthoc: expected a number or 'auto'"),
     (dict(posthoc=math.nan), "posthoc: expected a number or 'auto'"),
@@ -226,7 +236,8 @@ def test_mixup_of_items_that_are_no_numbers_is_refused(monkeypatch):
         for dl in dls.loaders: dl.after_batch.fs.clear()  # as words: whole numbers
         return dls
     monkeypatch.setitem(training.datasets, 'digits-lt', {**training.datasets['digits-lt'], 'make': of_words})
-    monkeypatch.setattr(training, 'create_net', lambda *args, **kw: nn.Sequential(Floats(), nn.Flatten(), nn.Linear(64, 10)))
+    def net_of_words(*args, **kw): return nn.Sequential(Floats(), nn.Flatten(), nn.Linear(64, 10))
+    monkeypatch.setattr(training, 'create_net', net_of_words)
     RunSettings(**tiny).check()
     with pytest.raises(ValueError, match="can't be mixed"): RunSettings(**tiny, mixup=.2).check()
 
@@ -242,7 +253,8 @@ def test_nothing_has_one_name():
 
 
 def test_constants_of_a_method_by_name():
-    assert parse_setting('method.tau=1,1.5', many=True) == ((None, 'method.tau'), [1, 1.5]) and parse_setting('tau=2')[0] == ('kr', 'tau')
+    assert parse_setting('method.tau=1,1.5', many=True) == ((None, 'method.tau'), [1, 1.5])
+    assert parse_setting('tau=2')[0] == ('kr', 'tau')
     mistakes = {'method.tua=1': "Did you mean 'method.tau'?", 'method.tau=x': 'expected a number',
                 'method.of=2': 'expected a text', 'method.=1': 'name of a setting'}
     for text, said in mistakes.items():
@@ -250,10 +262,13 @@ def test_constants_of_a_method_by_name():
         assert said in str(e.value)
     fixed = [parse_setting(o) for o in ('method.alpha=.2', 'method.lam=.1')]
     run, with_rl = make_plan(['lade'], variants(fixed=fixed), [0])
-    assert run.settings.method_args == dict(alpha=.2, lam=.1) == with_rl.settings.method_args and run.settings.learner().loss_func.func.lam == .1
+    assert run.settings.method_args == dict(alpha=.2, lam=.1) == with_rl.settings.method_args
+    assert run.settings.learner().loss_func.func.lam == .1
     swept = make_plan(['bsce'], variants('off', sweep=[parse_setting('method.tau=1,1.5', many=True)]), [0])
-    assert [o.variant for o in swept] == ['bsce (method.tau=1)', 'bsce (method.tau=1.5)'] and swept[1].settings.learner().loss_func.func.tau == 1.5
-    with pytest.raises(ValueError, match="softmax has no 'tau'"): make_plan(['softmax'], variants(fixed=[parse_setting('method.tau=1.5')]), [0])
+    assert [o.variant for o in swept] == ['bsce (method.tau=1)', 'bsce (method.tau=1.5)']
+    assert swept[1].settings.learner().loss_func.func.tau == 1.5
+    with pytest.raises(ValueError, match="softmax has no 'tau'"):
+        make_plan(['softmax'], variants(fixed=[parse_setting('method.tau=1.5')]), [0])
 
 
 # The search
@@ -279,7 +294,7 @@ def test_the_budget_does_not_depend_on_what_is_found(seed):
     assert tried[0] == {} and all(len(o) > 1 for o in tried[1+len(changes):])
 
 
-def test_what_helps_alone_is_kept_only_where_it_helps_beside_the_rest():
+def test_a_change_is_kept_only_if_it_improves_the_combination():
     gains = dict(a=3., b=2., c=1.)
     def score(o): return sum(gains[k] for k in o)-(2.5 if {'a', 'b'} <= {*o} else 0)
     tried, scores = searched(score, [{'a': 1}, {'b': 1}, {'c': 1}])
@@ -291,13 +306,18 @@ def run_here(plan, folder, jobs=None, test=True, watch=None, command=None, about
     watch, failed = watch or noop, {}
     todo = look(plan, folder, test)
     made_of = [runner.hash_of(o.identity) for o in todo]
-    if about is not None: write_json({**about, 'runs': [o.name for o in plan], 'made_of': made_of}, folder/'compare.json')
+    if about is not None:
+        write_json({**about, 'runs': [o.name for o in plan], 'made_of': made_of}, folder/'compare.json')
     for o in todo:
-        if o.done: watch('known', o); continue
+        if o.done:
+            watch('known', o)
+            continue
         if len(run_here.trained) == run_here.killed_after: raise KeyboardInterrupt
         run_here.trained.append((folder.name, o.run.name))
         watch('start', o)
-        try: finish(o, folder, command=command); watch('done', o)
+        try:
+            finish(o, folder, command=command)
+            watch('done', o)
         except FloatingPointError as e:
             failed[o.run.name] = f'FloatingPointError: {e}'
             watch('failed', o, failed[o.run.name], '')
@@ -308,7 +328,8 @@ def run_here(plan, folder, jobs=None, test=True, watch=None, command=None, about
 @pytest.fixture
 def here(monkeypatch):
     run_here.trained, run_here.killed_after = [], None
-    monkeypatch.setattr(tuning, 'run_plan', run_here); monkeypatch.setattr(runner, 'run_plan', run_here)
+    monkeypatch.setattr(tuning, 'run_plan', run_here)
+    monkeypatch.setattr(runner, 'run_plan', run_here)
     return run_here.trained
 
 
@@ -317,12 +338,14 @@ def test_both_sides_try_the_same_and_the_best_is_chosen(here, tmp_path):
     res = tune(['bsce', 'softmax'], tmp_path, values, [100, 101], [0], **tiny)
     assert json.loads((tmp_path/'tuning.json').read_text()) == res and res['done'] and res['seeds'] == [100, 101]
     bsce, softmax = res['cases']
-    assert bsce['left_out'] == {} and softmax['left_out']['method.tau=1.5'].startswith("method_args: softmax has no 'tau'")
+    assert bsce['left_out'] == {}
+    assert softmax['left_out']['method.tau=1.5'].startswith("method_args: softmax has no 'tau'")
     for case, n in ((bsce, 1+3+2), (softmax, 1+2+1)):
         sides = case['sides']
         assert case['settings_each_side'] == n and {o['runs'] for o in sides.values()} == {2*n}
         first_round = [[o['setting'] for o in side['tried'] if o['step'] == 1] for side in sides.values()]
-        assert first_round[0] == first_round[1] == [{}, {'dropout': .5}, {'posthoc': 'auto'}, {'method.tau': 1.5}][:1+n//2]
+        expected = [{}, {'dropout': .5}, {'posthoc': 'auto'}, {'method.tau': 1.5}]
+        assert first_round[0] == first_round[1] == expected[:1+n//2]
         for side in sides.values():
             assert len(side['tried']) == n
             for o in side['tried']:
@@ -334,7 +357,8 @@ def test_both_sides_try_the_same_and_the_best_is_chosen(here, tmp_path):
     kept = [json.loads(o.read_text()) for o in (tmp_path/'tuning'/'runs').iterdir()]
     assert len(kept) == len(here) and not any('accuracy' in o for o in kept) and {o['seed'] for o in kept} == {100, 101}
     tried = [o for case in res['cases'] for side in case['sides'].values() for o in side['tried']]
-    assert sorted(o['valid_accuracy']['all'] for o in kept) == sorted(chain(*(o['valid_accuracy'].values() for o in tried)))
+    accuracies = sorted(chain(*(o['valid_accuracy'].values() for o in tried)))
+    assert sorted(o['valid_accuracy']['all'] for o in kept) == accuracies
 
 
 def test_nothing_of_the_test_set_is_read_while_settings_are_chosen(here, monkeypatch, tmp_path):
@@ -346,9 +370,10 @@ def test_nothing_of_the_test_set_is_read_while_settings_are_chosen(here, monkeyp
         dls.loaders[2].__class__ = Untouchable
         return dls
     monkeypatch.setitem(training.datasets, 'digits-lt', {**training.datasets['digits-lt'], 'make': guarded})
-    res = tune(['bsce', 'sade-aggregated'], tmp_path, grid, [100], [0], **tiny)  # the second adapts to the images that it is to classify
+    # the second method adapts to the images that it classifies
+    res = tune(['bsce', 'sade-aggregated'], tmp_path, grid, [100], [0], **tiny)
     plan, _ = tuned_plan(res, **tiny)
-    with pytest.raises(AssertionError, match='the test set is read'): run_here(plan, tmp_path)  # the guard sees it where it is read
+    with pytest.raises(AssertionError, match='the test set is read'): run_here(plan, tmp_path)  # the guard works
 
 
 def test_goes_on_where_it_was_killed(here, tmp_path):
@@ -388,7 +413,8 @@ def test_a_run_that_fails_otherwise_stops_the_search(monkeypatch, tmp_path):
 
 
 def test_seeds_are_disjoint():
-    with pytest.raises(ValueError, match='seeds: 3, 4 would be used for tuning and for the final runs'): check_disjoint([3, 4, 100], range(5))
+    with pytest.raises(ValueError, match='seeds: 3, 4 would be used for tuning and for the final runs'):
+        check_disjoint([3, 4, 100], range(5))
     with pytest.raises(ValueError, match='0 would be used'): tune(['bsce'], 'nowhere', seeds=[0], **tiny)
     check_disjoint(range(100, 103), range(5))
 
@@ -411,9 +437,11 @@ def test_grids_that_are_refused(bad, said):
 
 
 def test_what_all_runs_have_is_no_change():
-    case, = tuning_cases(['bsce'], {'dropout': [0, .5], 'method.tau': [1., 1.5]}, **tiny, dropout=.5, method_args=dict(tau=1.5))
+    of_all = dict(**tiny, dropout=.5, method_args=dict(tau=1.5))
+    case, = tuning_cases(['bsce'], {'dropout': [0, .5], 'method.tau': [1., 1.5]}, **of_all)
     assert case.changes == [{'dropout': 0}, {'method.tau': 1.}]
-    run, = make_plan(['lade'], [Variant('', None, tuning._fields({'method.lam': .1}, dict(method_args=dict(alpha=.2))))], [0], **tiny)
+    fields = tuning._fields({'method.lam': .1}, dict(method_args=dict(alpha=.2)))
+    run, = make_plan(['lade'], [Variant('', None, fields)], [0], **tiny)
     assert run.settings.method_args == dict(alpha=.2, lam=.1)  # constants of all runs stay
     assert [o.budget for o in tuning_cases(['bsce', 'softmax', 'lade'], dataset='digits-lt')] == [15, 13, 11]
 
@@ -426,7 +454,8 @@ def test_roles_share_runs_where_they_are_the_same():
         sides = {'without': dict(chosen=without), 'with': dict(chosen=with_rl)}
         return dict(final_seeds=[0, 1], cases=[dict(group='g', method='bsce', imbalance_factor=None, sides=sides)])
     plan, roles = tuned_plan(told({}, {}), **tiny)
-    assert [o.variant for o in plan] == ['bsce', 'bsce + RL']*2 and roles['g']['best + RL'] == roles['g']['plain + RL'] == 'bsce + RL'
+    assert [o.variant for o in plan] == ['bsce', 'bsce + RL']*2
+    assert roles['g']['best + RL'] == roles['g']['plain + RL'] == 'bsce + RL'
     plan, roles = tuned_plan(told({'dropout': .5}, {'epochs': 2}), dict(preset='paper'), paired_data=True, **tiny)
     assert roles['g'] == {'plain': 'bsce', 'plain + RL': 'bsce + RL', 'tuned': 'bsce (dropout=0.5)',
                           'tuned + RL': 'bsce + RL (dropout=0.5)', 'best + RL': 'bsce + RL (epochs=2)'}
@@ -439,9 +468,11 @@ def compared(tmp_path_factory):
     "What the command line says and writes, in this process"
     run_here.trained, run_here.killed_after, out = [], None, tmp_path_factory.mktemp('tuned')/'out'
     small = chain(*(['--set', f'{k}={v}'] for k, v in tiny.items() if k != 'dataset'))
-    args = ['compare', '--tune', *small, '--sweep', 'dropout=0,.5', '--sweep', 'lr=.1', '--tune-seeds', '100-101', '--seeds', '3', '--out', str(out)]
+    args = ['compare', '--tune', *small, '--sweep', 'dropout=0,.5', '--sweep', 'lr=.1', '--tune-seeds', '100-101',
+            '--seeds', '3', '--out', str(out)]
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(tuning, 'run_plan', run_here); m.setattr(runner, 'run_plan', run_here)
+        m.setattr(tuning, 'run_plan', run_here)
+        m.setattr(runner, 'run_plan', run_here)
         said = [CliRunner().invoke(cli.app, args) for _ in range(2)]
     return said, out, list(run_here.trained)
 
@@ -461,7 +492,8 @@ def test_the_command_line_tunes_and_reports_three_gains(compared):
         assert gains.gain_all[baseline] == pytest.approx(sum(pairs)/3, abs=1e-9) and gains.pairs[baseline] == 3
         half = 4.302653*math.sqrt(sum((o-sum(pairs)/3)**2 for o in pairs)/2/3)  # Student's t of two degrees of freedom
         assert gains.gain_all_hi[baseline]-gains.gain_all[baseline] == pytest.approx(half, abs=1e-4)
-        text = f"{gains.gain_all[baseline]:+.1f} ({gains.gain_all_lo[baseline]:+.1f} to {gains.gain_all_hi[baseline]:+.1f})"
+        mean, low, high = gains.loc[baseline, ['gain_all', 'gain_all_lo', 'gain_all_hi']]
+        text = f'{mean:+.1f} ({low:+.1f} to {high:+.1f})'
         line = first(o for o in (out/'summary.md').read_text().splitlines() if f'({letter})' in o)
         assert text in line and line in said.output
     assert 'Chosen on validation images: bsce' in said.output
@@ -475,15 +507,18 @@ def test_the_command_line_tunes_and_reports_three_gains(compared):
 def test_evidence_says_which_baseline(compared, tmp_path):
     _, out, _ = compared
     plan = json.loads((out/'compare.json').read_text())
-    write_json({**plan, 'command': 'ltrl compare --protocol frozen --tune --sweep dropout=0,.5 --out a'}, tmp_path/'a'/'compare.json')
+    file = tmp_path/'a'/'compare.json'
+    write_json({**plan, 'command': 'ltrl compare --protocol frozen --tune --sweep dropout=0,.5 --out a'}, file)
     (tmp_path/'a'/'runs').symlink_to(out/'runs')
     rows, gains = evidence(tmp_path/'a'), tuned_gains(out).set_index('baseline')
     expected = [('plain', None), ('plain', 'default'), ('tuned', None), ('tuned', 'default'), ('best', 'default')]
     assert [(o['baseline'], o['rl']) for o in rows] == expected
     for o in rows:
         of = gains.loc[o['baseline']]
-        if o['rl']: assert (o['gain_all'], o['ci_low'], o['ci_high']) == (round(of.gain_all, 2), round(of.gain_all_lo, 2), round(of.gain_all_hi, 2))
-    write_json({**plan, 'command': 'ltrl compare --protocol frozen --tune --set bs=64 --out a'}, tmp_path/'a'/'compare.json')
+        if not o['rl']: continue
+        expected = [round(v, 2) for v in (of.gain_all, of.gain_all_lo, of.gain_all_hi)]
+        assert [o['gain_all'], o['ci_low'], o['ci_high']] == expected
+    write_json({**plan, 'command': 'ltrl compare --protocol frozen --tune --set bs=64 --out a'}, file)
     with pytest.raises(ValueError, match='no comparison by a protocol'): evidence(tmp_path/'a')
 
 

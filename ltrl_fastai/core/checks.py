@@ -30,7 +30,7 @@ def one_of(name:str, # Argument name, for the message
            value:Any, # The value to check
            known:Collection # The allowed values
           ) -> Any: # `value`
-    "Return `value` if it is in `known`; raises `ValueError` with the nearest known value otherwise."
+    "Return `value` if it is in `known`; raises `ValueError` with the nearest known value if not."
     if value in known: return value
     suggestion = did_you_mean(value, known, also=getattr(known, 'also', None))
     if suggestion: raise ValueError(f"{name}: got {value!r}.{suggestion} There are {', '.join(known)}.")
@@ -44,7 +44,7 @@ def check_number(name:str, # Argument name, for the message
                  least:float|None=None, # Inclusive lower bound
                  most:float|None=None # Inclusive upper bound
                 ):
-    "Check that `value` is a number within bounds; raises `TypeError` for another type and `ValueError` outside the bounds."
+    "Check that `value` is a number within bounds; raises `TypeError` or `ValueError` if not."
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     bounds = dict(above=above, least=least, most=most)
     words = dict(above='above', least='at least', most='at most')
@@ -61,7 +61,7 @@ def check_type(name:str, # Argument name, for the message
                kind:Any, # The expected type, or a union of one type and None
                none:bool=True # Allow None?
               ):
-    "Check that `value` is an int, float, bool or str as `kind` says; raises `ValueError` otherwise. An int counts as a float."
+    "Check the type of `value`, where an int counts as a float; raises `ValueError` if it is another one."
     if isinstance(kind, types.UnionType):
         options = [o for o in kind.__args__ if o is not types.NoneType]
         kind = options[0] if len(options)==1 else kind

@@ -36,5 +36,6 @@ def check_class_counts(class_counts:Collection # Training images of each class
     empty = (~(counts>0)).nonzero().flatten().tolist()
     if empty: raise ValueError(
         f"class_counts: no training image of class {', '.join(map(str, empty[:10]))}{' ...' if len(empty)>10 else ''} "
-        f"(of {len(counts)}); a class prior needs at least one of each. Leave these classes out of the vocabulary, or add images.")
+        f"(of {len(counts)}); a class prior needs at least one of each. "
+        "Leave these classes out of the vocabulary, or add images.")
     return counts

@@ -17,7 +17,7 @@ from typing import Any
 @contextlib.contextmanager
 def atomic_write(path:str|Path # The file to replace
                 ) -> Iterator[Path]: # A temporary path to write to
-    "Yield a temporary path; it replaces `path` at the end, or is deleted after an exception. Creates the folder of `path`."
+    "Yield a temporary path that replaces `path` at the end, or is deleted after an exception."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # hidden, with the target's suffix, since writers such as `savefig` take the format from it

@@ -15,7 +15,7 @@ _root = Path('/') # where the system's own files are; tests put another folder h
 
 def free_memory(device:str|torch.device='cpu' # A CPU or CUDA device
                ) -> int: # Bytes
-    "Memory that this process may take on `device` without swapping; of a host's memory, its share among the ranks there."
+    "Memory that this process may take on `device` without swapping; on a host, its share among the ranks there."
     if torch.device(device).type=='cuda': return torch.cuda.mem_get_info(device)[0]
     n_ranks = int(os.environ.get('LOCAL_WORLD_SIZE') or 1)
     return min(_available_on_host(), *_left_of_limits())//max(1, n_ranks)
@@ -24,8 +24,8 @@ def _available_on_host():
     "Bytes that the kernel calls available; 4 GiB if it does not say"
     try: lines = (_root/'proc/meminfo').read_text().splitlines()
     except OSError:
-        if 'SC_AVPHYS_PAGES' in getattr(os, 'sysconf_names', {}): return os.sysconf('SC_AVPHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')
-        return 2**32
+        if 'SC_AVPHYS_PAGES' not in getattr(os, 'sysconf_names', {}): return 2**32
+        return os.sysconf('SC_AVPHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')
     return next(int(line.split()[1])*1024 for line in lines if line.startswith('MemAvailable'))
 
 # Of control groups version 1 and 2: the folder, the files of the limit and of the use, and the key of cached files

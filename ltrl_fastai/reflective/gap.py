@@ -46,7 +46,7 @@ class GeneralizationGap(Remembers):
     order,run_valid = GradientAccumulation.order-3,True
     remembered = ('train_counts','valid_counts','best_valid','fitted','strength')
     _stateattrs = (*remembered,'_of_lineage','_dataset')
-    most_uneven = .5 # `unevenness` of the loss above which the parts rest
+    most_uneven = .25 # `unevenness` of the loss above which the parts rest
     train_counts = valid_counts = best_valid = fitted = strength = resting = _printed = None
 
     def state_dict(self) -> dict:

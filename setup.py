@@ -16,4 +16,5 @@ def version():
 
 
 setup(version=version(), install_requires=cfg['requirements'].split(),
-      extras_require={k.removesuffix('_requirements'): v.split() for k, v in cfg.items() if k.endswith('_requirements')})
+      extras_require={k.removesuffix('_requirements'): v.split()
+                      for k, v in cfg.items() if k.endswith('_requirements')})

@@ -1,57 +1,127 @@
-"Everything that a notebook or a script wants: `from ltrl_fastai.all import *`, after `from fastai.vision.all import *`."
-from ltrl_fastai.core.tensors import *
-from ltrl_fastai.core.counts import *
-from ltrl_fastai.core.memory import *
-from ltrl_fastai.core.ranks import *
-from ltrl_fastai.reflective.functional import *
-from ltrl_fastai.reflective.samples import *
-from ltrl_fastai.reflective.stores import *
-from ltrl_fastai.reflective.memory import *
-from ltrl_fastai.reflective.terms import *
-from ltrl_fastai.reflective.features import *
-from ltrl_fastai.reflective.review import *
-from ltrl_fastai.reflective.summary import *
-from ltrl_fastai.reflective.correction import *
-from ltrl_fastai.reflective.learning import *
-from ltrl_fastai.data.imbalance import *
-from ltrl_fastai.data.images import *
-from ltrl_fastai.data.fast import *
-from ltrl_fastai.data.benchmarks import *
-from ltrl_fastai.data.frozen import *
-from ltrl_fastai.data.shipped import *
-from ltrl_fastai.data.lists import *
-from ltrl_fastai.data.own import *
-from ltrl_fastai.methods.losses import *
-from ltrl_fastai.methods.nets import *
-from ltrl_fastai.methods.weights import *
-from ltrl_fastai.methods.margins import *
-from ltrl_fastai.methods.lade import *
-from ltrl_fastai.methods.posthoc import *
-from ltrl_fastai.methods.views import *
-from ltrl_fastai.methods.heads import *
-from ltrl_fastai.methods.method import *
-from ltrl_fastai.methods.experts import *
-from ltrl_fastai.methods.ride import *
-from ltrl_fastai.methods.sade import *
-from ltrl_fastai.methods.mdcs import *
-from ltrl_fastai.methods.oltr import *
-from ltrl_fastai.methods.balancing import *
-from ltrl_fastai.methods.mislas import *
-from ltrl_fastai.methods.decouple import *
-from ltrl_fastai.methods.bbn import *
-from ltrl_fastai.methods.paco import *
-from ltrl_fastai.methods.ncl import *
-from ltrl_fastai.methods.catalogue import *
-from ltrl_fastai.methods.optimizer import *
-from ltrl_fastai.evaluation.metrics import *
-from ltrl_fastai.evaluation.report import *
-from ltrl_fastai.evaluation.shift import *
-from ltrl_fastai.evaluation.diagnosis import *
-from ltrl_fastai.evaluation.pictures import *
-from ltrl_fastai.experiments.checkpoint import Checkpoint as Checkpoint # `as` says to type checkers that it is handed on
-from ltrl_fastai.experiments.recipes import Recipe as Recipe, recipe as recipe, recipes as recipes
-# Left out, since a star import must shadow nothing and bring no everyday word: import these by name, from their modules.
-del fastai_path # noqa: F821 - fastai has another
-del follow, interval, locate, smooth # noqa: F821
-del as_listed, dealt, few_of, flat_val, read_csv, shrink, where_to_put, with_targets # noqa: F821
-del alone_and_even, scales_alone_and_even, shifted_and_even # noqa: F821
+"Names for notebooks and scripts, by task: `from ltrl_fastai.all import *` after `from fastai.vision.all import *`."
+from ltrl_fastai.reflective.learning import presets, ReflectiveLearning
+from ltrl_fastai.reflective.review import review_risks, KnowledgeReview
+from ltrl_fastai.reflective.summary import class_predictions, shared_predictions, KnowledgeSummary
+from ltrl_fastai.reflective.correction import KnowledgeCorrection
+from ltrl_fastai.reflective.gap import unevenness, GeneralizationGap
+from ltrl_fastai.reflective.samples import WithIds, SampleIds
+from ltrl_fastai.core.ranks import Ranks, allow_cpu_ranks
+from ltrl_fastai.experiments.checkpoint import Checkpoint
+from ltrl_fastai.methods.optimizer import nesterov_step, benchmark_sgd, body_and_head, BodyRate
+from ltrl_fastai.methods.finetuning import finetuned_net, HeadFirst
+from ltrl_fastai.data.imbalance import (long_tail_indices, long_tail_subset, LongTailSplitter, dataset_targets,
+    without_augmentation, class_counts, imbalanced_counts)
+from ltrl_fastai.data.benchmarks import (DataNote, LongTailDataLoaders, long_tailed, digits_lt, load_cifar, cifar100_lt,
+    cifar10_lt, abbreviated)
+from ltrl_fastai.data.shipped import shipped_photos, photos_lt
+from ltrl_fastai.data.beds import grocery, magnetic, unicode_names, landforms, digits_folder
+from ltrl_fastai.data.frozen import frozen_features, Lite0, TorchFeatures, cifar100_frozen_lt, frozen_loaders
+from ltrl_fastai.data.lists import (TrainCrop, ImageAugment, photo_tfms, ImageFileDataLoaders, image_dataloaders,
+    imagenet_lt, places_lt, inaturalist18, decode_file, placement_of)
+from ltrl_fastai.data.own import own_images
+from ltrl_fastai.data.images import (UnreadableImage, open_image, save_atomically, load_cached, should_check,
+    broken_images)
+from ltrl_fastai.data.fast import (TensorItems, ImageTensors, FeatureTensors, TensorDL, pad_crop, random_flip, cutout,
+    BatchAug, small_image_tfms, tensor_dataloaders)
+from ltrl_fastai.methods.catalogue import methods, method_constants, method_with, Methods
+from ltrl_fastai.methods.losses import BalancedSoftmax, BalancedSoftmaxLoss, smooth_labels
+from ltrl_fastai.methods.weights import effective_weights, ClassBalancedLoss, DeferredWeights
+from ltrl_fastai.methods.margins import LDAM, LDAMLoss
+from ltrl_fastai.methods.lade import lader, LADE, LADELoss
+from ltrl_fastai.methods.posthoc import LogitAdjustment, best_tau, crossfit_adjusted
+from ltrl_fastai.methods.nets import CosineHead, BasicBlock, CifarResNet, mlp, drop_features, create_net
+from ltrl_fastai.methods.heads import (head_of, replace_head, pretrained_net, cosine_head, HeadOnly, reordered_loader,
+    ClassAwareSampling)
+from ltrl_fastai.methods.views import ViewPipeline, two_views, SplitViews, OnViews
+from ltrl_fastai.methods.experts import ExpertHeads, ExpertNet, GlobalPool, expert_net, ExpertsLoss
+from ltrl_fastai.methods.ride import (assignment, distillation, RIDELoss, Gate, GatedExperts, GateLoss, assign_experts,
+    gate_callbacks, Distilled, WithTeacher, TeacherAndStudent, distil_net)
+from ltrl_fastai.methods.sade import aggregation, mirrored, SADELoss, aggregate_experts
+from ltrl_fastai.methods.mdcs import MDCSLoss, RampUp, mdcs_net
+from ltrl_fastai.methods.ncl import hard_classes, NCLLoss, ncl_net
+from ltrl_fastai.methods.paco import QueuedNet, queued_net, KeyQueue, PaCoLoss
+from ltrl_fastai.methods.bbn import ReversedBatch, BilateralNet, bilateral_net, BBNLoss
+from ltrl_fastai.methods.decouple import (crt, lws, tau_norm, ncm, new_head, crt_callbacks, ScaledHead, scaled_head,
+    lws_callbacks, TauNormHead, tau_norm_head, features_of, unaugmented, MeanHead, class_means, mean_head)
+from ltrl_fastai.methods.mislas import mislas_stage, smoothing_by_class, LabelAwareSmoothing, mislas_callbacks
+from ltrl_fastai.methods.balancing import (balancing_stage, published_balancing, MaxNorm, WeightDecay,
+    BinaryBalancedLoss, class_balanced, balancing_callbacks)
+from ltrl_fastai.methods.oltr import oltr_stage, MemoryHead, OLTRLoss, with_memory
+from ltrl_fastai.evaluation.metrics import shot_groups, group_accuracy, group_interval, ShotAccuracy, shot_accuracies
+from ltrl_fastai.evaluation.report import ShotReport
+from ltrl_fastai.evaluation.pictures import (picture_ink, picture_palette, picture_params, picture_style, draw_classes,
+    draw_by_class, draw_per_class, draw_shots, draw_report, draw_similarity, draw_drift, draw_drift_by_class,
+    draw_conflicts, draw_terms)
+from ltrl_fastai.evaluation.shift import (worlds, shifted_accuracy, shifted_table, shifted_indices, shifted_loaders,
+    adapted_table)
+from ltrl_fastai.evaluation.diagnosis import Diagnosis, feature_similarity, shot_means, diagnosis_of
+from ltrl_fastai.experiments.recipes import Recipe, recipe, recipes
+from ltrl_fastai.methods.method import MethodLoss, Stage, Method, target_loader, renew_optimizer
+from ltrl_fastai.reflective.terms import CallbackWithHelpers, LossTerms, CallbackWithMemory
+from ltrl_fastai.reflective.memory import TeacherMemory, FeatureBank
+from ltrl_fastai.reflective.stores import DenseStore, DiskStore, make_store
+from ltrl_fastai.reflective.functional import (batch_class_counts, review_loss, review_mask, class_centers,
+    class_similarity, soft_labels, soft_cross_entropy, conflict_coefficient, project_conflict)
+from ltrl_fastai.core.counts import check_counts, check_class_counts
+
+__all__ = [
+    # Train: Reflective Learning, and what goes with any `Learner`
+    'presets', 'ReflectiveLearning', 'review_risks', 'KnowledgeReview', 'class_predictions', 'shared_predictions',
+    'KnowledgeSummary', 'KnowledgeCorrection', 'unevenness', 'GeneralizationGap', 'WithIds', 'SampleIds', 'Ranks',
+    'allow_cpu_ranks', 'Checkpoint', 'nesterov_step', 'benchmark_sgd', 'body_and_head', 'BodyRate', 'finetuned_net',
+    'HeadFirst',
+    # Load data
+    'long_tail_indices', 'long_tail_subset', 'LongTailSplitter', 'dataset_targets', 'without_augmentation',
+    'class_counts', 'imbalanced_counts', 'DataNote', 'LongTailDataLoaders', 'long_tailed', 'digits_lt',
+    'load_cifar', 'cifar100_lt', 'cifar10_lt', 'abbreviated', 'shipped_photos', 'photos_lt', 'grocery', 'magnetic',
+    'unicode_names', 'landforms', 'digits_folder', 'frozen_features', 'Lite0', 'TorchFeatures',
+    'cifar100_frozen_lt', 'frozen_loaders', 'TrainCrop', 'ImageAugment', 'photo_tfms', 'ImageFileDataLoaders',
+    'image_dataloaders', 'imagenet_lt', 'places_lt', 'inaturalist18', 'decode_file', 'placement_of', 'own_images',
+    'UnreadableImage', 'open_image', 'save_atomically', 'load_cached', 'should_check', 'broken_images',
+    'TensorItems', 'ImageTensors', 'FeatureTensors', 'TensorDL', 'pad_crop', 'random_flip', 'cutout', 'BatchAug',
+    'small_image_tfms', 'tensor_dataloaders',
+    # Use another method: by name, or its losses, networks and callbacks
+    'methods', 'method_constants', 'method_with', 'Methods', 'BalancedSoftmax', 'BalancedSoftmaxLoss',
+    'smooth_labels', 'effective_weights', 'ClassBalancedLoss', 'DeferredWeights', 'LDAM', 'LDAMLoss', 'lader',
+    'LADE', 'LADELoss', 'LogitAdjustment', 'best_tau', 'crossfit_adjusted', 'CosineHead', 'BasicBlock',
+    'CifarResNet', 'mlp', 'drop_features', 'create_net', 'head_of', 'replace_head', 'pretrained_net', 'cosine_head',
+    'HeadOnly', 'reordered_loader', 'ClassAwareSampling', 'ViewPipeline', 'two_views', 'SplitViews', 'OnViews',
+    'ExpertHeads', 'ExpertNet', 'GlobalPool', 'expert_net', 'ExpertsLoss', 'assignment', 'distillation', 'RIDELoss',
+    'Gate', 'GatedExperts', 'GateLoss', 'assign_experts', 'gate_callbacks', 'Distilled', 'WithTeacher',
+    'TeacherAndStudent', 'distil_net', 'aggregation', 'mirrored', 'SADELoss', 'aggregate_experts', 'MDCSLoss',
+    'RampUp', 'mdcs_net', 'hard_classes', 'NCLLoss', 'ncl_net', 'QueuedNet', 'queued_net', 'KeyQueue', 'PaCoLoss',
+    'ReversedBatch', 'BilateralNet', 'bilateral_net', 'BBNLoss', 'crt', 'lws', 'tau_norm', 'ncm', 'new_head',
+    'crt_callbacks', 'ScaledHead', 'scaled_head', 'lws_callbacks', 'TauNormHead', 'tau_norm_head', 'features_of',
+    'unaugmented', 'MeanHead', 'class_means', 'mean_head', 'mislas_stage', 'smoothing_by_class',
+    'LabelAwareSmoothing', 'mislas_callbacks', 'balancing_stage', 'published_balancing', 'MaxNorm', 'WeightDecay',
+    'BinaryBalancedLoss', 'class_balanced', 'balancing_callbacks', 'oltr_stage', 'MemoryHead', 'OLTRLoss',
+    'with_memory',
+    # Look at results
+    'shot_groups', 'group_accuracy', 'group_interval', 'ShotAccuracy', 'shot_accuracies', 'ShotReport',
+    'picture_ink', 'picture_palette', 'picture_params', 'picture_style', 'draw_classes', 'draw_by_class',
+    'draw_per_class', 'draw_shots', 'draw_report', 'draw_similarity', 'draw_drift', 'draw_drift_by_class',
+    'draw_conflicts', 'draw_terms', 'worlds', 'shifted_accuracy', 'shifted_table', 'shifted_indices',
+    'shifted_loaders', 'adapted_table', 'Diagnosis', 'feature_similarity', 'shot_means', 'diagnosis_of',
+    # Compare: recipes of the slides' tables
+    'Recipe', 'recipe', 'recipes',
+    # Extend: parts for methods and callbacks of your own
+    'MethodLoss', 'Stage', 'Method', 'target_loader', 'renew_optimizer', 'CallbackWithHelpers', 'LossTerms',
+    'CallbackWithMemory', 'TeacherMemory', 'FeatureBank', 'DenseStore', 'DiskStore', 'make_store',
+    'batch_class_counts', 'review_loss', 'review_mask', 'class_centers', 'class_similarity', 'soft_labels',
+    'soft_cross_entropy', 'conflict_coefficient', 'project_conflict', 'check_counts', 'check_class_counts',
+]
+
+# Names of the previous version, kept for one release
+_renamed = {
+    'Companion': 'CallbackWithHelpers', 'Remembers': 'CallbackWithMemory', 'EvenClasses': 'ClassAwareSampling',
+    'SixThenThree': 'TeacherAndStudent', 'balanced_head': 'balancing_callbacks', 'eval_view': 'without_augmentation',
+    'tau_normed': 'tau_norm_head', 'world_loaders': 'shifted_loaders',
+}
+
+
+def __getattr__(name):
+    if name not in _renamed: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import warnings
+    warnings.warn(f"{name} is now called {_renamed[name]}; the old name will go in the next release.", FutureWarning,
+                  stacklevel=2)
+    return globals()[_renamed[name]]

@@ -51,7 +51,7 @@ from ltrl_fastai.all import (
     methods,
     shot_accuracies,
 )
-from ltrl_fastai.methods.decouple import mean_head, ncm, tau_norm, tau_normed
+from ltrl_fastai.methods.decouple import mean_head, ncm, tau_norm, tau_norm_head
 
 
 def net():
@@ -865,7 +865,7 @@ def test_fault_05_export_after_every_method(name, dls, tmp_path):
 
 
 @pytest.mark.parametrize('opt_func', [Adam, ranger, wrapped(torch.optim.AdamW)], ids=['adam', 'ranger', 'wrapped'])
-@pytest.mark.parametrize('prepare', [mean_head, tau_normed], ids=['ncm', 'tau'])
+@pytest.mark.parametrize('prepare', [mean_head, tau_norm_head], ids=['ncm', 'tau'])
 def test_fault_05_stages_by_hand(prepare, opt_func, dls, tmp_path):
     "Without `Method.fit`, twice in a row, with any optimizer, and with a frozen body"
     for frozen in (False, True):

@@ -23,11 +23,12 @@ from typer.testing import CliRunner
 
 from ltrl_fastai.all import (
     broken_images, cifar100_frozen_lt, cifar10_lt, class_counts, dataset_targets, digits_lt, frozen_features,
-    frozen_loaders, imagenet_lt, inaturalist18, load_cifar, long_tailed, open_image, own_images, read_folder,
-    read_inat, read_list, CifarResNet, Lite0)
+    frozen_loaders, imagenet_lt, inaturalist18, load_cifar, long_tailed, open_image, own_images, CifarResNet, Lite0)
 from ltrl_fastai.data import images as images_module
 from ltrl_fastai.data import lists as lists_module
+from ltrl_fastai.data.listfiles import read_inat, read_list
 from ltrl_fastai.data.lists import DataNote, list_sets
+from ltrl_fastai.data.own import read_folder
 from ltrl_fastai.data.own import read_csv
 from ltrl_fastai.experiments.cli import app
 

@@ -24,7 +24,7 @@ from ltrl_fastai.experiments.identity import data_changes, data_listing, listing
 from ltrl_fastai.experiments.plan import make_plan, parse_setting, variants
 from ltrl_fastai.experiments.runner import cores, look, read_result, run_file, run_plan
 from ltrl_fastai.experiments.summary import class_table, load_results
-from ltrl_fastai.experiments.training import RunSettings, alone_in, train_run
+from ltrl_fastai.experiments.training import RunSettings, locked_folder, train_run
 from PIL import Image
 
 ltrl = str(Path(sys.executable).parent/'ltrl')
@@ -558,7 +558,8 @@ def test_two_threads_with_one_plan(tmp_path):
 
 def test_a_folder_is_free_again_after_an_error(tmp_path):
     for _ in range(2):
-        with pytest.raises(ZeroDivisionError), alone_in(tmp_path, patience=0): raise ZeroDivisionError
-    with alone_in(tmp_path):
-        with pytest.raises(BlockingIOError, match='another process is training'), alone_in(tmp_path, patience=.1): pass
+        with pytest.raises(ZeroDivisionError), locked_folder(tmp_path, patience=0): raise ZeroDivisionError
+    with locked_folder(tmp_path):
+        with pytest.raises(BlockingIOError, match='another process is training'):
+            with locked_folder(tmp_path, patience=.1): pass
     assert not list(tmp_path.iterdir())

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from fastai.basics import SGD, Callback, DataLoader, DataLoaders, Learner, OptimWrapper, nn, set_seed
 from torch.utils.data import TensorDataset
 
-from ltrl_fastai.all import (BinaryBalancedLoss, ClassBalancedLoss, CosineHead, EvenClasses, MDCSLoss, MeanHead,
+from ltrl_fastai.all import (BinaryBalancedLoss, ClassBalancedLoss, CosineHead, ClassAwareSampling, MDCSLoss, MeanHead,
                              NCLLoss, PaCoLoss, RampUp, ReflectiveLearning, RIDELoss, SADELoss, ScaledHead,
-                             WeightDecay, aggregate_experts, balanced_head, class_balanced, decay_in_gradient,
+                             WeightDecay, aggregate_experts, balancing_callbacks, class_balanced,
                              digits_lt, effective_weights, expert_net, features_of, mean_head, methods, ncl_net,
                              queued_net, soft_cross_entropy, soft_labels, unaugmented)
 from ltrl_fastai.methods.nets import create_net
-from ltrl_fastai.methods.balancing import MaxNorm, published_balancing
-from ltrl_fastai.methods.ride import Distilled, GatedExperts, GateLoss, assignment, distillation, follow, gates_alone
+from ltrl_fastai.methods.balancing import decay_in_gradient, MaxNorm, published_balancing
+from ltrl_fastai.methods.ride import Distilled, GatedExperts, GateLoss, assignment, distillation, follow, gate_callbacks
 from test_methods import small_digits
 from test_vectors import close, load
 
@@ -337,7 +337,7 @@ def test_fault_22_the_published_stage_has_its_own_loss_and_decay():
     class_balanced(learn, counts=torch.ones(10))
     assert type(learn.loss_func) is ClassBalancedLoss
     assert [o.every_epoch for o in published_balancing.cbs([3, 2, 1]) if isinstance(o, MaxNorm)] == [True]
-    head, norm, decay = balanced_head(counts, wd=.2, every_epoch=True)
+    head, norm, decay = balancing_callbacks(counts, wd=.2, every_epoch=True)
     assert (head.shift_bn, norm.every_epoch, decay.wd_of_fit, decay.in_gradient) == (False, True, .2, False)
 
 
@@ -419,9 +419,9 @@ def test_fault_27_training_of_gates():
     stage = methods['ride-assigned'].then[0]
     _, sampling = stage.cbs(counts)
     assert (stage.lr, stage.epochs) == (.01, 5)
-    assert isinstance(sampling, EvenClasses)
+    assert isinstance(sampling, ClassAwareSampling)
     assert sampling.bs is None
-    assert gates_alone(counts, bs=512)[1].bs == 512
+    assert gate_callbacks(counts, bs=512)[1].bs == 512
 
 
 def test_fault_27_loss_of_gates_is_a_mean():
@@ -447,7 +447,7 @@ def test_fault_27_batches_of_the_gates(bs, expected):
     "Batches are as large as asked for, but at most the number of images"
     learn = learner_of('ride-assigned')
     log = Sizes()
-    stage = dataclasses.replace(assignment, cbs=partial(gates_alone, bs=bs))
+    stage = dataclasses.replace(assignment, cbs=partial(gate_callbacks, bs=bs))
     method = dataclasses.replace(methods['ride-assigned'], then=(stage,))
     with learn.no_bar(), learn.no_logging(): method.fit(learn, 1, .01, cbs=lambda i: [log] if i else [])
     assert log.sizes[0] == expected

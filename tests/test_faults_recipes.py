@@ -19,7 +19,7 @@ from ltrl_fastai.experiments.training import RunSettings, schedules, train_run
 from ltrl_fastai.methods.balancing import BinaryBalancedLoss, WeightDecay
 from ltrl_fastai.methods.catalogue import methods
 from ltrl_fastai.methods.experts import expert_net
-from ltrl_fastai.methods.heads import EvenClasses
+from ltrl_fastai.methods.heads import ClassAwareSampling
 from ltrl_fastai.methods.nets import CosineHead, create_net
 from ltrl_fastai.methods.optimizer import benchmark_sgd
 from typer.testing import CliRunner
@@ -439,7 +439,7 @@ def test_fault_25_methods_without_a_row():
         learn = SimpleNamespace(model=expert_net(create_net('resnet8', 40), 3), opt=object())
         stage.prepare(learn, counts)
         assert {o.top for o in learn.model.gates} == {top}
-        assert [o.bs for o in stage.cbs(counts) if isinstance(o, EvenClasses)] == [512]
+        assert [o.bs for o in stage.cbs(counts) if isinstance(o, ClassAwareSampling)] == [512]
         assert (stage.lr, stage.epochs) == (.01, 5)
         assert made('ride-assigned', dataset).loss(counts).diversity == (.45 if dataset == 'cifar100-lt' else .2)
     for dataset, lr in (('cifar100-lt', .1), ('imagenet-lt', .025), ('places-lt', .01), ('inaturalist18', .2)):

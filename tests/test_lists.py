@@ -17,11 +17,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from ltrl_fastai.all import (
-    CifarResNet, check_images, check_lists, class_counts, compare_published, hold_out, imagenet_lt, inaturalist18,
-    own_images, places_lt, read_list, shot_groups)
+    CifarResNet, class_counts, imagenet_lt, inaturalist18, own_images, places_lt, shot_groups)
 from parts import all_three
 from ltrl_fastai.data.catalogue import catalogue
-from ltrl_fastai.data.imbalance import eval_view
+from ltrl_fastai.data.imbalance import without_augmentation
+from ltrl_fastai.data.listfiles import check_images, check_lists, compare_published, read_list
+from ltrl_fastai.data.lists import hold_out
 from ltrl_fastai.data.lists import DataNote, ImageList, class_names, flat_val256, from_easy, list_sets, to_easy
 from ltrl_fastai.experiments.cli import app
 from ltrl_fastai.experiments.runner import data_identity
@@ -572,7 +573,7 @@ def test_a_run_on_lists(tmp_path):
 
 def test_training_accuracy_is_measured_without_augmentation(tmp_path):
     dls = own_images(own_folder(tmp_path), **kw)
-    dl = dls.valid.new(eval_view(dls.train_ds))
+    dl = dls.valid.new(without_augmentation(dls.train_ds))
     (a, y), (b, _) = dl.one_batch(), dl.one_batch()
     assert torch.equal(a, b)
     assert y.tolist() == dls.train_ds.targets[:16]

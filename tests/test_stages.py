@@ -15,7 +15,7 @@ from parts import all_three
 from ltrl_fastai.experiments.training import RunSettings, train_run
 from ltrl_fastai.methods.balancing import MaxNorm, WeightDecay, balancing_stage
 from ltrl_fastai.methods.decouple import (MeanHead, ScaledHead, TauNormHead, class_means, crt, features_of, lws,
-                                          mean_head, ncm, scaled_head, tau_norm, tau_normed, unaugmented)
+                                          mean_head, ncm, scaled_head, tau_norm, tau_norm_head, unaugmented)
 from ltrl_fastai.methods.heads import head_of
 from ltrl_fastai.methods.mislas import LabelAwareSmoothing, mislas_stage
 from ltrl_fastai.methods.nets import create_net
@@ -158,13 +158,13 @@ def test_tau_is_chosen_on_the_classes_with_validation_images(dls):
     for tau in taus:
         is_right = (TauNormHead(head, tau)(feats).argmax(1) == targets).float()
         scores.append(torch.stack([is_right[targets == c].mean() for c in range(4)]).mean().item())
-    assert tau_normed(learn, taus=taus) == taus[int(np.argmax(scores))]
+    assert tau_norm_head(learn, taus=taus) == taus[int(np.argmax(scores))]
 
 
 def test_without_validation_images_tau_norm_leaves_the_net_unchanged(dls):
     learn = after_first_stage(learner(with_valid(dls, [0, 0])))
     before = {k: v.clone() for k, v in learn.model.state_dict().items()}
-    with pytest.raises(ValueError, match='chosen on validation images'): tau_normed(learn)
+    with pytest.raises(ValueError, match='chosen on validation images'): tau_norm_head(learn)
     assert isinstance(learn.model.fc, nn.Linear)
     assert all(v.equal(before[k]) for k, v in learn.model.state_dict().items())
 

@@ -1,10 +1,10 @@
-"`from ltrl_fastai.all import *` imports all public names but a few, and shadows none of fastai, fastcore or PyTorch."
+"`from ltrl_fastai.all import *` brings public names, and shadows none of fastai, fastcore or PyTorch."
 import importlib
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from public import modules
 
 others = '''
     fastai.vision.all fastai.basics fastai.tabular.all fastai.text.all fastai.callback.all fastai.collab
@@ -12,9 +12,6 @@ others = '''
     fastcore.all fastcore.basics fastcore.foundation fastcore.utils fastcore.xtras fastcore.test fastcore.script
     fastcore.meta fasttransform torch torch.nn torch.nn.functional torch.nn.utils torch.optim torch.utils.data
     torch.distributed torchvision torchvision.transforms torchvision.models numpy pandas builtins'''.split()
-left_out = set('''
-    fastai_path follow interval locate smooth as_listed dealt few_of flat_val read_csv shrink where_to_put
-    with_targets alone_and_even scales_alone_and_even shifted_and_even'''.split())
 
 
 def starred(module):
@@ -40,20 +37,26 @@ def test_fault_13_a_shadow_is_found():
     assert shadowed({'fastai_path': fastai_path}, starred('fastai.basics')) == ['fastai_path']
 
 
-def test_fault_13_every_exported_name_is_there_or_left_out_on_purpose():
-    "Each exported name of the package is in `ltrl_fastai.all`, or on the list above"
-    mine = starred('ltrl_fastai.all')
-    every = {}
-    for line in (Path(__file__).parent.parent/'ltrl_fastai/all.py').read_text().splitlines():
-        if line.startswith('from ltrl_fastai.') and line.endswith('import *'): every.update(starred(line.split()[1]))
-    assert len(every) > 200
-    assert set(every)-set(mine) == left_out
-    assert all(mine[k] is v for k, v in every.items() if k in mine)
+def test_all_lists_each_name_once_and_only_what_modules_export():
+    names = importlib.import_module('ltrl_fastai.all').__all__
+    assert len(names) > 200 and len(set(names)) == len(names)
+    exported = {}
+    for module in modules: exported.update(starred(module.__name__))
+    assert not [name for name in names if starred('ltrl_fastai.all')[name] is not exported.get(name)]
+
+
+def test_old_names_warn_and_still_work():
+    package = importlib.import_module('ltrl_fastai.all')
+    for old, new in package._renamed.items():
+        with pytest.warns(FutureWarning, match=f'{old} is now called {new}'):
+            assert getattr(package, old) is getattr(package, new)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"): getattr(package, 'nothing')  # noqa: B009
 
 
 def test_fault_13_common_words_are_not_exported():
     "Words that users are likely to use as names themselves"
-    assert not left_out & set(starred('ltrl_fastai.all'))
+    words = {'follow', 'interval', 'locate', 'smooth', 'shrink', 'read_csv', 'abbreviated', 'one_of', 'upcast'}
+    assert not words & set(starred('ltrl_fastai.all'))
 
 
 def test_fault_13_both_star_imports_keep_all_names():

@@ -52,7 +52,8 @@ def check_number(name:str, # Argument name, for the message
     if not is_number: raise TypeError(f"{name}: expected {what} {limits}, a number, got {value!r}")
     high_enough = (above is None or value>above) and (least is None or value>=least)
     low_enough = most is None or value<=most
-    if not (high_enough and low_enough) or value!=value: raise ValueError(f"{name}: expected {what} {limits}, got {value}")
+    is_nan = value!=value
+    if is_nan or not (high_enough and low_enough): raise ValueError(f"{name}: expected {what} {limits}, got {value}")
 
 _kinds = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a text'}
 

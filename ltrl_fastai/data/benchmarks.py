@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DataNote', 'LongTailDataLoaders', 'shrink', 'without_images', 'long_tailed', 'digits_lt', 'fastai_path', 'load_cifar',
-           'cifar100_lt', 'cifar10_lt', 'few_of']
+           'cifar100_lt', 'cifar10_lt', 'abbreviated']
 
 # %% ../../nbs/data/02_benchmarks.ipynb #702cd5b0
 from fastai.data.all import *
@@ -12,12 +12,12 @@ from fastai.vision.core import *
 import torchvision, warnings
 from .imbalance import imbalanced_counts, long_tail_indices, class_counts
 from .images import UnreadableImage, _reason, open_image
-from .images import file_state, in_parallel, load_whole, save_whole
+from .images import file_state, in_parallel, load_cached, save_atomically
 from .fast import ImageTensors, FeatureTensors, tensor_dataloaders, small_image_tfms
-from .facts import _cifar, _digits, _has_splits, few_of
+from .facts import _cifar, _digits, _has_splits, abbreviated
 
 # %% ../../nbs/data/02_benchmarks.ipynb #2341b790
-_all_ = ['few_of']
+_all_ = ['abbreviated']
 
 # %% ../../nbs/data/02_benchmarks.ipynb #e2cb9689
 class DataNote(UserWarning): "A property of a data set that its user should know."
@@ -56,7 +56,7 @@ def without_images(counts:Iterable, # Images of each class in a split
     "A note that names the classes without images in a split."
     empty = [name for name,n in zip(vocab, counts) if not n]
     if not empty: return []
-    return [f"No {what} image of {len(empty)} of {len(vocab)} classes: {few_of(empty, 10)}. "
+    return [f"No {what} image of {len(empty)} of {len(vocab)} classes: {abbreviated(empty, 10)}. "
             "Their accuracy is not measured there."]
 
 def _hold_back(y, idx, n_valid, seed):
@@ -76,7 +76,7 @@ def _split_long_tailed(y, vocab, counts, n_valid, keep_train, seed):
         idx = np.setdiff1d(idx, held)
         taken = [f'{n} images of class {vocab[i]}' for i,n in enumerate(n_held) if n]
         if taken: notes.append(
-            f"{few_of(taken)} were taken out of training for validation, since the profile takes all of them: "
+            f"{abbreviated(taken)} were taken out of training for validation, since the profile takes all of them: "
             f"{len(idx):,} of {len(idx)+len(held):,} training images are left. `keep_train=True` leaves all in.")
     rest = np.setdiff1d(np.arange(len(y)), idx)
     if not len(rest): raise ValueError(
@@ -186,7 +186,7 @@ def _decoded(files, path):
     pixels = in_parallel(_pixels, files, 'decoding images')
     broken = [f'{f} ({o})' for f,o in zip(files, pixels) if isinstance(o, str)]
     if broken: raise UnreadableImage(
-        f"{len(broken)} of {len(files)} images can't be read: {few_of(broken)}. Replace or remove them.")
+        f"{len(broken)} of {len(files)} images can't be read: {abbreviated(broken)}. Replace or remove them.")
     shapes = {o.shape for o in pixels}
     if len(shapes)>1: raise ValueError(
         f"{path}: expected images of one size, got {sorted(shapes)[:3]}. "
@@ -201,11 +201,11 @@ def _folder_tensors(path):
     vocab = sorted({f.parent.name for f in files})
     cache = path.parent/f'.{path.name}-uint8.pt'
     listing = '\n'.join(file_state(f, path) for f in files)
-    kept = load_whole(cache) or {}
+    kept = load_cached(cache) or {}
     if kept.get('format')==_tensor_format and kept['listing']==listing: return kept['x'],kept['y'],vocab
     x = _decoded(files, path)
     y = torch.tensor([vocab.index(f.parent.name) for f in files])
-    if os.access(cache.parent, os.W_OK): save_whole(dict(format=_tensor_format, listing=listing, x=x, y=y), cache)
+    if os.access(cache.parent, os.W_OK): save_atomically(dict(format=_tensor_format, listing=listing, x=x, y=y), cache)
     else: warn(f"{cache.parent} can't be written to, so the images will be decoded again next time.")
     return x,y,vocab
 

@@ -17,7 +17,7 @@ from .benchmarks import LongTailDataLoaders, load_cifar, long_tailed
 from .benchmarks import _natural_dataloaders
 from .facts import _frozen_cifar
 from .fast import FeatureTensors
-from .images import UnreadableImage, file_state, in_parallel, load_whole, open_image, save_whole
+from .images import UnreadableImage, file_state, in_parallel, load_cached, open_image, save_atomically
 from .own import _own_lists, common_size
 
 # %% ../../nbs/data/03_frozen.ipynb #f8aea50e
@@ -183,10 +183,10 @@ def frozen_features(images:Tensor, # `(N, C, H, W)` uint8
     for start in range(0, len(images), chunk):
         part = images[start:start+chunk]
         f = folder/f'{start:07}-{start+len(part):07}.pt'
-        feats = load_whole(f)
+        feats = load_cached(f)
         if feats is None:
             feats = _extracted(extract, part, bs)
-            save_whole(feats, f)
+            save_atomically(feats, f)
             echo(f"features of {start+len(part)} of {len(images)} images")
         res.append(feats)
     return torch.cat(res)
@@ -330,7 +330,7 @@ def _decoded(files, size, method, n_images):
 def _file_features(files, root, cache, extractor, size, method, chunk, bs, echo):
     "Features of image files, cached in a file by the state of each image"
     states = [file_state(f, root) for f in files]
-    kept = load_whole(cache)
+    kept = load_cached(cache)
     known = dict(zip(kept['states'], kept['x'])) if kept else {}
     todo = [(f,s) for f,s in zip(files, states) if s not in known]
     for start in range(0, len(todo), chunk):
@@ -338,7 +338,7 @@ def _file_features(files, root, cache, extractor, size, method, chunk, bs, echo)
         pixels = _decoded([f for f,_ in part], size, method, len(files))
         known.update(zip((s for _,s in part), _extracted(extractor, torch.stack(pixels), bs)))
         rows = {s: known[s] for s in states if s in known}
-        save_whole(dict(states=list(rows), x=torch.stack(list(rows.values()))), cache)
+        save_atomically(dict(states=list(rows), x=torch.stack(list(rows.values()))), cache)
         echo(f"features of {len(files)-len(todo)+start+len(part)} of {len(files)} images")
     return torch.stack([known[s] for s in states])
 
@@ -350,7 +350,7 @@ def frozen_loaders(path:str|Path, # A folder or a CSV file: see `own_images`
                    n_valid:int|None=None, # Validation images of each class, at most; see `own_images`
                    data_seed:int=0, # Random seed of their draw
                    path_col:str|None=None, label_col:str|None=None, split_col:str|None=None, # See `read_csv`
-                   check:bool|None=None, # Read all images beforehand, to find broken ones? Default: see `wants_check`
+                   check:bool|None=None, # Read all images beforehand, to find broken ones? Default: see `should_check`
                    skip_broken:bool=False, # Leave broken images out?
                    test_share:float|None=None, redraw:bool=False, # See `own_images`
                    folder:str|Path|None=None, # Cache folder; default: `default_features`

@@ -5,26 +5,26 @@
 # %% auto #0
 __all__ = ['leave_out_broken', 'broken_note', 'hold_out', 'TrainCrop', 'ImageAugment', 'photo_tfms', 'ImageFileDataLoaders',
            'with_targets', 'image_dataloaders', 'class_names', 'read_lists', 'imagenet_lt', 'places_lt',
-           'inaturalist18', 'list_sets', 'ImageList', 'text_of', 'read_list', 'read_inat', 'check_lists', 'as_listed',
-           'flat_val', 'flat_val256', 'to_easy', 'from_easy', 'in_class_folders', 'locate', 'missing_images',
-           'check_images', 'find_lists', 'where_to_put', 'compare_published']
+           'inaturalist18', 'list_sets', 'ImageList', 'decode_file', 'read_list', 'read_inat', 'check_lists',
+           'as_listed', 'flat_val', 'flat_val256', 'to_easy', 'from_easy', 'in_class_folders', 'locate',
+           'missing_images', 'check_images', 'find_lists', 'placement_of', 'compare_published']
 
 # %% ../../nbs/data/04_lists.ipynb #74a2a427
 from fastai.vision.all import *
 from torchvision.transforms import v2
 import torchvision, warnings
 from .imbalance import long_tail_indices
-from .benchmarks import DataNote, LongTailDataLoaders, few_of, without_images
-from .images import UnreadableImage, broken_images, open_image, wants_check
+from .benchmarks import DataNote, LongTailDataLoaders, abbreviated, without_images
+from .images import UnreadableImage, broken_images, open_image, should_check
 from .fast import BatchAug, pad_crop, random_flip, chunkwise
 from .listfiles import (ImageList, as_listed, check_images, check_lists, compare_published, find_lists, flat_val,
     flat_val256, from_easy, in_class_folders, list_sets, locate, located_lists, missing_images, read_inat, read_list,
-    text_of, to_easy, where_to_put)
+    decode_file, to_easy, placement_of)
 
 # %% ../../nbs/data/04_lists.ipynb #39073f6b
-_all_ = ['list_sets', 'ImageList', 'text_of', 'read_list', 'read_inat', 'check_lists',
+_all_ = ['list_sets', 'ImageList', 'decode_file', 'read_list', 'read_inat', 'check_lists',
          'as_listed', 'flat_val', 'flat_val256', 'to_easy', 'from_easy', 'in_class_folders',
-         'locate', 'missing_images', 'check_images', 'find_lists', 'where_to_put', 'compare_published']
+         'locate', 'missing_images', 'check_images', 'find_lists', 'placement_of', 'compare_published']
 
 # %% ../../nbs/data/04_lists.ipynb #a3a9e5b9
 def leave_out_broken(lists:dict, # Located `ImageList` by split
@@ -38,14 +38,14 @@ def leave_out_broken(lists:dict, # Located `ImageList` by split
     if not skip_broken:
         described = _describe_broken(lists, broken)
         raise UnreadableImage(
-            f"{len(described)} of {len(files)} images can't be read: {few_of(described)}. Replace or remove them, "
+            f"{len(described)} of {len(files)} images can't be read: {abbreviated(described)}. Replace or remove them, "
             "or leave them out: `--skip-broken` (in Python, `skip_broken=True`).")
     kept = {k: o.take([i for i,f in enumerate(o.files) if f not in broken]) for k,o in lists.items()}
     lost = sorted(set(lists['train'].labels)-set(kept['train'].labels))
     if lost:
         raise ValueError(
-            f"{few_of([vocab[i] for i in lost])}: none of its {lists['train'].labels.count(lost[0])} training images "
-            "can be read, so the class can't be learned. Replace them, or take the class out.")
+            f"{abbreviated([vocab[i] for i in lost])}: none of its {lists['train'].labels.count(lost[0])} "
+            "training images can be read, so the class can't be learned. Replace them, or take the class out.")
     empty = [k for k,o in kept.items() if not len(o)]
     if empty: raise ValueError(f"{lists[empty[0]].file}: none of its {empty[0]} images can be read. Replace them.")
     return kept,list(broken)
@@ -66,7 +66,7 @@ def broken_note(skipped:list, # Files that were left out
     "A note that names the images that were left out."
     if not skipped: return []
     number = f"{len(skipped)} images can't be read and are" if len(skipped)>1 else "1 image can't be read and is"
-    return [f"{number} left out: {few_of([os.path.relpath(o, root) for o in skipped], 10)}."]
+    return [f"{number} left out: {abbreviated([os.path.relpath(o, root) for o in skipped], 10)}."]
 
 # %% ../../nbs/data/04_lists.ipynb #359925cf
 def hold_out(labels:list, # Class index of each training image
@@ -230,7 +230,7 @@ def _list_dls(name, path, n_valid=None, data_seed=0, check=None, skip_broken=Fal
     lists,vocab,roots = read_lists(name, path)
     check_images(lists, roots)
     skipped = []
-    if skip_broken or wants_check(check): lists,skipped = leave_out_broken(lists, vocab, skip_broken)
+    if skip_broken or should_check(check): lists,skipped = leave_out_broken(lists, vocab, skip_broken)
     notes = [*compare_published(name, lists), *broken_note(skipped, lists['train'].root)]
     if 'valid' not in lists:
         every = lists['train']

@@ -8,11 +8,11 @@ __all__ = ['short_names', 'read_folder', 'read_csv', 'common_size', 'own_images'
 # %% ../../nbs/data/05_own.ipynb #9bd33094
 from fastai.vision.all import *
 import csv, PIL.Image
-from .benchmarks import few_of, without_images
-from .images import wants_check
+from .benchmarks import abbreviated, without_images
+from .images import should_check
 from .imbalance import long_tail_indices
 from .lists import ImageList, ImageFileDataLoaders, check_images, check_lists, hold_out
-from .lists import broken_note, image_dataloaders, leave_out_broken, text_of
+from .lists import broken_note, image_dataloaders, leave_out_broken, decode_file
 
 # %% ../../nbs/data/05_own.ipynb #a0e79f09
 _splits = dict(train=('train','training'), valid=('valid','val','validation','dev'), test=('test','testing'))
@@ -37,7 +37,7 @@ def _split_folders(path):
     by_split = dict(splits)
     verb = 'lies' if len(others)==1 else 'lie'
     pronoun = 'it' if len(splits)==1 else 'them'
-    beside = f"{few_of([o.name for o in others])} {verb} beside {pronoun}"
+    beside = f"{abbreviated([o.name for o in others])} {verb} beside {pronoun}"
     if others and set(by_split)=={'train'}:
         train = by_split['train']
         is_class = not any(get_image_files(o) for o in _folders_in(train))
@@ -54,7 +54,7 @@ def _split_folders(path):
             f"{path}: expected a folder `train`, and one each for `valid` and `test` or none, got {found}. "
             "If one of them is a class: rename it, or give a CSV file.")
     if not others: return by_split,[]
-    return by_split,[f"{few_of([o.name for o in others], 10)}: not part of the data set, left out; "
+    return by_split,[f"{abbreviated([o.name for o in others], 10)}: not part of the data set, left out; "
                      f"its splits are {', '.join(o.name for o in by_split.values())}."]
 
 def _check_class_folders(split, folder, files):
@@ -126,8 +126,8 @@ def _match_classes(unknown, folders, classes, folder, train):
     if unmatched:
         similar = sorted({c for o in unmatched for c in same_name(o, classes)}) or classes
         raise ValueError(
-            f"{folder}: no training image is of class {few_of(unmatched)}. A class is the path below {train.name} and "
-            f"{folder.name}, and there are {few_of(similar)}.")
+            f"{folder}: no training image is of class {abbreviated(unmatched)}. "
+            f"A class is the path below {train.name} and {folder.name}, and there are {abbreviated(similar)}.")
     return matches
 
 def _empty_folders(folder, root, files):
@@ -140,7 +140,7 @@ def _empty_folders(folder, root, files):
         names[:] = [o for o in visible if Path(parent, o) in full] # those that `os.walk` enters
     if not empty: return []
     plural = 's' if len(empty)>1 else ''
-    return [f"No image in {len(empty)} folder{plural}, left out: {few_of(sorted(empty), 10)}."]
+    return [f"No image in {len(empty)} folder{plural}, left out: {abbreviated(sorted(empty), 10)}."]
 
 def _located(images, root):
     images.root = str(root)
@@ -248,7 +248,7 @@ def read_csv(file:Path, # A CSV file with a header
     file = Path(file)
     if not file.is_file():
         raise ValueError(f"{file}: expected a CSV file, but it is {'a folder' if file.exists() else 'not there'}.")
-    records = _records(text_of(file), file)
+    records = _records(decode_file(file), file)
     header = _header_of(records, file)
     names = [o for o in header if o]
     given = dict(path=path_col, label=label_col, split=split_col)
@@ -319,7 +319,7 @@ def _own_lists(path, n_valid, data_seed, check, skip_broken, columns, test_share
     "Lists, class names, notes and left-out files of a folder or a CSV file, with a validation split"
     lists,vocab,notes = _read_own(Path(path).expanduser(), columns)
     skipped = []
-    if skip_broken or wants_check(check):
+    if skip_broken or should_check(check):
         lists,skipped = leave_out_broken(lists, vocab, skip_broken)
         notes += broken_note(skipped, lists['train'].root)
     if 'test' not in lists and test_share: notes.append(_draw_test(lists, test_share, data_seed))
@@ -344,7 +344,7 @@ def own_images(path:str|Path, # A folder or a CSV file
                n_valid:int|None=None, # Validation images per class, at most, if they are drawn; default: a fifth
                data_seed:int=0, # Random seed of the draws
                path_col:str|None=None, label_col:str|None=None, split_col:str|None=None, # See `read_csv`
-               check:bool|None=None, # Read all images beforehand, to find broken ones? Default: see `wants_check`
+               check:bool|None=None, # Read all images beforehand, to find broken ones? Default: see `should_check`
                skip_broken:bool=False, # Leave broken images out, named in `notes` and `skipped`? Default: an error
                test_share:float|None=None, # Share of each class to draw as a test split if there is none; default: none
                redraw:bool=False, # Draw training and validation images anew by `data_seed` if both splits exist?

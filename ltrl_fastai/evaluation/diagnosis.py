@@ -8,16 +8,16 @@ __all__ = ['Diagnosis', 'feature_similarity', 'shot_means', 'diagnosis_of']
 # %% ../../nbs/evaluation/02_diagnosis.ipynb #3a87e988
 from fastai.basics import *
 from ..core.tensors import device_of
-from ..data.imbalance import eval_view
+from ..data.imbalance import without_augmentation
 from ..reflective.samples import SampleIds
 from ..reflective.memory import TeacherMemory
-from ..reflective.terms import LossTerms, Remembers
+from ..reflective.terms import LossTerms, CallbackWithMemory
 from ..reflective.features import find_head
 from ..reflective.functional import class_centers, class_similarity
 from ..reflective.correction import KnowledgeCorrection
 
 # %% ../../nbs/evaluation/02_diagnosis.ipynb #827bbd2e
-class Diagnosis(Remembers):
+class Diagnosis(CallbackWithMemory):
     "Record by epoch and class: KL divergence to the last prediction of each sample, and training accuracy."
     order = LossTerms.order+1
     run_valid = False
@@ -75,7 +75,7 @@ def feature_similarity(learn:Learner, # A trained learner
                        head:str|nn.Module|None=None # See `find_head`
                       ) -> Tensor: # `(C, C)`
     "Cosine similarity of the median features of the classes."
-    dl = dl or learn.dls.valid.new(eval_view(learn.dls.train_ds))
+    dl = dl or learn.dls.valid.new(without_augmentation(learn.dls.train_ds))
     n_classes = getattr(learn.dls, 'c', None)
     module = find_head(learn.model, head, n_classes)
     feats = []

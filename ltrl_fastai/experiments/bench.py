@@ -20,7 +20,7 @@ from ..reflective.functional import class_similarity
 from ..reflective.learning import ReflectiveLearning
 from ..reflective.memory import FeatureBank, TeacherMemory
 from ..reflective.stores import DiskStore, make_store
-from .runner import without_main
+from .runner import spawn_without_main
 
 # %% ../../nbs/experiments/06_bench.ipynb #2c1ab3f8
 class Stepper:
@@ -130,7 +130,7 @@ def in_process(f:Callable, # A function of a module
     "Call `f(*args)` in a new process; raises `RuntimeError` if it fails there."
     context = multiprocessing.get_context('spawn')
     ours,theirs = context.Pipe()
-    with without_main():
+    with spawn_without_main():
         process = context.Process(target=_child, args=(theirs, torch.get_num_threads(), f, *args))
         process.start()
     theirs.close()

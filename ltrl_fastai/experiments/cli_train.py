@@ -171,13 +171,13 @@ def _train_once(todo, out, rl, worlds, resume, force):
     from ltrl_fastai.core.files import write_json
     from ltrl_fastai.experiments.checkpoint import Checkpoint
     from ltrl_fastai.experiments.identity import data_listing
-    from ltrl_fastai.experiments.training import alone_in
+    from ltrl_fastai.experiments.training import locked_folder
     first = todo[0]
     with contextlib.ExitStack() as stack:
         try:
             identity = _identity(todo)
             checkpoints = [Checkpoint(out/f'.fit-{i}.pt') for i in range(2)]
-            stack.enter_context(alone_in(out))
+            stack.enter_context(locked_folder(out))
             wanted = ['worlds'] if worlds else []
             complete = _prepare_folder(out, checkpoints, identity, lambda: data_listing(first.dls()), resume=resume,
                                        force=force, wanted=wanted)
@@ -244,12 +244,12 @@ def _train_seeds(ways, seeds, out, resume, force):
     from ltrl_fastai.experiments.runner import default_jobs
     from ltrl_fastai.experiments.seeds import (draw_seeds, gain_sentence, gain_table, scored_on, seed_plan,
         seeds_result)
-    from ltrl_fastai.experiments.training import alone_in, command
+    from ltrl_fastai.experiments.training import locked_folder, command
     settings,plan,kept = ways[-1],seed_plan(ways, seeds),[_SeveralRuns(out)]
     identity = _identity([o.settings for o in plan])
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(alone_in(out))
+            stack.enter_context(locked_folder(out))
             others = [Checkpoint(out/f'.fit-{i}.pt') for i in range(2)]
             complete = _prepare_folder(out, kept, identity, lambda: data_listing(settings.dls()), resume=resume,
                                        force=force, others=others)
@@ -448,7 +448,7 @@ def run(
     from ltrl_fastai.experiments.checkpoint import Checkpoint
     from ltrl_fastai.experiments.identity import data_listing
     from ltrl_fastai.experiments.recipes import caveat, changed_by, compare_reported, recipe
-    from ltrl_fastai.experiments.training import alone_in, keep_freed_memory
+    from ltrl_fastai.experiments.training import locked_folder, keep_freed_memory
     keep_freed_memory()
     with contextlib.ExitStack() as stack:
         try:
@@ -462,7 +462,7 @@ def run(
             out = out or Path('ltrl-runs')/_recipe_folder(r, mark, seed)
             checkpoint = Checkpoint(out/'.fit-0.pt')
             check_output(out)
-            stack.enter_context(alone_in(out))
+            stack.enter_context(locked_folder(out))
             complete = _prepare_folder(out, [checkpoint], identity, lambda: data_listing(settings.dls()),
                                        resume=resume, force=force)
             if complete: return _say_complete(out)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['code_hash', 'code_identity', 'data_identity', 'Identities', 'run_file', 'work_folder', 'stale_reasons', 'read_result',
            'Todo', 'look', 'EpochReporter', 'finish', 'warm_up', 'cores', 'default_jobs', 'Failed', 'run_plan',
-           'without_main']
+           'spawn_without_main']
 
 # %% ../../nbs/experiments/03_runner.ipynb #e7c55ef0
 import ast
@@ -315,7 +315,7 @@ class _Workers:
 
     def run(self, n):
         "Compute all runs with `n` workers; returns the errors of those that failed"
-        with without_main():
+        with spawn_without_main():
             for _ in range(n): self._start()
         try:
             while self.processes:
@@ -374,7 +374,7 @@ class _Workers:
             f"A worker ended before it was ready (exit code {process.exitcode}), and no other is left.") from None
 
 @contextlib.contextmanager
-def without_main() -> Iterator: # For a `with` statement
+def spawn_without_main() -> Iterator: # For a `with` statement
     "Start processes without the main module, which workers don't need, and without warnings of imports."
     main = sys.modules['__main__']
     attributes = {name: vars(main).pop(name) for name in ('__file__','__spec__') if name in vars(main)}

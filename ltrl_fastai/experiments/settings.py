@@ -13,7 +13,7 @@ from ..core.checks import check_type, one_of
 from ..data.imbalance import check_imbalance_factor
 from ..evaluation.diagnosis import Diagnosis
 from ..evaluation.metrics import shot_accuracies
-from ..evaluation.shift import world_loaders
+from ..evaluation.shift import shifted_loaders
 from .datasets import datasets, spec_of
 from .schedules import schedules
 from ..methods.bbn import ReversedBatch
@@ -258,7 +258,7 @@ class RunSettings:
             "Leave it out.")
         adapts = methods[self.method].adapt is not None
         if worlds and adapts: # raises `ValueError` if a distribution can't be sampled
-            world_loaders(dls.test or dls.valid, dls.class_counts)
+            shifted_loaders(dls.test or dls.valid, dls.class_counts)
         return list(dls.notes)
 
 # %% ../../nbs/experiments/14_settings.ipynb #2e0cc8fb

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 from fastai.vision.all import *
-from ..data.imbalance import eval_view
+from ..data.imbalance import without_augmentation
 from ..evaluation.diagnosis import diagnosis_of
 from ..evaluation.metrics import class_hits
 from ..evaluation.report import ShotReport
@@ -18,7 +18,7 @@ from ..evaluation.shift import adapted_table, shifted_table
 from .checkpoint import Checkpoint, to_builtin
 from .datasets import datasets as datasets, spec_of as spec_of # `as` re-exports them
 from .identity import data_listing, listing_summary
-from .process import alone_in as alone_in, keep_freed_memory as keep_freed_memory
+from .process import locked_folder as locked_folder, keep_freed_memory as keep_freed_memory
 from .process import command, versions
 from .schedules import schedules
 from .settings import RunSettings, label_of
@@ -174,7 +174,7 @@ def _rounded_values(accuracy): return {group: _rounded(value) for group,value in
 
 def _train_eval_dl(dls):
     "A loader of the training images without augmentation"
-    return dls.valid.new(eval_view(dls.train_ds))
+    return dls.valid.new(without_augmentation(dls.train_ds))
 
 def _shifted_accuracies(learn, method, report):
     "The accuracy under each test distribution of SADE"

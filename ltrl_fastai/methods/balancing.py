@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['balancing_stage', 'published_balancing', 'MaxNorm', 'decay_in_gradient', 'WeightDecay', 'BinaryBalancedLoss',
-           'class_balanced', 'balanced_head']
+           'class_balanced', 'balancing_callbacks']
 
 # %% ../../nbs/methods/11_balancing.ipynb #5400c379
 from collections.abc import Collection
@@ -117,7 +117,7 @@ def class_balanced(learn:Learner, # Its loss is changed
     loss = BinaryBalancedLoss if binary else ClassBalancedLoss
     learn.loss_func = loss(counts)
 
-def balanced_head(counts:Collection, # Training images of each class; not used
+def balancing_callbacks(counts:Collection, # Training images of each class; not used
                   wd:float=.1, # Weight decay
                   in_gradient:bool=False, # See `WeightDecay`; True in the authors' code
                   shift_bn:bool=False, # See `HeadOnly`; True in the authors' code
@@ -126,9 +126,9 @@ def balanced_head(counts:Collection, # Training images of each class; not used
     "Return the callbacks that train a head alone and limit the length of its class vectors."
     return [HeadOnly(shift_bn=shift_bn), MaxNorm(every_epoch=every_epoch), WeightDecay(wd, in_gradient)]
 
-balancing_stage = Stage('the head alone, its class vectors limited in length', class_balanced, balanced_head,
+balancing_stage = Stage('the head alone, its class vectors limited in length', class_balanced, balancing_callbacks,
                         epochs=10, lr=.01)
 published_balancing = Stage(
     "the head alone, its class vectors limited in length, by the authors' loss and weight decay",
     prepare=partial(class_balanced, binary=True), epochs=10, lr=.01,
-    cbs=partial(balanced_head, in_gradient=True, shift_bn=True, every_epoch=True))
+    cbs=partial(balancing_callbacks, in_gradient=True, shift_bn=True, every_epoch=True))

@@ -9,7 +9,7 @@ __all__ = ['ReversedBatch', 'BilateralNet', 'bilateral_net', 'BBNLoss']
 from collections.abc import Collection
 from fastai.basics import *
 from ..data.imbalance import dataset_targets
-from .heads import dealt, head_of, loader_in_order
+from .heads import class_aware_order, head_of, reordered_loader
 from .experts import split_late
 from .views import check_unmixed
 from .method import MethodLoss
@@ -25,7 +25,7 @@ class ReversedBatch(Callback):
     def before_train(self):
         if self._dl is None:
             train = self.dls.train
-            self._dl = loader_in_order(train, lambda: dealt(self._targets, share=self._share))
+            self._dl = reordered_loader(train, lambda: class_aware_order(self._targets, share=self._share))
             self._targets = tensor(dataset_targets(train.dataset))
             self._share = 1/torch.bincount(self._targets).clamp(min=1)
         self._batches = iter(self._dl)
@@ -33,7 +33,7 @@ class ReversedBatch(Callback):
         x,y = to_device(next(self._batches), find_device(self.xb))
         if len(x)!=len(self.x): raise ValueError(
             f"BBN: expected a second batch of {len(self.x)} images, as the first has, got {len(x)}. "
-            "The training loader may not be exchanged during the fit, as EvenClasses does.")
+            "The training loader may not be exchanged during the fit, as ClassAwareSampling does.")
         lam = 1-(self.epoch/self.n_epoch)**2
         self.learn.xb = *self.learn.xb,x,y,torch.full((), lam, device=x.device)
     def after_train(self): self._batches = None

@@ -8,7 +8,7 @@ __all__ = ['oltr_stage', 'MemoryHead', 'OLTRLoss', 'with_memory']
 # %% ../../nbs/methods/12_oltr.ipynb #6f691628
 from collections.abc import Collection
 from fastai.basics import *
-from .heads import EvenClasses, head_of, replace_head
+from .heads import ClassAwareSampling, head_of, replace_head
 from .decouple import class_means
 from .method import MethodLoss, Stage, check_trained
 
@@ -83,6 +83,6 @@ def with_memory(learn:Learner, # A trained learner; its net and loss are changed
     replace_head(learn.model, lambda old: MemoryHead(means, old))
     learn.loss_func = OLTRLoss()
 
-def _class_aware(counts): return [EvenClasses()]
+def _class_aware(counts): return [ClassAwareSampling()]
 oltr_stage = Stage('class centroids as a memory, with class-aware sampling', with_memory, _class_aware,
                    epochs=None, lr=.01)

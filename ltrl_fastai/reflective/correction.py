@@ -12,12 +12,12 @@ from fastai.callback.fp16 import MixedPrecision
 from ..core.checks import one_of
 from ..core.tensors import upcast
 from .functional import conflict_coefficient
-from .terms import Companion, LossTerms
+from .terms import CallbackWithHelpers, LossTerms
 
 # %% ../../nbs/reflective/09_correction.ipynb #37b1529b
 def _dot(a, b): return torch.dot(upcast(a).flatten(), upcast(b).flatten())
 
-class KnowledgeCorrection(Companion):
+class KnowledgeCorrection(CallbackWithHelpers):
     "Project the added gradient where it conflicts with the main one (LTRL eq. 10); raises `ValueError` if `every<1`."
     order,run_valid = MixedPrecision.order-2,False
     needs = (LossTerms,)

@@ -10,7 +10,7 @@ import inspect
 from fastai.basics import *
 from fastai.callback.training import GradientAccumulation
 from ..core.tensors import device_of
-from .terms import Remembers
+from .terms import CallbackWithMemory
 
 # %% ../../nbs/reflective/11_gap.ipynb #e34692c6
 def balanced_accuracies(train:Tensor, # `(2, C)` correctly predicted training images, and all training images, by class
@@ -41,7 +41,7 @@ def unevenness(class_counts:Tensor, # `(C,)` training images by class
     return (torch.where(has_images, (prior-mean).square(), 0.).sum()/n_classes).sqrt()
 
 # %% ../../nbs/reflective/11_gap.ipynb #b0a32619
-class GeneralizationGap(Remembers):
+class GeneralizationGap(CallbackWithMemory):
     "Measure training minus best validation accuracy after each epoch, as `strength`; None while the parts rest."
     order,run_valid = GradientAccumulation.order-3,True
     remembered = ('train_counts','valid_counts','best_valid','fitted','strength')

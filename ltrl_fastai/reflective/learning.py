@@ -9,7 +9,7 @@ __all__ = ['presets', 'ReflectiveLearning']
 import inspect
 from fastai.basics import *
 from ..core.checks import did_you_mean, one_of
-from .terms import Companion, LossTerms
+from .terms import CallbackWithHelpers, LossTerms
 from .review import KnowledgeReview
 from .summary import KnowledgeSummary
 from .correction import KnowledgeCorrection
@@ -45,7 +45,7 @@ def _switch_property(part):
     def switch(self, on): self.switch(**{part: on})
     return property(is_on, switch, doc=f"Whether `{part}` is on. Set it to switch the part.")
 
-class ReflectiveLearning(Companion):
+class ReflectiveLearning(CallbackWithHelpers):
     "Knowledge Review, Summary and Correction (LTRL, ECCV 2024); raises `TypeError` or `ValueError` for invalid parts."
     needs = (LossTerms,) # always, since `LossTerms` reads the column names when a fit begins
     order = -10

@@ -17,7 +17,7 @@ from .functional import review_loss, batch_class_counts
 from .samples import SampleIds
 from .stores import check_store, make_store, store_kinds
 from .memory import TeacherMemory
-from .terms import LossTerms, Remembers
+from .terms import LossTerms, CallbackWithMemory
 from .gap import GeneralizationGap
 
 # %% ../../nbs/reflective/07_review.ipynb #5fd28df9
@@ -64,7 +64,7 @@ class _Recalled(NamedTuple):
     has_teacher: Tensor # `(B,)` whether `logits` of this sample mean anything
     reviewed: Tensor # `(B,)` whether this sample is reviewed
 
-class KnowledgeReview(Remembers):
+class KnowledgeReview(CallbackWithMemory):
     "Add the KL divergence from remembered predictions (LTRL eq. 1 to 4); raises `ValueError` if arguments clash."
     order,run_valid = GradientAccumulation.order-2,False
     needs = (SampleIds,GeneralizationGap,LossTerms)

@@ -13,7 +13,7 @@ from ..core.tensors import device_of, upcast
 from .functional import class_similarity, soft_labels, soft_cross_entropy
 from .memory import FeatureBank
 from .features import find_head, HeadInput
-from .terms import LossTerms, Remembers
+from .terms import LossTerms, CallbackWithMemory
 from .gap import GeneralizationGap
 from .review import check_adapt
 
@@ -36,7 +36,7 @@ def shared_predictions(predictions:Tensor, # `(C, C)` mean prediction of each cl
     others = rows - rows.diag().diag()
     return others + (1-others.sum(1)).diag()
 
-class KnowledgeSummary(Remembers):
+class KnowledgeSummary(CallbackWithMemory):
     "Soften labels by what classes have in common (LTRL eq. 5 to 8); raises `ValueError` for an invalid option."
     order,run_valid = GradientAccumulation.order-2,False
     needs = (GeneralizationGap,LossTerms)

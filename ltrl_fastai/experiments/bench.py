@@ -242,20 +242,19 @@ def _clustered_samples(n_classes, n, dims, gen):
 
 def kl_error(kind:str, # Kind of the store
              logits:tuple, # As `predictions` gives
-             tau:float=2., # Temperature of the review
-             k:int=512 # Number of logits that the store 'topk' keeps
+             tau:float=2. # Temperature of the review
             ) -> dict: # Mean KL divergence, and the mean of absolute errors over it
     "Measure the error of a store in the KL divergence between two epochs, as the default review computes it."
     old,new,shift = logits
     def view(z): return z+2*shift # log n of Balanced Softmax, and the prior
-    store = DiskStore(len(old), old.shape[1]) if kind=='disk' else make_store(kind, len(old), old.shape[1], k=k)
+    store = DiskStore(len(old), old.shape[1]) if kind=='disk' else make_store(kind, len(old), old.shape[1])
     ids = torch.arange(len(old))
-    store.put(ids, store.pack(old, view, tau))
+    store.put(ids, store.pack(old))
     def kl(teacher):
         student,target = F.log_softmax(view(new)/tau, 1),F.log_softmax(teacher/tau, 1)
         return tau**2*F.kl_div(student, target, log_target=True, reduction='none').sum(1)
     exact = kl(view(old))
-    stored = kl(store.unpack(store.get(ids), new, view, tau))
+    stored = kl(view(store.get(ids).to(new)))
     return dict(kl=exact.mean().item(), error=((stored-exact).abs().mean()/exact.mean()).item())
 
 # %% ../../nbs/experiments/06_bench.ipynb #b6894699
@@ -391,18 +390,17 @@ def _teacher_memory(quick, folder, echo):
     inat_size,lt_size = [(_size(o['n'], quick), o['n_classes']) for o in (inat, imagenet_lt)]
     disk,disk_peak = in_process(bench_teachers, 'disk', *inat_size, folder)
     half,half_peak = in_process(bench_teachers, 'half', *lt_size)
-    topk,topk_peak = in_process(bench_teachers, 'topk', *inat_size)
     echo(f"teachers on disk: {disk_peak/1e9:.3f} GB, {1e3*disk['batch_s']:.1f} ms a batch")
     logits = predictions(800, 2000, 32) if quick else predictions()
-    errors = {k: kl_error(k, logits) for k in ('disk','topk')}
+    divergence = kl_error('disk', logits)
+    batch_s = dict(disk=disk['batch_s'], half=half['batch_s'])
     step = _resnet50_step(256)
     return dict(
         inat_gb=round(disk_peak/1e9, 3), imagenet_lt_gb=round(half_peak/1e9, 3),
-        kl_error=round(errors['disk']['error'], 6), inat_store='disk', imagenet_lt_store='half',
-        topk_gb=round(topk_peak/1e9, 3), topk_kl_error=round(errors['topk']['error'], 4),
-        kl=round(errors['disk']['kl'], 4),
-        batch_ms={k: round(1e3*o['batch_s'], 2) for k,o in dict(disk=disk, half=half, topk=topk).items()},
-        share_of_resnet50_step={k: round(o['batch_s']/step, 6) for k,o in dict(disk=disk, half=half).items()})
+        kl_error=round(divergence['error'], 6), kl=round(divergence['kl'], 4),
+        inat_store='disk', imagenet_lt_store='half',
+        batch_ms={k: round(1e3*seconds, 2) for k,seconds in batch_s.items()},
+        share_of_resnet50_step={k: round(seconds/step, 6) for k,seconds in batch_s.items()})
 
 def _centers(quick):
     "Time and memory of class centres and their similarity"

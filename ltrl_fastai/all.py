@@ -12,15 +12,14 @@ from ltrl_fastai.methods.finetuning import finetuned_net, HeadFirst
 from ltrl_fastai.data.imbalance import (long_tail_indices, long_tail_subset, LongTailSplitter, dataset_targets,
     without_augmentation, class_counts, imbalanced_counts)
 from ltrl_fastai.data.benchmarks import (DataNote, LongTailDataLoaders, long_tailed, digits_lt, load_cifar, cifar100_lt,
-    cifar10_lt, abbreviated)
+    cifar10_lt)
 from ltrl_fastai.data.shipped import shipped_photos, photos_lt
 from ltrl_fastai.data.beds import grocery, magnetic, unicode_names, landforms, digits_folder
 from ltrl_fastai.data.frozen import frozen_features, Lite0, TorchFeatures, cifar100_frozen_lt, frozen_loaders
 from ltrl_fastai.data.lists import (TrainCrop, ImageAugment, photo_tfms, ImageFileDataLoaders, image_dataloaders,
-    imagenet_lt, places_lt, inaturalist18, decode_file, placement_of)
+    imagenet_lt, places_lt, inaturalist18)
 from ltrl_fastai.data.own import own_images
-from ltrl_fastai.data.images import (UnreadableImage, open_image, save_atomically, load_cached, should_check,
-    broken_images)
+from ltrl_fastai.data.images import UnreadableImage, open_image, broken_images
 from ltrl_fastai.data.fast import (TensorItems, ImageTensors, FeatureTensors, TensorDL, pad_crop, random_flip, cutout,
     BatchAug, small_image_tfms, tensor_dataloaders)
 from ltrl_fastai.methods.catalogue import methods, method_constants, method_with, Methods
@@ -30,20 +29,19 @@ from ltrl_fastai.methods.margins import LDAM, LDAMLoss
 from ltrl_fastai.methods.lade import lader, LADE, LADELoss
 from ltrl_fastai.methods.posthoc import LogitAdjustment, best_tau, crossfit_adjusted
 from ltrl_fastai.methods.nets import CosineHead, BasicBlock, CifarResNet, mlp, drop_features, create_net
-from ltrl_fastai.methods.heads import (head_of, replace_head, pretrained_net, cosine_head, HeadOnly, reordered_loader,
-    ClassAwareSampling)
+from ltrl_fastai.methods.heads import head_of, replace_head, pretrained_net, cosine_head, HeadOnly, ClassAwareSampling
 from ltrl_fastai.methods.views import ViewPipeline, two_views, SplitViews, OnViews
 from ltrl_fastai.methods.experts import ExpertHeads, ExpertNet, GlobalPool, expert_net, ExpertsLoss
 from ltrl_fastai.methods.ride import (assignment, distillation, RIDELoss, Gate, GatedExperts, GateLoss, assign_experts,
-    gate_callbacks, Distilled, WithTeacher, TeacherAndStudent, distil_net)
+    Distilled, WithTeacher, TeacherAndStudent, distil_net)
 from ltrl_fastai.methods.sade import aggregation, mirrored, SADELoss, aggregate_experts
 from ltrl_fastai.methods.mdcs import MDCSLoss, RampUp, mdcs_net
 from ltrl_fastai.methods.ncl import hard_classes, NCLLoss, ncl_net
 from ltrl_fastai.methods.paco import QueuedNet, queued_net, KeyQueue, PaCoLoss
 from ltrl_fastai.methods.bbn import ReversedBatch, BilateralNet, bilateral_net, BBNLoss
-from ltrl_fastai.methods.decouple import (crt, lws, tau_norm, ncm, new_head, crt_callbacks, ScaledHead, scaled_head,
-    lws_callbacks, TauNormHead, tau_norm_head, features_of, unaugmented, MeanHead, class_means, mean_head)
-from ltrl_fastai.methods.mislas import mislas_stage, smoothing_by_class, LabelAwareSmoothing, mislas_callbacks
+from ltrl_fastai.methods.decouple import (crt, lws, tau_norm, ncm, new_head, ScaledHead, scaled_head, TauNormHead,
+    tau_norm_head, features_of, unaugmented, MeanHead, class_means, mean_head)
+from ltrl_fastai.methods.mislas import mislas_stage, smoothing_by_class, LabelAwareSmoothing
 from ltrl_fastai.methods.balancing import (balancing_stage, published_balancing, MaxNorm, WeightDecay,
     BinaryBalancedLoss, class_balanced, balancing_callbacks)
 from ltrl_fastai.methods.oltr import oltr_stage, MemoryHead, OLTRLoss, with_memory
@@ -56,7 +54,7 @@ from ltrl_fastai.evaluation.shift import (worlds, shifted_accuracy, shifted_tabl
     adapted_table)
 from ltrl_fastai.evaluation.diagnosis import Diagnosis, feature_similarity, shot_means, diagnosis_of
 from ltrl_fastai.experiments.recipes import Recipe, recipe, recipes
-from ltrl_fastai.methods.method import MethodLoss, Stage, Method, target_loader, renew_optimizer
+from ltrl_fastai.methods.method import MethodLoss, Stage, Method, renew_optimizer
 from ltrl_fastai.reflective.terms import CallbackWithHelpers, LossTerms, CallbackWithMemory
 from ltrl_fastai.reflective.memory import TeacherMemory, FeatureBank
 from ltrl_fastai.reflective.stores import DenseStore, DiskStore, make_store
@@ -73,29 +71,27 @@ __all__ = [
     # Load data
     'long_tail_indices', 'long_tail_subset', 'LongTailSplitter', 'dataset_targets', 'without_augmentation',
     'class_counts', 'imbalanced_counts', 'DataNote', 'LongTailDataLoaders', 'long_tailed', 'digits_lt',
-    'load_cifar', 'cifar100_lt', 'cifar10_lt', 'abbreviated', 'shipped_photos', 'photos_lt', 'grocery', 'magnetic',
+    'load_cifar', 'cifar100_lt', 'cifar10_lt', 'shipped_photos', 'photos_lt', 'grocery', 'magnetic',
     'unicode_names', 'landforms', 'digits_folder', 'frozen_features', 'Lite0', 'TorchFeatures',
     'cifar100_frozen_lt', 'frozen_loaders', 'TrainCrop', 'ImageAugment', 'photo_tfms', 'ImageFileDataLoaders',
-    'image_dataloaders', 'imagenet_lt', 'places_lt', 'inaturalist18', 'decode_file', 'placement_of', 'own_images',
-    'UnreadableImage', 'open_image', 'save_atomically', 'load_cached', 'should_check', 'broken_images',
-    'TensorItems', 'ImageTensors', 'FeatureTensors', 'TensorDL', 'pad_crop', 'random_flip', 'cutout', 'BatchAug',
-    'small_image_tfms', 'tensor_dataloaders',
+    'image_dataloaders', 'imagenet_lt', 'places_lt', 'inaturalist18', 'own_images', 'UnreadableImage', 'open_image',
+    'broken_images', 'TensorItems', 'ImageTensors', 'FeatureTensors', 'TensorDL', 'pad_crop', 'random_flip',
+    'cutout', 'BatchAug', 'small_image_tfms', 'tensor_dataloaders',
     # Use another method: by name, or its losses, networks and callbacks
     'methods', 'method_constants', 'method_with', 'Methods', 'BalancedSoftmax', 'BalancedSoftmaxLoss',
     'smooth_labels', 'effective_weights', 'ClassBalancedLoss', 'DeferredWeights', 'LDAM', 'LDAMLoss', 'lader',
     'LADE', 'LADELoss', 'LogitAdjustment', 'best_tau', 'crossfit_adjusted', 'CosineHead', 'BasicBlock',
     'CifarResNet', 'mlp', 'drop_features', 'create_net', 'head_of', 'replace_head', 'pretrained_net', 'cosine_head',
-    'HeadOnly', 'reordered_loader', 'ClassAwareSampling', 'ViewPipeline', 'two_views', 'SplitViews', 'OnViews',
-    'ExpertHeads', 'ExpertNet', 'GlobalPool', 'expert_net', 'ExpertsLoss', 'assignment', 'distillation', 'RIDELoss',
-    'Gate', 'GatedExperts', 'GateLoss', 'assign_experts', 'gate_callbacks', 'Distilled', 'WithTeacher',
-    'TeacherAndStudent', 'distil_net', 'aggregation', 'mirrored', 'SADELoss', 'aggregate_experts', 'MDCSLoss',
-    'RampUp', 'mdcs_net', 'hard_classes', 'NCLLoss', 'ncl_net', 'QueuedNet', 'queued_net', 'KeyQueue', 'PaCoLoss',
-    'ReversedBatch', 'BilateralNet', 'bilateral_net', 'BBNLoss', 'crt', 'lws', 'tau_norm', 'ncm', 'new_head',
-    'crt_callbacks', 'ScaledHead', 'scaled_head', 'lws_callbacks', 'TauNormHead', 'tau_norm_head', 'features_of',
-    'unaugmented', 'MeanHead', 'class_means', 'mean_head', 'mislas_stage', 'smoothing_by_class',
-    'LabelAwareSmoothing', 'mislas_callbacks', 'balancing_stage', 'published_balancing', 'MaxNorm', 'WeightDecay',
-    'BinaryBalancedLoss', 'class_balanced', 'balancing_callbacks', 'oltr_stage', 'MemoryHead', 'OLTRLoss',
-    'with_memory',
+    'HeadOnly', 'ClassAwareSampling', 'ViewPipeline', 'two_views', 'SplitViews', 'OnViews', 'ExpertHeads',
+    'ExpertNet', 'GlobalPool', 'expert_net', 'ExpertsLoss', 'assignment', 'distillation', 'RIDELoss', 'Gate',
+    'GatedExperts', 'GateLoss', 'assign_experts', 'Distilled', 'WithTeacher', 'TeacherAndStudent', 'distil_net',
+    'aggregation', 'mirrored', 'SADELoss', 'aggregate_experts', 'MDCSLoss', 'RampUp', 'mdcs_net', 'hard_classes',
+    'NCLLoss', 'ncl_net', 'QueuedNet', 'queued_net', 'KeyQueue', 'PaCoLoss', 'ReversedBatch', 'BilateralNet',
+    'bilateral_net', 'BBNLoss', 'crt', 'lws', 'tau_norm', 'ncm', 'new_head', 'ScaledHead', 'scaled_head',
+    'TauNormHead', 'tau_norm_head', 'features_of', 'unaugmented', 'MeanHead', 'class_means', 'mean_head',
+    'mislas_stage', 'smoothing_by_class', 'LabelAwareSmoothing', 'balancing_stage', 'published_balancing',
+    'MaxNorm', 'WeightDecay', 'BinaryBalancedLoss', 'class_balanced', 'balancing_callbacks', 'oltr_stage',
+    'MemoryHead', 'OLTRLoss', 'with_memory',
     # Look at results
     'shot_groups', 'group_accuracy', 'group_interval', 'ShotAccuracy', 'shot_accuracies', 'ShotReport',
     'picture_ink', 'picture_palette', 'picture_params', 'picture_style', 'draw_classes', 'draw_by_class',
@@ -105,10 +101,10 @@ __all__ = [
     # Compare: recipes of the slides' tables
     'Recipe', 'recipe', 'recipes',
     # Extend: parts for methods and callbacks of your own
-    'MethodLoss', 'Stage', 'Method', 'target_loader', 'renew_optimizer', 'CallbackWithHelpers', 'LossTerms',
-    'CallbackWithMemory', 'TeacherMemory', 'FeatureBank', 'DenseStore', 'DiskStore', 'make_store',
-    'batch_class_counts', 'review_loss', 'review_mask', 'class_centers', 'class_similarity', 'soft_labels',
-    'soft_cross_entropy', 'conflict_coefficient', 'project_conflict', 'check_counts', 'check_class_counts',
+    'MethodLoss', 'Stage', 'Method', 'renew_optimizer', 'CallbackWithHelpers', 'LossTerms', 'CallbackWithMemory',
+    'TeacherMemory', 'FeatureBank', 'DenseStore', 'DiskStore', 'make_store', 'batch_class_counts', 'review_loss',
+    'review_mask', 'class_centers', 'class_similarity', 'soft_labels', 'soft_cross_entropy', 'conflict_coefficient',
+    'project_conflict', 'check_counts', 'check_class_counts',
 ]
 
 # Names of the previous version, kept for one release

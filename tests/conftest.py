@@ -13,6 +13,22 @@ from fastai.vision.all import nn, set_seed  # noqa: E402
 from ltrl_fastai.all import digits_lt  # noqa: E402
 
 
+def pytest_addoption(parser):
+    parser.addoption('--all', action='store_true', help='run the slow tests too')
+
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'slow: left out unless --all is given or the test is named')
+
+
+def pytest_collection_modifyitems(config, items):
+    "Leave slow tests out, unless all are wanted or a test is named: `tests/test_x.py::test_y`"
+    if config.getoption('--all') or any('::' in o for o in config.args): return
+    slow = [o for o in items if o.get_closest_marker('slow')]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [o for o in items if not o.get_closest_marker('slow')]
+
+
 @pytest.fixture
 def dls():
     "digits-LT on the CPU, seeded"

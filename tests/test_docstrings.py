@@ -20,7 +20,7 @@ def undocumented(o):
 
 def unexplained(o):
     "Arguments without a comment"
-    has_help = is_command(o) and 'Annotated' in inspect.getsource(o.f)
+    has_help = is_command(o) and 'Annotated' in inspect.getsource(o.f or o.of)
     return [name_of(a) for a in o.args if a.lineno not in o.commented and not shares_comment(o, a) and not has_help]
 
 

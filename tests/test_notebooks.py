@@ -2,6 +2,7 @@
 import json
 import filecmp
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -90,3 +91,21 @@ def test_pictures_are_for_dark_pages_too():
 def test_lint():
     r = subprocess.run([tool('ruff'), 'check', '.'], cwd=root, capture_output=True, text=True)
     assert r.returncode == 0, r.stdout + r.stderr
+
+
+def long_lines(path, source):
+    "Lines of more than 120 columns, apart from descriptions of pictures, which are one line, and nbdev's `__all__`"
+    source = re.sub(r'^__all__ = \[.*?\]', '', source, flags=re.DOTALL | re.MULTILINE)
+    return [f'{path}: {line}' for line in source.splitlines() if len(line) > 120 and not line.startswith('#| fig-alt')]
+
+
+def test_lines_have_at_most_120_columns():
+    found = []
+    for nb in notebooks:
+        for cell in json.loads(nb.read_text())['cells']:
+            if cell['cell_type'] == 'code': found += long_lines(nb.name, ''.join(cell['source']))
+    folders = ('ltrl_fastai', 'tests', 'tools', 'results')
+    for module in (o for folder in folders for o in (root/folder).rglob('*.py') if o.name != '_modidx.py'):
+        found += long_lines(module.relative_to(root), module.read_text())
+    assert not found
+    assert long_lines('one', 'x'*121) and not long_lines('one', f"#| fig-alt: {'x'*121}\n__all__ = ['{'x'*121}',\n 'y']")

@@ -11,7 +11,7 @@ from fastai.vision.all import *
 import functools, math, tempfile, unicodedata, zlib
 import matplotlib.cbook
 from .benchmarks import LongTailDataLoaders, _natural_dataloaders
-from .facts import _characters, _landforms, find_folder, folder_sets
+from .facts import _characters, _grocery, _landforms, _magnetic, find_folder, folder_sets
 from .fast import BatchAug, FeatureTensors, ImageTensors, pad_crop, random_flip
 from .frozen import _decoded, extractor_of, frozen_loaders
 from .lists import ImageFileDataLoaders

@@ -17,9 +17,11 @@ from .imbalance import long_tail_indices
 from .benchmarks import DataNote, LongTailDataLoaders, abbreviated, without_images
 from .images import UnreadableImage, broken_images, open_image, should_check
 from .fast import BatchAug, pad_crop, random_flip, chunkwise
-from .listfiles import (ImageList, as_listed, check_images, check_lists, compare_published, find_lists, flat_val,
-    flat_val256, from_easy, in_class_folders, list_sets, locate, located_lists, missing_images, read_inat, read_list,
-    decode_file, to_easy, placement_of)
+from ltrl_fastai.data.listfiles import (
+    ImageList, as_listed, check_images, check_lists, compare_published, find_lists,
+    flat_val, flat_val256, from_easy, in_class_folders, list_sets, locate,
+    located_lists, missing_images, read_inat, read_list, decode_file, to_easy,
+    placement_of)
 
 # %% ../../nbs/data/04_lists.ipynb #39073f6b
 _all_ = ['list_sets', 'ImageList', 'decode_file', 'read_list', 'read_inat', 'check_lists',

@@ -247,8 +247,8 @@ def class_table(results:list # As `load_results` gives
         for name,n,accuracy in zip(names, o['class_counts'], o['per_class']):
             rows.append({'group': o['group'], 'variant': o['variant'], 'class': name, 'images': n,
                          'accuracy': math.nan if accuracy is None else accuracy})
-    res = pd.DataFrame(rows).groupby(['group','variant','class'], sort=False)
-    res = res.agg(runs=('accuracy','size'), images=('images','mean'), accuracy=('accuracy','mean')).reset_index()
+    grouped = pd.DataFrame(rows).groupby(['group','variant','class'], sort=False)
+    res = grouped.agg(runs=('accuracy','size'), images=('images','mean'), accuracy=('accuracy','mean')).reset_index()
     is_whole = (res.images%1==0).all() # not if each seed has images of its own
     if is_whole: res = res.astype({'images': int})
     return res[['group','variant','runs','class','images','accuracy']]

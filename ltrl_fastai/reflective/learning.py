@@ -41,8 +41,8 @@ def _create_part(part, cls, args):
 
 def _switch_property(part):
     "A property that tells whether `part` is on, and switches it"
-    def is_on(self): return self.is_on(part)
-    def switch(self, on): self.switch(**{part: on})
+    def is_on(self) -> bool: return self.is_on(part)
+    def switch(self, on:bool) -> None: self.switch(**{part: on})
     return property(is_on, switch, doc=f"Whether `{part}` is on. Set it to switch the part.")
 
 class ReflectiveLearning(CallbackWithHelpers):

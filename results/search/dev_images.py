@@ -1,9 +1,10 @@
 """Gains of Reflective Learning on images that are neither trained on nor in any test set, for choices of its default.
 
-`python results/search/dev_images.py cifar dropout 100,101,102` prints a row of dev_images.json. It needs the data of the protocol
-'frozen', and for `grocery` and `magnetic` a folder of that name in fastai's data folder. `cifar` draws, for each class of CIFAR-100's training
-images, 20 for validation and 130 to be scored on, and a long tail from 350 down to 3 of the rest. The others draw 15% (at most 40) and 25% (at most 60)
-of each class of the training and validation folders. Check out the commit that a row names, to make it again.
+`python results/search/dev_images.py cifar dropout 100,101,102` prints a row of dev_images.json. It needs the data of
+the protocol 'frozen', and for `grocery` and `magnetic` a folder of that name in fastai's data folder. `cifar` draws, for
+each class of CIFAR-100's training images, 20 for validation and 130 for scoring, and a long tail from 350 down to 3 of the
+rest. The others draw 15% (at most 40) and 25% (at most 60) of each class of the training and validation folders. To
+reproduce a row, check out its commit.
 """
 import contextlib
 import io
@@ -30,21 +31,26 @@ class SmoothedLabels(nn.Module):
         super().__init__()
         self.loss = loss
         self.trained_logits = loss.trained_logits
-    def forward(self, logits, targets): return nn.functional.cross_entropy(self.trained_logits(logits), targets, label_smoothing=.1)
+    def forward(self, logits, targets):
+        return nn.functional.cross_entropy(self.trained_logits(logits), targets, label_smoothing=.1)
     def activation(self, logits): return logits.softmax(1)
     def decodes(self, logits): return logits.argmax(1)
 
 
-settings = dict(plain={}, dropout=dict(dropout=True), smoothing=dict(smoothing=True), mixup=dict(mixup=True), tau=dict(constants=dict(tau=1.5)),
-                few_epochs=dict(epochs=5), decay=dict(wd=5e-3), softmax=dict(method='softmax'), lade=dict(method='lade'), sade=dict(method='sade'))
-settings['ldam-drw'] = dict(method='ldam-drw')
+settings = {
+    'plain': {}, 'dropout': dict(dropout=True), 'smoothing': dict(smoothing=True), 'mixup': dict(mixup=True),
+    'tau': dict(constants=dict(tau=1.5)), 'few_epochs': dict(epochs=5), 'decay': dict(wd=5e-3),
+    'softmax': dict(method='softmax'), 'lade': dict(method='lade'), 'sade': dict(method='sade'),
+    'ldam-drw': dict(method='ldam-drw'),
+}
 
 
 def all_images(bed):
     "Features and classes of all images that may be used"
     if bed=='cifar':
         train,_,_ = load_cifar(100)
-        return frozen_features(train[0], Lite0(), default_features()/'efficientnet-lite0'), torch.as_tensor(np.array(train[1]))
+        features = frozen_features(train[0], Lite0(), default_features()/'efficientnet-lite0')
+        return features,torch.as_tensor(np.array(train[1]))
     dls = frozen_loaders(Path.home()/'.fastai'/'data'/bed, size=128)
     parts = dls.train_ds,dls.valid_ds
     return torch.cat([o.x for o in parts]), torch.cat([torch.as_tensor(o.targets) for o in parts])
@@ -63,16 +69,20 @@ def split(bed, seed):
         n_valid,n_scored = (20,130) if profile else (min(40, max(1, round(.15*n))), min(60, max(1, round(.25*n))))
         if n<3: n_valid,n_scored = 0,0
         n_train = profile[c] if profile else n-n_valid-n_scored
-        for part,ids_of_part in zip(parts, (ids[n_valid+n_scored:][:n_train], ids[:n_valid], ids[n_valid:n_valid+n_scored])): part.extend(ids_of_part)
+        held_out = n_valid+n_scored
+        drawn = ids[held_out:][:n_train],ids[:n_valid],ids[n_valid:held_out]
+        for part,ids_of_part in zip(parts, drawn): part.extend(ids_of_part)
     vocab = [str(c) for c in range(n_classes)]
     return [FeatureTensors(x[ids], y[ids], vocab) for ids in parts], n_classes
 
 
-def score(bed, seed, reflective=None, method='bsce', epochs=20, wd=5e-4, dropout=False, mixup=False, smoothing=False, constants=None):
+def score(bed, seed, reflective=None, method='bsce', epochs=20, wd=5e-4, dropout=False, mixup=False, smoothing=False,
+          constants=None):
     "Class-balanced accuracy in percent"
     (train,valid,scored),n_classes = split(bed, seed)
     set_seed(seed, reproducible=True)
-    dls = tensor_dataloaders(train, valid, bs=min(128, len(train)), device='cpu', cls=LongTailDataLoaders, drop_last=len(train)%128==1)
+    dls = tensor_dataloaders(train, valid, bs=min(128, len(train)), device='cpu', cls=LongTailDataLoaders,
+                             drop_last=len(train)%128==1)
     made = method_with(method, **(constants or {}))
     net = create_net('mlp256', n_classes, n_in=1280)
     if dropout:

@@ -197,7 +197,7 @@ def test_images_are_redrawn_too(tmp_path):
     (dict(dataset='magnetic', n_max=4), 'n_max: magnetic is long-tailed already'),
     (dict(dataset='unicode-names', size=8), 'size: unicode-names has no images'),
     (dict(dataset='landforms', data='here'), 'data: landforms is made by this package'),
-    (dict(dataset='landforms', skip_broken=True), 'skip_broken: landforms is complete'),
+    (dict(dataset='landforms', skip_broken=True), 'landforms has no broken images to skip'),
     (dict(dataset='landforms', imbalance_factor=10.), "imbalance factor can't be chosen"),
     (dict(dataset='grocry'), "Did you mean 'grocery'"),
 ])

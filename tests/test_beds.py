@@ -185,7 +185,7 @@ def test_images_are_redrawn_too(tmp_path):
 @pytest.mark.parametrize('kwargs, message', [
     (dict(dataset='no/where', extract='lite0'), 'no/where is not there'),
     (dict(dataset='x.csv', extract='lite0'), 'x.csv is not there'),
-    (dict(dataset='digits-lt', extract='lite0'), 'not of digits-lt'),
+    (dict(dataset='digits-lt', extract='lite0'), 'own, got digits-lt'),
     (dict(dataset='cifar100-lt', extract='lite0'), 'features of CIFAR-100-LT are cifar100-frozen-lt'),
     (dict(dataset='grocery', extract='lite1'), "Did you mean 'lite0'"),
     (dict(dataset='.', extract='resnet51'), "Did you mean 'resnet50'"),

@@ -42,7 +42,7 @@ class Diagnosis(CallbackWithMemory):
         n_classes = logits.shape[1]
         if self.last is None: self.last = TeacherMemory(ids.n_items, n_classes, device=now.device)
         if self._sums is None: self._sums = now.new_zeros(4, n_classes)
-        (before,),has_last = self.last.recall(ids.ids, ids.own_host_ids)
+        before,has_last = self.last.recall(ids.ids, ids.own_host_ids)
         right = self.learn.loss_terms.trained_logits(now).argmax(1)==y
         kl = F.kl_div(F.log_softmax(now, 1), F.log_softmax(before, 1), reduction='none', log_target=True).sum(1)
         kl = torch.where(has_last, kl, 0.)

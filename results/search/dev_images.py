@@ -1,10 +1,10 @@
 """Gains of Reflective Learning on images that are neither trained on nor in any test set, for choices of its default.
 
 `python results/search/dev_images.py cifar dropout 100,101,102` prints a row of dev_images.json. It needs the data of
-the protocol 'frozen', and for `grocery` and `magnetic` a folder of that name in fastai's data folder. `cifar` draws, for
-each class of CIFAR-100's training images, 20 for validation and 130 for scoring, and a long tail from 350 down to 3 of the
-rest. The others draw 15% (at most 40) and 25% (at most 60) of each class of the training and validation folders. To
-reproduce a row, check out its commit.
+the protocol 'frozen', and for `grocery` and `magnetic` a folder of that name in fastai's data folder. `cifar` draws,
+for each class of CIFAR-100's training images, 20 for validation and 130 for scoring, and a long tail from 350 down to 3
+of the rest. The others draw 15% (at most 40) and 25% (at most 60) of each class of the training and validation folders.
+To reproduce a row, check out its commit.
 """
 import contextlib
 import io

@@ -16,7 +16,7 @@ import ltrl_fastai
 # Methods that fastai calls, and documents
 fastai_names = {*map(str, _events), 'after_crash', 'encodes', 'decodes', 'setups'}
 modules = [importlib.import_module(o.name) for o in pkgutil.walk_packages(ltrl_fastai.__path__, 'ltrl_fastai.')
-           if not o.ispkg and o.name.rpartition('.')[2] not in ('_modidx','__main__')]
+           if not o.ispkg and o.name.rpartition('.')[2] not in ('_modidx','__main__','all')]
 
 
 def ours(o): return (getattr(o, '__module__', None) or '').startswith('ltrl_fastai.')

@@ -10,14 +10,9 @@ import dataclasses
 import fnmatch
 import re
 from copy import deepcopy
-from typing import TYPE_CHECKING
+from typing import Any
 from ..core.checks import did_you_mean, one_of
 from ..methods.facts import method_facts
-
-# %% ../../nbs/experiments/08_recipes.ipynb #ee7d5f9e
-if TYPE_CHECKING:
-    import pandas as pd
-    from ltrl_fastai.experiments.training import RunSettings
 
 # %% ../../nbs/experiments/08_recipes.ipynb #fdb09da2
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +43,7 @@ class Recipe:
 
     def settings(self, budget:float=1., # Share of the schedule, above 0 and at most 1
                  **over # Fields of `RunSettings` to change
-                ) -> 'RunSettings':
+                ) -> Any: # A `RunSettings`, whose module loads PyTorch
         "The settings of the run; raises `ValueError` if a value is invalid."
         from ltrl_fastai.experiments.training import RunSettings
         if not 0<budget<=1: raise ValueError(
@@ -565,7 +560,7 @@ def recipe(name:str # As in `recipes`
 # %% ../../nbs/experiments/08_recipes.ipynb #2ae5a16f
 def compare_reported(accuracy:dict, # Measured accuracy in percent by shot
                      reported:dict|None # As `Recipe.reported`
-                    ) -> 'pd.DataFrame': # Of text
+                    ) -> Any: # A `DataFrame` of text
     "A table of the measured and the reported accuracy and their difference."
     import pandas as pd
     rows = {}

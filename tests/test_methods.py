@@ -282,7 +282,7 @@ def test_a_small_batch_is_overfitted(name, rl):
         method.fit(learn, epochs, .01)
         assert learn.validate()[1] == 1.
     if rl is None: return
-    assert learn.knowledge_review.teachers.store.get(torch.arange(20))[0].shape == (20, 10)
+    assert learn.knowledge_review.teachers.store.get(torch.arange(20)).shape == (20, 10)
     assert len(learn.knowledge_summary.centers) == 10
     assert learn.knowledge_summary.centers.isfinite().all()
     assert all(o['review_loss'] >= 0 for o in learn.loss_terms.history[1:])

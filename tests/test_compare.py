@@ -200,7 +200,8 @@ def test_the_committed_evidence_is_made_from_the_results(tmp_path):
             'train_accuracy command').split()
     of_gain = ('gain_all', 'gain_few', 'ci_low', 'ci_high')
     for o in rows: assert set(o) == {*keys, *(of_gain if o['rl'] else ())}
-    assert {o['bed'] for o in rows if o['baseline'] != 'plain'} == {'frozen-magnetic'}  # no other was tuned
+    tuned = {o['bed'] for o in rows if o['baseline'] != 'plain'}
+    assert tuned == {'frozen', 'frozen-grocery', 'frozen-magnetic', 'text', 'tabular'}
     def names(decay):
         return {o['rl'] for o in rows if (o['protocol'], o['method'], o['decay']) == ('P1', 'bsce', decay)}
     assert names('decoupled') == {None, 'v0.0.1', 'paper', 'published', 'KS', 'KR + KS', 'KR + KS + KC'}

@@ -281,7 +281,7 @@ def test_what_is_wrong_is_said(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for args, said in {('table1/RIED/100',): "Did you mean 'table1/RIDE/100'",
                        ('table1/BSCE/100', '--set', 'tau=4'): 'without Reflective Learning',
-                       ('table1/BSCE+RL/100', '--preset', 'mine'): "'published'",
+                       ('table1/BSCE+RL/100', '--preset', 'mine'): 'published',
                        ('table1/BSCE+RL/100', '--budget', '0'): 'above 0',
                        ('table1/BSCE+RL/100', '--data', 'nowhere'): 'was not found at nowhere',
                        ('table1/BSCE+RL/100', '--set', 'net=resnet9', '--set', 'dataset=digits-lt'): 'resnet8'}.items():

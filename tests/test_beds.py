@@ -486,6 +486,7 @@ def test_the_catalogue_agrees_with_the_data(name):
     assert len(dls.train_ds)+len(dls.valid_ds) == row['train']+folder_sets[name].valid
 
 
+@pytest.mark.slow
 def test_evidence_names_the_bed(tmp_path):
     def plan_of(command): return dict(command=f'ltrl compare {command}', test=True, versions={})
     plan = make_plan(['bsce'], variants(), [0], paired_data=True, dataset='unicode-names', epochs=1)
@@ -501,6 +502,7 @@ def test_evidence_names_the_bed(tmp_path):
     assert found == [(*o, rl) for o in expected for rl in (None, 'default')]
 
 
+@pytest.mark.slow
 def test_on_the_command_line(tmp_path):
     where = folder(tmp_path/'mine')
     env = {**os.environ, 'FASTAI_HOME': str(tmp_path/'home'), 'PYTHONWARNINGS': 'ignore'}

@@ -26,6 +26,7 @@ def both(tmp_path_factory):
     return run('train', '--dataset', 'digits-lt', '--epochs', '3', cwd=cwd), cwd
 
 
+@pytest.mark.slow
 def test_one_pair_of_runs(both):
     r, cwd = both
     out = next((cwd/'ltrl-runs').iterdir())
@@ -50,6 +51,7 @@ def test_one_pair_of_runs(both):
     assert list(res['accuracy'].values()) == pytest.approx(means, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_same_seed_same_numbers(both, tmp_path):
     _, cwd = both
     first = json.loads(next((cwd/'ltrl-runs').glob('*/result.json')).read_text())
@@ -63,6 +65,7 @@ def test_same_seed_same_numbers(both, tmp_path):
     assert other['reflective'] is None and 'gain' not in other and other['history'] != first['baseline']['history']
 
 
+@pytest.mark.slow
 def test_toggles_and_a_group_that_is_absent(tmp_path):
     r = run('train', '--dataset', 'digits-lt', '--epochs', '2', '--rl', '--no-kc', '--no-ks', '--imbalance-factor', '2',
             '--out', 'a', cwd=tmp_path)
@@ -72,6 +75,7 @@ def test_toggles_and_a_group_that_is_absent(tmp_path):
     assert res['accuracy']['few'] is None and 'Few (0)' in r.stdout and 'NaN' not in r.stdout
 
 
+@pytest.mark.slow
 def test_cutout(tmp_path):
     "It changes the training and the name of the output folder; a text is refused"
     for args in ([], ['--cut', '4']):
@@ -83,6 +87,7 @@ def test_cutout(tmp_path):
     assert run('train', '--cut', 'much', cwd=tmp_path, check=False).returncode == 2
 
 
+@pytest.mark.slow
 def test_results_are_not_replaced_by_others(tmp_path):
     args = ('train', '--dataset', 'digits-lt', '--epochs', '1', '--no-rl', '--out', 'a')
     run(*args, cwd=tmp_path)
@@ -96,6 +101,7 @@ def test_results_are_not_replaced_by_others(tmp_path):
     assert r.returncode == 2 and 'is a file' in r.stderr and 'Traceback' not in r.stderr
 
 
+@pytest.mark.slow
 def test_a_data_set_that_is_not_there(tmp_path):
     for args in (['--data', 'nowhere'], ['--data', '.']):
         r = run('train', '--dataset', 'cifar100-lt', *args, cwd=tmp_path, check=False)
@@ -108,6 +114,7 @@ def test_a_data_set_that_is_not_there(tmp_path):
     assert r.returncode == 2 and 'was not found at' in r.stderr and 'To get it' in r.stderr, r.stdout+r.stderr
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_leaves_no_half_result(tmp_path):
     args = [ltrl, 'train', '--dataset', 'digits-lt', '--epochs', '500', '--no-rl', '--out', 'a']
     p = subprocess.Popen(args, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
@@ -121,6 +128,7 @@ def test_killed_in_the_middle_leaves_no_half_result(tmp_path):
     assert sorted(o.name for o in (tmp_path/'a').iterdir()) == ['per_class.png', 'result.json']
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_kept_when_the_next_is_killed(tmp_path):
     args = [ltrl, 'train', '--dataset', 'digits-lt', '--epochs', '20', '--out', 'a']
     p = subprocess.Popen(args, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
@@ -138,6 +146,7 @@ def test_help_names_the_options():
     for o in options.split(): assert o in r.stdout
 
 
+@pytest.mark.slow
 def test_real_cifar_if_it_is_there(tmp_path):
     "Two steps' worth of CIFAR-100-LT through the whole command; without the data the error says how to get it"
     from ltrl_fastai.data.benchmarks import fastai_path
@@ -154,6 +163,7 @@ def test_real_cifar_if_it_is_there(tmp_path):
     assert sum(res['class_counts']) == 10827 and res['accuracy']['all'] > 1 and len(res['per_class']) == 100
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_resumed(both, tmp_path):
     "kill -9 after a checkpoint; the same numbers as without, and never silently lost or mixed up"
     import time
@@ -177,6 +187,7 @@ def test_an_interrupted_run_is_resumed(both, tmp_path):
     assert 'is complete' in run(*args, '--resume', cwd=tmp_path).stdout
 
 
+@pytest.mark.slow
 def test_an_interrupt_says_how_to_go_on(tmp_path):
     import signal
     import time

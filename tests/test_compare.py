@@ -35,6 +35,7 @@ def done(tmp_path_factory):
     return run('compare', '--set', 'epochs=3', '--seeds', '2', '--out', 'a', cwd=cwd), cwd
 
 
+@pytest.mark.slow
 def test_table_files_and_pairs(done):
     said, cwd = done
     assert '4 computed, 0 were there already' in said and '4/4' in said and '### digits-lt IF 20 bsce' in said
@@ -51,6 +52,7 @@ def test_table_files_and_pairs(done):
     assert all(o['command'] == 'ltrl compare --set epochs=3 --seeds 2 --out a' for o in res.values())
 
 
+@pytest.mark.slow
 def test_nothing_is_computed_twice(done):
     _, cwd = done
     times = {f: f.stat().st_mtime_ns for f in (cwd/'a/runs').iterdir()}
@@ -60,6 +62,7 @@ def test_nothing_is_computed_twice(done):
     assert all(f.stat().st_mtime_ns == t for f, t in times.items())
 
 
+@pytest.mark.slow
 def test_a_result_of_other_code_is_computed_again_with_a_reason(done):
     _, cwd = done
     run('compare', '--set', 'epochs=3', '--seeds', '1', '--out', 'b', cwd=cwd)
@@ -75,6 +78,7 @@ def test_a_result_of_other_code_is_computed_again_with_a_reason(done):
     assert numbers(results(cwd/'b')) == numbers(before)
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_resumes_to_the_same_numbers(tmp_path):
     args = ['compare', '--set', 'epochs=30', '--seeds', '1', '--jobs', '1', '--out']
     def second_run(): return list((tmp_path/'a').glob('.unfinished/*-rl-*.pt'))
@@ -95,6 +99,7 @@ def test_a_killed_comparison_resumes_to_the_same_numbers(tmp_path):
     assert numbers(results(tmp_path/'a')) == numbers(results(tmp_path/'b'))
 
 
+@pytest.mark.slow
 def test_a_sweep_reads_no_test_image(tmp_path):
     common = ('compare', '--set', 'epochs=1', '--seeds', '1', '--out', 'a')
     said = run(*common, '--sweep', 'tau=1,2', cwd=tmp_path)
@@ -105,6 +110,7 @@ def test_a_sweep_reads_no_test_image(tmp_path):
     assert 'it has not read the test set' in again and '2 computed' in again
 
 
+@pytest.mark.slow
 def test_report_shows_the_table_again(done):
     _, cwd = done
     said = run('report', 'a', cwd=cwd)
@@ -117,11 +123,13 @@ def test_report_shows_the_table_again(done):
     assert 'no result in it' in run('report', 'empty', cwd=cwd, code=2)
 
 
+@pytest.mark.slow
 def test_report_of_a_single_training(tmp_path):
     run('train', '--dataset', 'digits-lt', '--epochs', '1', '--out', 'a', cwd=tmp_path)
     assert 'bsce + RL' in run('report', 'a', cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_mistakes_are_reported_before_training(tmp_path):
     mistakes = {
         ('--methods', 'bsec'): "Did you mean 'bsce'?",
@@ -145,6 +153,7 @@ def test_mistakes_are_reported_before_training(tmp_path):
     assert 'is a file' in run('compare', '--out', 'file', cwd=tmp_path, code=2)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_stops_no_other(tmp_path):
     args = ('--set', 'epochs=2', '--rl', 'off', '--seeds', '1', '--sweep', 'lr=.05,1e6', '--out', 'a')
     said = run('compare', *args, cwd=tmp_path, code=1)
@@ -152,6 +161,7 @@ def test_a_run_that_fails_stops_no_other(tmp_path):
     assert 'training has diverged' in said and 'bsce (lr=0.05)' in said
 
 
+@pytest.mark.slow
 def test_nested_comparisons_are_reported_apart(tmp_path):
     one = ('--rl', 'off', '--set', 'epochs=1', '--seeds', '1', '--jobs', '1')
     run('compare', *one, '--out', 'runs/bsce', cwd=tmp_path)
@@ -164,6 +174,7 @@ def test_nested_comparisons_are_reported_apart(tmp_path):
     assert 'compare.json is no plan' in run('report', 'runs', cwd=tmp_path, code=2)
 
 
+@pytest.mark.slow
 def test_results_of_other_code_are_not_paired(done):
     _, cwd = done
     run('compare', '--set', 'epochs=3', '--seeds', '1', '--out', 'c', cwd=cwd)

@@ -120,6 +120,7 @@ def counted(device):
     waits['syncs'] = sum('synchronizing CUDA operation' in str(o.message) for o in warned)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('device', [there, *[torch.device('cuda', 0)]*torch.cuda.is_available()], ids=str)
 @pytest.mark.parametrize('case', cases)
 def test_no_step_waits(case, device):
@@ -194,6 +195,7 @@ class Interrupt(Callback):
         if self.epoch == self.at: raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', methods)
 def test_every_method(method):
     "With Reflective Learning and all stages, the accuracy of each class is equal to that on the CPU"
@@ -218,6 +220,7 @@ def waits_per_batch(**kwargs):
     return {k: n for k, n in res.items() if n}
 
 
+@pytest.mark.slow
 def test_no_step_of_a_method_waits():
     "No method waits more often than plain cross-entropy"
     expected = waits_per_batch(method='softmax', reflective=None)

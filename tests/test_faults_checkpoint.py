@@ -287,6 +287,7 @@ optimizers = dict(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('opt_func', optimizers.values(), ids=optimizers)
 def test_fault_02_any_optimizer_is_resumed(opt_func, tmp_path):
     def make():
@@ -510,6 +511,7 @@ passes = dict(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('order', [0, 55, 1000])
 @pytest.mark.parametrize('event', ['after_epoch', 'before_epoch', 'after_batch', 'after_validate', 'before_fit'])
 @pytest.mark.parametrize('do', passes.values(), ids=passes)

@@ -924,6 +924,7 @@ def test_fault_12_variants_an_extractor_that_needs_a_key(tmp_path):
     assert torch.equal(features(extract, tmp_path, key='two'), features(Scaled(2), tmp_path/'other'))
 
 
+@pytest.mark.slow
 def test_fault_12_variants_another_process_finds_the_features(tmp_path):
     code = ("import torch\nfrom ltrl_fastai.all import frozen_features, Lite0\n"
             "torch.manual_seed(0)\nx = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)\n"

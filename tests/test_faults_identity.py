@@ -359,6 +359,7 @@ def interrupted(root, cwd, *args):
     return command[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rl', ['--no-rl', '--rl'])
 def test_fault_09_a_renamed_class_is_named(rl, tmp_path):
     root = photographs(tmp_path/'data')
@@ -392,6 +393,7 @@ def test_fault_09_a_finished_result_knows_its_data(tmp_path):
     assert json.loads(file.read_text())['classes'] == ['bee', 'cat', 'zebra']
 
 
+@pytest.mark.slow
 def test_fault_09_compare_computes_again_and_says_what_changed(tmp_path):
     root = photographs(tmp_path/'data')
     plan = partial(make_plan, ['softmax'], variants('off'), [0], dataset=str(root), epochs=1, bs=4, net='resnet8')
@@ -421,6 +423,7 @@ def test_fault_09_data_that_change_while_runs_are_computed(tmp_path):
 # Fault 11
 
 
+@pytest.mark.slow
 def test_fault_11_results_name_their_classes(tmp_path):
     "Folders 0 to 11 are classes 0, 1, 10, 11, 2, ..."
     names = [str(i) for i in range(12)]
@@ -439,6 +442,7 @@ def test_fault_11_results_name_their_classes(tmp_path):
     assert len(lines) == 1 and lines[0].split('|')[2].strip() == '7'
 
 
+@pytest.mark.slow
 def test_fault_11_old_results_are_read_without_names(tmp_path):
     res, _ = train_run(RunSettings(epochs=1, n_max=20), bar=False)
     assert res['classes'] == [str(i) for i in range(10)]
@@ -511,6 +515,7 @@ def test_fault_18_empty_texts_in_python(tmp_path, monkeypatch):
 # Two processes, one folder
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
     args = ('train', '--dataset', 'digits-lt', '--epochs', '400', '--no-rl', '--out', 'a')
     first = subprocess.Popen([ltrl, *args], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -530,6 +535,7 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
     assert sorted(o.name for o in (tmp_path/'a').iterdir()) == ['per_class.png', 'result.json']
 
 
+@pytest.mark.slow
 def test_two_processes_with_one_plan(tmp_path):
     "No run is computed twice: one process reports the other, and the results are complete"
     args = [ltrl, 'compare', '--set', 'epochs=2', '--seeds', '2', '--jobs', '1', '--out', 'a']

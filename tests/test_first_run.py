@@ -134,6 +134,7 @@ def first_run(tmp_path_factory):
     return run('train', '--seeds', '3', '--epochs', '3', cwd=cwd), next((cwd/'ltrl-runs').iterdir())
 
 
+@pytest.mark.slow
 def test_a_gain_with_its_interval(first_run):
     said, out = first_run
     assert re.search(r'Many \(35\) +Medium \(35\) +Few \(30\) +All \(100\)', said) and 'mean of 3 seeds' in said
@@ -174,6 +175,7 @@ def test_files_of_the_first_run(first_run):
     assert '### photos-lt IF 100 bsce' in said and '| bsce + RL |    3 |' in said
 
 
+@pytest.mark.slow
 def test_a_second_run_skips_finished_ones(first_run):
     said, out = first_run
     def times(): return {o: o.stat().st_mtime_ns for o in (out/'runs').iterdir()}
@@ -206,6 +208,7 @@ def killed(cwd, *args, when):
     p.wait()
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(first_run, tmp_path):
     "Same numbers as without a kill; it asks for --resume, and refuses to mix in another kind of training"
     args = ('train', '--seeds', '3', '--epochs', '3', '--out', 'a')
@@ -225,6 +228,7 @@ def test_killed_and_resumed(first_run, tmp_path):
     assert numbers(out) == numbers(first_run[1]) and not any((out/'.unfinished').glob('*'))
 
 
+@pytest.mark.slow
 def test_an_interrupt_says_how_to_resume(tmp_path):
     def handle_interrupts():  # tests in the background ignore them, and children would inherit that
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -242,6 +246,7 @@ def test_an_interrupt_says_how_to_resume(tmp_path):
     assert 'Interrupted. The same command with --resume goes on' in said
 
 
+@pytest.mark.slow
 def test_force_replaces_a_result_of_another_kind(tmp_path):
     quick = ('--dataset', 'digits-lt', '--epochs', '1', '--out', 'a')
     run('train', *quick, '--seeds', '4,7', cwd=tmp_path)

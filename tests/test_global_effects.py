@@ -6,6 +6,7 @@ import sys
 from contextlib import suppress
 
 import torch
+import pytest
 from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
 from ltrl_fastai.all import ReflectiveLearning, WithIds, allow_cpu_ranks
 from ltrl_fastai.experiments.training import RunSettings, train_run
@@ -92,6 +93,7 @@ print(json.dumps(dict(
 '''
 
 
+@pytest.mark.slow
 def test_an_import_changes_nothing():
     r = subprocess.run([sys.executable, '-W', 'ignore', '-c', program], capture_output=True, text=True)
     assert r.returncode == 0, r.stderr

@@ -39,6 +39,7 @@ def start(folder, store):
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('store,kills', [('dense', 14), ('disk', 6)])
 def test_killed_at_random_moments(tmp_path, store, kills):
     whole = start(tmp_path/'whole', store)
@@ -61,6 +62,7 @@ def test_killed_at_random_moments(tmp_path, store, kills):
     assert all(torch.equal(v, b['model'][k]) for k, v in a['model'].items())
 
 
+@pytest.mark.slow
 def test_killed_while_a_checkpoint_is_written(tmp_path):
     "Between any two steps of `Checkpoint.save` there is a complete file to resume from"
     folder = tmp_path/'a'

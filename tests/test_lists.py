@@ -640,6 +640,7 @@ def test_methods_on_photographs(method, tmp_path):
     assert len(res.get('stages', [])) == (method in ('mislas', 'ncm'))
 
 
+@pytest.mark.slow
 def test_train_on_a_folder(tmp_path):
     own_folder(tmp_path/'mine')
     message = run('train', '--dataset', 'mine', '--net', 'resnet18', '--size', '32', '--epochs', '1', cwd=tmp_path)
@@ -656,6 +657,7 @@ def test_train_on_a_folder(tmp_path):
 small = ('--set', 'net=resnet8', '--set', 'epochs=1', '--seeds', '1', '--jobs', '1')
 
 
+@pytest.mark.slow
 def test_train_and_compare_on_a_csv_file(tmp_path):
     own_csv(tmp_path)
     message = run('train', '--dataset', 'images.csv', '--net', 'resnet8', '--size', '16', '--epochs', '1', '--no-rl',
@@ -670,6 +672,7 @@ def test_train_and_compare_on_a_csv_file(tmp_path):
     assert 'the data changed' in message and '2 computed' in message
 
 
+@pytest.mark.slow
 def test_compare_loads_images_in_processes(tmp_path):
     "Runs of a comparison are processes that may start loader processes, as they do for a thousand images or more"
     own_folder(tmp_path/'mine', each=dict(a=900, b=400))

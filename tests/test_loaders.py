@@ -316,6 +316,7 @@ def texts(**kw):
     return SimpleNamespace(dls=dls, net=net, batch_content=batch_content, item_content=item_content)
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize('kw', [{}, dict(shuffle=False)], ids=['shuffled', 'ordered'])
 def test_texts(kw, workers): check_order(train(texts(num_workers=workers, **kw)), 48, bool(not kw))
@@ -404,6 +405,7 @@ def train_skipping(skipped, **kw):
     return learn, refused
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize('drop_last', [False, True], ids=['all', 'drop last'])
 @pytest.mark.parametrize('shuffle', [False, True], ids=['ordered', 'shuffled'])

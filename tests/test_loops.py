@@ -373,6 +373,7 @@ def compiled(backend, net=Net, n=3, cbs=(), **ours):
     return learn, counters['stats']['unique_graphs'], dict(counters['graph_break'])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('backend', ['eager', 'aot_eager', inductor])
 @pytest.mark.parametrize('ours', [dict(ks=True), dict(kc=True), dict(ks=True, kc=True)], ids='+'.join)
 def test_a_compiled_model_trains_as_it_does_uncompiled(ours, backend):

@@ -43,6 +43,7 @@ def comparable(result, *dropped):
 def same(a, b): assert comparable(a) == comparable(b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method,fit,epoch', list(interruptions()))
 def test_stages_are_resumed_where_they_were(method, fit, epoch, tmp_path):
     "A run interrupted in the first or second stage gives the same numbers as an uninterrupted one"
@@ -58,6 +59,7 @@ def test_stages_are_resumed_where_they_were(method, fit, epoch, tmp_path):
     same(whole, resumed)
 
 
+@pytest.mark.slow
 def test_no_checkpoint_is_left(tmp_path):
     run('train', '--dataset', 'digits-lt', '--method', 'ride-assigned', '--epochs', '2', '--rl', '--out', 'out',
         cwd=tmp_path)
@@ -269,6 +271,7 @@ def small_digits():
     return DataLoaders(dls.train.new(train, bs=20), dls.valid.new(valid), device='cpu')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rl', [None, dict(preset='v0.0.1', ks=True, kc=True)], ids=['alone', 'with RL'])
 @pytest.mark.parametrize('name', methods)
 def test_a_small_batch_is_overfitted(name, rl):

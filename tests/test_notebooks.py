@@ -13,6 +13,15 @@ import pytest
 
 root = Path(__file__).parent.parent
 notebooks = sorted(root.glob('nbs/**/*.ipynb'))
+# Chapters that take more than ten seconds: they train several networks, or start several processes
+slow = {
+    'core/03_ranks', 'experiments/00_checkpoint', 'experiments/03_runner', 'experiments/05_summary',
+    'experiments/06_bench', 'experiments/10_tuning', 'experiments/11_seeds', 'methods/09_decouple',
+    'methods/10_mislas', 'methods/11_balancing', 'methods/12_oltr', 'methods/13_experts', 'methods/14_ride',
+    'methods/15_sade', 'methods/16_mdcs', 'methods/17_ncl', 'methods/21_catalogue', 'reflective/02_samples',
+    'tutorials/00_first_run', 'tutorials/01_your_own_images', 'tutorials/03_ablations', 'tutorials/04_several_gpus',
+    'tutorials/05_resuming', 'tutorials/07_a_method_of_your_own',
+}
 
 
 def tool(name): return str(Path(sys.executable).parent/name)
@@ -34,7 +43,17 @@ def changed(a, b, pattern):
     return sorted(str(f) for f in files if not is_equal(f))
 
 
-@pytest.mark.parametrize('nb', notebooks, ids=lambda o: str(o.relative_to(root/'nbs')))
+def chapter(nb):
+    "A notebook as a parameter, slow if it is on the list"
+    name = nb.relative_to(root/'nbs').with_suffix('').as_posix()
+    return pytest.param(nb, id=f'{name}.ipynb', marks=[pytest.mark.slow] if name in slow else [])
+
+
+def test_slow_chapters_exist():
+    assert slow <= {nb.relative_to(root/'nbs').with_suffix('').as_posix() for nb in notebooks}
+
+
+@pytest.mark.parametrize('nb', map(chapter, notebooks))
 def test_notebook(nb):
     from nbdev.test import test_nb as run
     folder, handler = os.getcwd(), signal.getsignal(signal.SIGINT)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 root = Path(__file__).parent.parent
 without_path = {k: v for k,v in os.environ.items() if k!='PYTHONPATH'} # which might find the checkout
 not_copied = shutil.ignore_patterns('.git', '__pycache__', '*.egg-info', 'build', 'dist', '_docs', '_proc', '.venv',

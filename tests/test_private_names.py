@@ -181,6 +181,7 @@ def test_fault_21_every_private_name_is_known():
     assert not new, f'private names without a check: add one to `known` in this file. {new}'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', known)
 def test_fault_21_private_names_still_exist(name):
     check, purpose = known[name]

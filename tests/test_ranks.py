@@ -73,12 +73,14 @@ def assert_same_as_one_process(folder, name, world):
     assert want['history.review_loss'][1:].gt(0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', worker.variants)
 def test_ranks_learn_what_one_process_learns(trained, name):
     world, folder = trained
     assert_same_as_one_process(folder, name, world)
 
 
+@pytest.mark.slow
 def test_started_by_accelerate(tmp_path):
     launch = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2',
               '--num_machines', '1', '--mixed_precision', 'no', '--main_process_port', str(free_port())]
@@ -107,6 +109,7 @@ def methods_trained(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', methods_worker.names)
 def test_methods_have_one_state_on_all_ranks(methods_trained, name):
     "Equal weights, also of the queue and the slow copy; class-aware sampling balances classes over all ranks together"

@@ -219,6 +219,7 @@ def done(tmp_path_factory):
     return run('run', 'table1/BSCE+RL/100', *tiny, '--budget', '.03', '--out', 'a/s0', cwd=cwd), cwd
 
 
+@pytest.mark.slow
 def test_run_marks_what_is_shortened_and_changed(done):
     said, cwd = done
     assert 'reported' in said and '47.9' in said and 'difference' in said and '6 epochs (steps)' in said
@@ -237,6 +238,7 @@ def test_run_marks_what_is_shortened_and_changed(done):
     assert f"{gap:+.1f}" in said
 
 
+@pytest.mark.slow
 def test_report_sets_measured_beside_reported(done):
     _, cwd = done
     run('run', 'table1/BSCE+RL/100', *tiny, '--budget', '.03', '--seed', '1', '--out', 'a/s1', cwd=cwd)
@@ -255,6 +257,7 @@ def test_report_sets_measured_beside_reported(done):
     assert '47.9' in said_here('report', str(cwd/'a/s0'))
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path):
     "kill -9 after a checkpoint, then --resume: the same numbers as without"
     args = ('run', 'table1/BSCE+RL/100', *tiny, '--budget', '.1', '--out', 'a')

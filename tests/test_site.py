@@ -19,6 +19,7 @@ import pytest
 
 from public import everything, modules
 
+pytestmark = pytest.mark.slow
 root = Path(__file__).parent.parent
 sources = ('nbs', 'ltrl_fastai', 'tools', 'pyproject.toml', 'settings.ini', 'setup.py', 'README.md', 'CHANGELOG.md',
            'LICENSE')

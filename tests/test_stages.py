@@ -103,6 +103,7 @@ def test_a_second_stage_on_an_untrained_net_is_rejected(dls, stage):
     for o in (trained, elsewhere, loaded): prepare(o)
 
 
+@pytest.mark.slow
 @every_stage
 def test_a_learner_on_image_files(images, stage):
     "Stages work on fastai's `vision_learner`, and the training images are augmented as before"
@@ -307,6 +308,7 @@ def staged_methods():
     for k in made: del methods[k]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', stages)
 def test_runs_are_resumed_within_the_second_stage(name, staged_methods, tmp_path):
     "With the same numbers as without an interruption; if a stage trains nothing, within the first"

@@ -58,6 +58,7 @@ def test_fault_13_common_words_are_not_exported():
     assert not words & set(starred('ltrl_fastai.all'))
 
 
+@pytest.mark.slow
 def test_fault_13_both_star_imports_keep_all_names():
     "In a new process, in either order"
     for first, second in (('fastai.vision.all', 'ltrl_fastai.all'), ('ltrl_fastai.all', 'fastai.vision.all')):

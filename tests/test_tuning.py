@@ -10,6 +10,7 @@ from fastai.callback.mixup import MixUp
 from fastai.vision.all import Callback, F, first, nn, noop
 from ltrl_fastai.core.files import write_json
 from ltrl_fastai.experiments import cli, runner, training, tuning
+from ltrl_fastai.experiments import settings as settings_module
 from ltrl_fastai.experiments.plan import Variant, make_plan, parse_setting, variants
 from ltrl_fastai.experiments.runner import Failed, finish, look
 from ltrl_fastai.experiments.summary import evidence, load_results, tuned_gains
@@ -237,7 +238,7 @@ def test_mixup_of_items_that_are_no_numbers_is_refused(monkeypatch):
         return dls
     monkeypatch.setitem(training.datasets, 'digits-lt', {**training.datasets['digits-lt'], 'make': of_words})
     def net_of_words(*args, **kw): return nn.Sequential(Floats(), nn.Flatten(), nn.Linear(64, 10))
-    monkeypatch.setattr(training, 'create_net', net_of_words)
+    monkeypatch.setattr(settings_module, 'create_net', net_of_words)
     RunSettings(**tiny).check()
     with pytest.raises(ValueError, match="can't be mixed"): RunSettings(**tiny, mixup=.2).check()
 
@@ -333,6 +334,7 @@ def here(monkeypatch):
     return run_here.trained
 
 
+@pytest.mark.slow
 def test_both_sides_try_the_same_and_the_best_is_chosen(here, tmp_path):
     values = {'dropout': [0., .5], 'posthoc': [0., 'auto'], 'method.tau': [1.5]}
     res = tune(['bsce', 'softmax'], tmp_path, values, [100, 101], [0], **tiny)

@@ -58,6 +58,7 @@ def errors():
     return [((root/m[1]).resolve(), int(m[2]), m[3], m[0]) for m in found]
 
 
+@pytest.mark.slow
 def test_a_type_checker_finds_no_error_and_the_promised_types(errors):
     assert not [line for file,*_,line in errors if file!=mistakes]
 

@@ -6,6 +6,7 @@
 __all__ = ['folder_sets', 'data_folder', 'count_images', 'abbreviated', 'NamedDataSet', 'IncludedDataSet', 'find_folder']
 
 # %% ../../nbs/data/11_facts.ipynb #ee68efc2
+import abc
 import dataclasses
 import importlib.util
 import mimetypes
@@ -41,7 +42,7 @@ def abbreviated(items:list, # All items
 
 # %% ../../nbs/data/11_facts.ipynb #c6dffb23
 @dataclasses.dataclass(frozen=True)
-class NamedDataSet:
+class NamedDataSet(abc.ABC):
     "A data set with a name, and its size at the default imbalance factor."
     name:str # As in `--dataset`
     title:str # For messages
@@ -49,10 +50,10 @@ class NamedDataSet:
     train:int # Training images
     test:int # Test images
 
+    @abc.abstractmethod
     def find(self, path:str|Path|None # Folder to look in; None for the default
             ) -> dict: # `found` and `missing`, both texts, and `notes`, a list of texts
         "Find the data set on disk."
-        raise NotImplementedError
 
 @dataclasses.dataclass(frozen=True)
 class IncludedDataSet(NamedDataSet):

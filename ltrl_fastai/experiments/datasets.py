@@ -17,6 +17,10 @@ from ..data.lists import imagenet_lt, inaturalist18, places_lt
 from ..data.shipped import photos_lt
 
 # %% ../../nbs/experiments/12_datasets.ipynb #34687ead
+_photographs = dict(
+    takes='size policy flip crop data n_valid data_seed'.split(),
+    defaults=dict(net='resnet18', epochs=30, bs=64, lr=.05))
+
 datasets = { # By name: what makes the loaders, defaults of `RunSettings`, and which other settings are accepted
     'digits-lt': dict(
         make=digits_lt, tfms=dict(crop=1, flip=False),
@@ -42,12 +46,8 @@ datasets = { # By name: what makes the loaders, defaults of `RunSettings`, and w
     'inaturalist18': dict(
         make=inaturalist18, takes='size policy flip crop data n_valid data_seed'.split(),
         defaults=dict(net='resnet50', epochs=90, bs=256, lr=.2)),
-    'grocery': dict(
-        make=grocery, takes='size policy flip crop data n_valid data_seed'.split(),
-        defaults=dict(net='resnet18', epochs=30, bs=64, lr=.05)),
-    'magnetic': dict(
-        make=magnetic, takes='size policy flip crop data n_valid data_seed'.split(),
-        defaults=dict(net='resnet18', epochs=30, bs=64, lr=.05)),
+    'grocery': dict(make=grocery, **_photographs),
+    'magnetic': dict(make=magnetic, **_photographs),
     'unicode-names': dict(
         make=unicode_names, takes='n_valid data_seed'.split(), files=False,
         defaults=dict(net='mlp256', epochs=20, bs=128, lr=.1)),

@@ -17,6 +17,11 @@ from ltrl_fastai.experiments.cli_common import (app, check_output, fail, option,
     set_image_check)
 
 # %% ../../nbs/experiments/20_cli_train.ipynb #f0c35b56
+_Resume = Annotated[bool, option(
+    "Continue the interrupted run in the output folder. A checkpoint is written after each epoch.", '--resume')]
+_Force = Annotated[bool, option(
+    "Replace what is in the output folder: the result of other settings, or an interrupted run.", '--force')]
+
 @app.command()
 def train(
     # what to train
@@ -85,12 +90,8 @@ def train(
     out:Annotated[Path|None, option(
         "Output folder for result.json and per_class.png. Default: ltrl-runs/ and a name made from the "
         "settings.")]=None,
-    resume:Annotated[bool, option(
-        "Continue the interrupted run in the output folder. A checkpoint is written after each epoch.",
-        '--resume')]=False,
-    force:Annotated[bool, option(
-        "Replace what is in the output folder: the result of other settings, or an interrupted run.",
-        '--force')]=False,
+    resume:_Resume=False,
+    force:_Force=False,
 ):
     """Train on long-tailed data and report accuracy by shot.
 
@@ -427,12 +428,8 @@ def run(
     out:Annotated[Path|None, option(
         "Output folder for result.json and per_class.png. Default: ltrl-runs/ and a name made from the "
         "recipe's.")]=None,
-    resume:Annotated[bool, option(
-        "Continue the interrupted run in the output folder. A checkpoint is written after each epoch.",
-        '--resume')]=False,
-    force:Annotated[bool, option(
-        "Replace what is in the output folder: the result of other settings, or an interrupted run.",
-        '--force')]=False,
+    resume:_Resume=False,
+    force:_Force=False,
 ):
     """Train a recipe of the slides, in full or shortened.
 

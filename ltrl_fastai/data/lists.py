@@ -139,6 +139,8 @@ def photo_tfms(size:int=224, # Side in pixels
 class ImageFileDataLoaders(LongTailDataLoaders):
     "`LongTailDataLoaders` of image files; `test` may be None."
     n_in = 3
+    image_size = 224 # Side in pixels
+    small = False # Are images of this size already? See `photo_tfms`
     def listing(self) -> list: # Texts
         "Split, path, class and size in bytes of every image, which identify a data set without decoding it."
         res = []
@@ -192,6 +194,8 @@ def image_dataloaders(lists:dict, # Located `ImageList` by split: 'train', 'vali
     counts = np.bincount(train.labels, minlength=len(vocab))
     res.name = name
     res.root = train.root
+    res.image_size = size
+    res.small = small
     res.notes = list(notes)
     res.skipped = list(skipped)
     res.imbalance_factor = round(float(counts.max()/counts.min()), 4)

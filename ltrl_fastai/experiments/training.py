@@ -150,10 +150,10 @@ def _description(learn, settings):
 def _evaluation(learn, settings, method, histories, worlds):
     "What a result says of a trained learner, and the report on test images, or on validation images without a test set"
     dls = learn.dls
-    valid,posthoc = _validate(learn, settings)
-    tested = None
-    if dls.test is not None: tested = ShotReport.from_learner(learn, dl=dls.test, label=label_of(settings))
-    train = ShotReport.from_learner(learn, dl=_train_eval_dl(dls))
+    report_of = partial(ShotReport.from_learner, learn, label=label_of(settings), many=settings.many, few=settings.few)
+    valid,posthoc = _validate(learn, settings, report_of)
+    tested = None if dls.test is None else report_of(dl=dls.test)
+    train = report_of(dl=_train_eval_dl(dls))
     report = valid if tested is None else tested
     res = {} if tested is None else dict(accuracy=_rounded_values(tested.accuracy))
     res.update(
@@ -183,17 +183,16 @@ def _shifted_accuracies(learn, method, report):
     accuracies = table.iloc[0].items()
     return [dict(order=order, factor=factor, accuracy=_rounded(value)) for (order,factor),value in accuracies]
 
-def _validate(learn, settings):
+def _validate(learn, settings, report_of):
     "The report on validation images, and what the result says of `posthoc`, which adjusts predictions from then on"
-    label = label_of(settings)
-    if settings.posthoc is None: return ShotReport.from_learner(learn, label=label),{}
+    if settings.posthoc is None: return report_of(),{}
     counts,tau = learn.dls.class_counts,settings.posthoc
     is_auto = tau=='auto'
     if is_auto:
         with learn.no_bar(): logits,targets = learn.get_preds(act=noop)
         tau = best_tau(logits, targets, counts)
     learn.add_cb(LogitAdjustment(counts, tau))
-    valid = ShotReport.from_learner(learn, label=label)
+    valid = report_of()
     if is_auto: # no image is scored by a tau that was chosen on it
         adjusted = crossfit_adjusted(logits, targets, counts)
         valid.hits,_ = class_hits(adjusted, targets, len(valid.counts))

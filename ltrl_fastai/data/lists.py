@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['leave_out_broken', 'broken_note', 'hold_out', 'TrainCrop', 'ImageAugment', 'photo_tfms', 'ImageFileDataLoaders',
-           'with_targets', 'image_dataloaders', 'class_names', 'read_lists', 'imagenet_lt', 'places_lt',
-           'inaturalist18', 'list_sets', 'ImageList', 'decode_file', 'read_list', 'read_inat', 'check_lists',
-           'as_listed', 'flat_val', 'flat_val256', 'to_easy', 'from_easy', 'in_class_folders', 'locate',
+           'with_targets', 'loader_processes', 'image_dataloaders', 'class_names', 'read_lists', 'imagenet_lt',
+           'places_lt', 'inaturalist18', 'list_sets', 'ImageList', 'decode_file', 'read_list', 'read_inat',
+           'check_lists', 'as_listed', 'flat_val', 'flat_val256', 'to_easy', 'from_easy', 'in_class_folders', 'locate',
            'missing_images', 'check_images', 'find_lists', 'placement_of', 'compare_published']
 
 # %% ../../nbs/data/04_lists.ipynb #74a2a427
@@ -157,6 +157,13 @@ def with_targets(tls:list, # `TfmdLists` of inputs and of targets
     res.targets = labels
     return res
 
+def loader_processes(n:int # Training images
+                    ) -> int:
+    "Processes that load images: `LTRL_WORKERS` of the environment; default: fastai's, or 0 for fewer than 1,000 images."
+    chosen = os.environ.get('LTRL_WORKERS')
+    if chosen: return int(chosen)
+    return 0 if n<1000 else defaults.cpus
+
 def image_dataloaders(lists:dict, # Located `ImageList` by split: 'train', 'valid', and possibly 'test'
                       vocab:list, # Class names
                       bs:int=64, # Training batch size; the other loaders use twice as many
@@ -167,7 +174,7 @@ def image_dataloaders(lists:dict, # Located `ImageList` by split: 'train', 'vali
                       name:str|None=None, # Name of the data set
                       notes:Iterable=(), # Texts that a user of the data should know
                       skipped:Iterable=(), # Files that were left out, for `dls.skipped`
-                      num_workers:int|None=None, # Default: fastai's, or 0 for fewer than 1,000 images
+                      num_workers:int|None=None, # Default: see `loader_processes`
                       device:str|torch.device|None=None, # Default: fastai's
                       path:str|Path='.' # Folder of saved models
                      ) -> ImageFileDataLoaders:
@@ -180,7 +187,7 @@ def image_dataloaders(lists:dict, # Located `ImageList` by split: 'train', 'vali
     block = DataBlock(blocks=blocks, get_x=ItemGetter(0), get_y=ItemGetter(1), item_tfms=item_tfms,
                       batch_tfms=batch_tfms, splitter=IndexSplitter(range(n_train, n_train+len(valid))))
     drop_last = n_train>bs and n_train%bs==1 # BatchNorm can't train on a single image
-    if num_workers is None: num_workers = 0 if n_train<1000 else defaults.cpus
+    if num_workers is None: num_workers = loader_processes(n_train)
     items = _labelled_files(train, vocab)+_labelled_files(valid, vocab)
     dls = block.dataloaders(items, bs=min(bs, n_train), val_bs=2*bs, drop_last=drop_last, num_workers=num_workers,
                             device=device)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_facts', 'load_model', 'save_model', 'model_card']
 
-# %% ../../nbs/deploy/02_model_files.ipynb #d1603a95
+# %% ../../nbs/deploy/02_model_files.ipynb #a63504b1
 from fastai.vision.all import *
 import json
 import tempfile
@@ -24,7 +24,7 @@ from ..methods.nets import create_net, drop_features, is_mlp
 from ..methods.posthoc import LogitAdjustment
 from ..reflective.learning import ReflectiveLearning
 
-# %% ../../nbs/deploy/02_model_files.ipynb #cadde3e1
+# %% ../../nbs/deploy/02_model_files.ipynb #0e2ebbed
 _format = 1 # of model.json
 
 def _empty_loaders(vocab, size, small):
@@ -57,7 +57,7 @@ def _built_learner(facts):
     if build['posthoc'] is not None: learn.add_cb(LogitAdjustment(facts['class_counts'], build['posthoc']))
     return learn
 
-# %% ../../nbs/deploy/02_model_files.ipynb #5583ecda
+# %% ../../nbs/deploy/02_model_files.ipynb #3e03c527
 def _model_folder(path):
     "The folder that holds `model.json`"
     for folder in (path, path/'model', path.parent):
@@ -154,7 +154,7 @@ def _input_of(dls):
     if size is None: return dict(kind='items of its loaders')
     return dict(kind='image files', size=size, small=dls.small)
 
-# %% ../../nbs/deploy/02_model_files.ipynb #3b0d16a3
+# %% ../../nbs/deploy/02_model_files.ipynb #59605f99
 def save_model(learn:Learner, # A trained learner
                folder:str|Path, # Written, or replaced
                build:dict|None=None, # What to build the network from: `RunSettings.build_facts(learn)`; None for a pickle alone
@@ -173,8 +173,8 @@ def save_model(learn:Learner, # A trained learner
     with tempfile.TemporaryDirectory(prefix='.model-', dir=folder.parent) as parent:
         temporary = Path(parent)/'model'
         temporary.mkdir()
-        save_file(_separate(weights_of(learn)), temporary/'model.safetensors')
-        if last is not None: save_file(_separate(last), temporary/'last.safetensors')
+        _save_weights(weights_of(learn), temporary/'model.safetensors')
+        if last is not None: _save_weights(last, temporary/'last.safetensors')
         _export(learn, temporary/'model.pkl')
         examples = _examples(learn)
         facts.update(_build_or_reason(learn, temporary, facts, build, examples))
@@ -184,9 +184,12 @@ def save_model(learn:Learner, # A trained learner
         _replace_folder(temporary, folder)
     return folder
 
-def _separate(state):
-    "Tensors that share no memory, as safetensors needs them"
-    return {name: o.clone().contiguous() for name,o in state.items()}
+def _save_weights(state, file):
+    "Write weights; safetensors wants tensors that share no memory, and would make a file that only its owner can read"
+    file.touch()
+    mode = file.stat().st_mode
+    save_file({name: o.clone().contiguous() for name,o in state.items()}, file)
+    file.chmod(mode)
 
 def _export(learn, file):
     "Export a learner without Reflective Learning, which only training needs"
@@ -242,7 +245,7 @@ def _replace_folder(source, target):
         old.rename(target)
         raise
 
-# %% ../../nbs/deploy/02_model_files.ipynb #c25f8419
+# %% ../../nbs/deploy/02_model_files.ipynb #b96e76c8
 def _percent(value): return '-' if value is None else f'{value:.1f}'
 
 def _accuracy_table(accuracy):

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -212,12 +213,13 @@ def _train_once(todo, out, rl, worlds, resume, force, loggers):
         except (ValueError, TypeError, OSError, ImportError) as e: fail(e)
         results = []
         models = [out/f'.model-{i}' for i in range(len(todo))]
-        for settings,checkpoint,model in zip(todo, checkpoints, models):
-            typer.echo(f"\n{_describe(settings)}, seed {settings.seed}{_going_on([checkpoint])}")
-            cbs = logger_cbs(loggers, out, label_of(settings))
-            results.append(_train(settings, checkpoint, worlds=worlds, model=model, cbs=cbs))
-            results[0][0]['identity'] = identity
-            write_json(results[0][0], out/'result.json') # a finished run is kept, whatever happens to the next
+        with _bar(todo) as bar:
+            for settings,checkpoint,model in zip(todo, checkpoints, models):
+                typer.echo(f"\n{_describe(settings)}, seed {settings.seed}{_going_on([checkpoint])}")
+                cbs = logger_cbs(loggers, out, label_of(settings))
+                results.append(_train(settings, checkpoint, worlds=worlds, model=model, cbs=cbs, bar=bar))
+                results[0][0]['identity'] = identity
+                write_json(results[0][0], out/'result.json') # a finished run is kept, whatever happens to the next
         (res,_),*others = results
         on = 'accuracy' if 'accuracy' in res else 'valid_accuracy' # without a test set
         if others: _add_baseline(res, others[0][0], on, worlds)
@@ -230,13 +232,19 @@ def _train_once(todo, out, rl, worlds, resume, force, loggers):
         typer.echo(f"\nWritten: {out/'result.json'}, {out/'per_class.png'}")
         typer.echo(f"{describe_model(model, out, settings.epochs)}\n{_next(settings, rl, out)}")
 
-def _train(settings, checkpoint, worlds=False, model=None, cbs=None):
+def _bar(todo):
+    "One bar for the epochs of all runs and stages in a terminal; elsewhere `train_run` prints a line for each epoch"
+    from ltrl_fastai.experiments.run_bar import RunBar, epochs_of
+    if not sys.stdout.isatty(): return contextlib.nullcontext(True)
+    return RunBar(sum(epochs_of(o.made_method(), o.epochs) for o in todo))
+
+def _train(settings, checkpoint, worlds=False, model=None, cbs=None, bar=True):
     "Train one run; an error that a user can mend, or an interruption, ends the program"
     import torch
     from ltrl_fastai.data.images import UnreadableImage
     from ltrl_fastai.experiments.checkpoint import ForeignCheckpoint, UnreadableCheckpoint
     from ltrl_fastai.experiments.training import train_run
-    try: return train_run(settings, bar=True, checkpoint=checkpoint.file, worlds=worlds, model=model, cbs=cbs)
+    try: return train_run(settings, bar=bar, checkpoint=checkpoint.file, worlds=worlds, model=model, cbs=cbs)
     except UnreadableImage as e: fail(str(e).rpartition('UnreadableImage: ')[2]) # a loading process adds a traceback
     except (ForeignCheckpoint, UnreadableCheckpoint) as e:
         fail(f"{e} On the command line, --force instead of --resume starts anew.")

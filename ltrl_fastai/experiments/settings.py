@@ -78,7 +78,7 @@ class RunSettings:
         one_of('method', self.method, methods)
         if self.pretrained is None: self.pretrained = self._starts_pretrained(spec)
         if self.weights is not None and not self.pretrained: raise ValueError(
-            "weights: a net that is trained from scratch takes no weights. Leave one of the two out.")
+            "weights: a net that is trained from scratch takes no weights. Leave out one of the two.")
         usual = dict(wd=5e-4, nesterov=True, schedule='one-cycle')
         of_data = spec['finetuned'] if self.pretrained and 'finetuned' in spec else spec['defaults']
         defaults = {**usual, **of_data, **methods[self.method].defaults}

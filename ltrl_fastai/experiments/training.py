@@ -23,6 +23,7 @@ from .datasets import datasets as datasets, spec_of as spec_of # `as` re-exports
 from .identity import data_listing, listing_summary
 from .process import locked_folder as locked_folder, keep_freed_memory as keep_freed_memory
 from .process import command, use_device, versions
+from .run_bar import RunBar
 from .schedules import schedules
 from .settings import RunSettings, label_of
 from ..methods.optimizer import BodyRate
@@ -66,13 +67,15 @@ class _CheckFinite(Callback):
 
 class _PrintRows:
     "A logger that prints one line per epoch, for an output that is not a terminal"
-    def __init__(self, learn): self.learn,self.has_header = learn,False
+    def __init__(self, learn, echo=partial(print, flush=True)):
+        store_attr()
+        self.has_header = False
     def __call__(self, row):
         if not self.has_header: self._print(self.learn.recorder.metric_names)
         self.has_header = True
         self._print(row)
 
-    def _print(self, row): print(' '.join(f'{self._text(value):>12}' for value in row), flush=True)
+    def _print(self, row): self.echo(' '.join(f'{self._text(value):>12}' for value in row))
 
     def _text(self, value):
         if value is None: return '-'
@@ -80,16 +83,18 @@ class _PrintRows:
 
 @contextlib.contextmanager
 def _progress(learn, bar):
-    "Show a progress bar in a terminal, a line per epoch elsewhere; nothing without `bar`"
-    if bar and sys.stdout.isatty():
+    "Show a progress bar in a terminal, a line per epoch elsewhere or with a `RunBar`; nothing without `bar`"
+    is_shared = isinstance(bar, RunBar)
+    if bar and not is_shared and sys.stdout.isatty():
         yield
         return
+    logger = learn.logger
     with learn.no_bar():
-        if bar:
-            learn.logger = _PrintRows(learn)
-            yield
-        else:
-            with learn.no_logging(): yield
+        if is_shared: learn.logger = _PrintRows(learn, bar.print)
+        elif bar: learn.logger = _PrintRows(learn)
+        else: learn.logger = noop
+        try: yield
+        finally: learn.logger = logger # it can't be pickled, and the learner is exported
 
 @contextlib.contextmanager
 def _keep_cudnn_flags():
@@ -118,7 +123,7 @@ def _fit(learn, settings, method, bar, checkpoint, cbs):
 
 # %% ../../nbs/experiments/01_training.ipynb #776730e0
 def train_run(settings:RunSettings, # What to train
-              bar:bool=True, # Show fastai's progress bar and table?
+              bar:bool|RunBar=True, # Show fastai's progress bar and table? Or a bar that other runs share
               test:bool=True, # Read the test set at the end? Without it, the result describes the validation images
               checkpoint:Path|None=None, # File written after each epoch, from which an interrupted run resumes
               cbs:Callback|Iterable|None=None, # More callbacks
@@ -136,7 +141,8 @@ def _train_run(settings, bar, test, checkpoint, cbs, worlds, model):
     data = listing_summary(data_listing(learn.dls))
     if not test: learn.dls.loaders = learn.dls.loaders[:2] # no stage sees the test set
     keep = KeepBest() if model and not method.then else None # later stages change the network
-    histories,earlier_seconds = _fit(learn, settings, method, bar, checkpoint, L(cbs)+L(keep))
+    shared_bar = bar if isinstance(bar, RunBar) else None
+    histories,earlier_seconds = _fit(learn, settings, method, bar, checkpoint, L(cbs)+L(keep)+L(shared_bar))
     res,report = _evaluation(learn, settings, method, histories, worlds)
     if model: res['model'] = _save_trained(learn, settings, keep, res, model)
     return {

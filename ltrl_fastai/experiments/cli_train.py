@@ -110,7 +110,7 @@ def train(
     resume:_Resume=False,
     force:_Force=False,
 ):
-    """Train on long-tailed data, report accuracy by shot, and save the model.
+    """Train on long-tailed data, and save the model.
 
     Without options: Balanced Softmax with and without Reflective Learning on CIFAR-100-LT, as small features that
     come with the package, five seeds each. Prints the gain with its 95% interval, and writes a plot of all classes

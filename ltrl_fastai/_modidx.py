@@ -380,6 +380,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'ltrl_fastai.data.lists.ImageFileDataLoaders.listing': ( 'data/lists.html#imagefiledataloaders.listing',
                                                                                                  'ltrl_fastai/data/lists.py'),
                                         'ltrl_fastai.data.lists.TrainCrop': ('data/lists.html#traincrop', 'ltrl_fastai/data/lists.py'),
+                                        'ltrl_fastai.data.lists.TrainCrop.__init__': ( 'data/lists.html#traincrop.__init__',
+                                                                                       'ltrl_fastai/data/lists.py'),
                                         'ltrl_fastai.data.lists.TrainCrop.before_call': ( 'data/lists.html#traincrop.before_call',
                                                                                           'ltrl_fastai/data/lists.py'),
                                         'ltrl_fastai.data.lists._describe_broken': ( 'data/lists.html#_describe_broken',

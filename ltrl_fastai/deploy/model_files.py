@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_facts', 'load_model', 'save_model', 'model_card']
 
-# %% ../../nbs/deploy/02_model_files.ipynb #a63504b1
+# %% ../../nbs/deploy/02_model_files.ipynb #a9fb16cb
 from fastai.vision.all import *
 import json
 import tempfile
@@ -24,10 +24,10 @@ from ..methods.nets import create_net, drop_features, is_mlp
 from ..methods.posthoc import LogitAdjustment
 from ..reflective.learning import ReflectiveLearning
 
-# %% ../../nbs/deploy/02_model_files.ipynb #0e2ebbed
+# %% ../../nbs/deploy/02_model_files.ipynb #339d2adc
 _format = 1 # of model.json
 
-def _empty_loaders(vocab, size, small):
+def _empty_loaders(vocab, size, small, resize):
     "Loaders without items, with the preprocessing of `image_dataloaders`"
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, 'image.png')
@@ -35,10 +35,12 @@ def _empty_loaders(vocab, size, small):
         images = ImageList(folder, ['image.png'], [0])
         images.root = folder
         images.files = [file]
-        dls = image_dataloaders(dict(train=images, valid=images), vocab, bs=64, size=size, small=small, num_workers=0)
+        dls = image_dataloaders(
+            dict(train=images, valid=images), vocab, bs=64, size=size, small=small, resize=resize, num_workers=0)
         res = dls.new_empty()
     res.image_size = size
     res.small = small
+    res.resize = resize
     return res
 
 def _untrained_net(build, n_classes):
@@ -51,13 +53,14 @@ def _built_learner(facts):
     "A learner made from `model.json`, with any weights"
     build,vocab = facts['build'],facts['classes']
     method = method_with(build['method'], **(build['method_args'] or {}))
-    dls = _empty_loaders(vocab, facts['input']['size'], facts['input']['small'])
+    preprocessing = {name: facts['input'][name] for name in ('size','small','resize')}
+    dls = _empty_loaders(vocab, **preprocessing)
     learn = method.learner(dls, _untrained_net(build, len(vocab)), facts['class_counts'])
     if build['dropout'] and not is_mlp(build['net']): drop_features(learn.model, build['dropout'])
     if build['posthoc'] is not None: learn.add_cb(LogitAdjustment(facts['class_counts'], build['posthoc']))
     return learn
 
-# %% ../../nbs/deploy/02_model_files.ipynb #3e03c527
+# %% ../../nbs/deploy/02_model_files.ipynb #c45f2bd6
 def _model_folder(path):
     "The folder that holds `model.json`"
     for folder in (path, path/'model', path.parent):
@@ -152,9 +155,9 @@ def _input_of(dls):
     "Which items a model takes, and their preprocessing"
     size = getattr(dls, 'image_size', None)
     if size is None: return dict(kind='items of its loaders')
-    return dict(kind='image files', size=size, small=dls.small)
+    return dict(kind='image files', size=size, small=dls.small, resize=dls.resize)
 
-# %% ../../nbs/deploy/02_model_files.ipynb #59605f99
+# %% ../../nbs/deploy/02_model_files.ipynb #33330711
 def save_model(learn:Learner, # A trained learner
                folder:str|Path, # Written, or replaced
                build:dict|None=None, # What to build the network from: `RunSettings.build_facts(learn)`; None for a pickle alone
@@ -245,7 +248,7 @@ def _replace_folder(source, target):
         old.rename(target)
         raise
 
-# %% ../../nbs/deploy/02_model_files.ipynb #b96e76c8
+# %% ../../nbs/deploy/02_model_files.ipynb #ac1b7d94
 def _percent(value): return '-' if value is None else f'{value:.1f}'
 
 def _accuracy_table(accuracy):
@@ -266,7 +269,8 @@ def model_card(facts:dict # Content of `model.json`
     lines += [f"- **Classes**: {len(classes)}, from {classes[order[0]]!r} ({counts[order[0]]:,} training images) to "
               f"{classes[order[-1]]!r} ({counts[order[-1]]:,}). `model.json` lists all."]
     if facts['input']['kind']=='image files':
-        lines.append(f"- **Input**: an image, resized and cropped to {facts['input']['size']} pixels.")
+        part = 'the whole image' if facts['input']['resize']=='squish' else 'the centre of the image'
+        lines.append(f"- **Input**: {part}, resized to {facts['input']['size']} pixels square.")
     if facts.get('created'): lines.append(f"- **Saved**: {facts['created']}.")
     if facts.get('command'): lines.append(f"- **Trained by**: `{facts['command']}`")
     lines.append('')

@@ -21,7 +21,8 @@ from ..data.shipped import photos_lt
 _from_scratch = dict(net='resnet18', epochs=30, bs=64, lr=.05)
 _finetuned = dict(net='resnet34', epochs=12, bs=32, lr=.02, body_lr=.005, schedule='fine-tune')
 _photographs = dict(
-    takes='size policy flip crop data n_valid data_seed'.split(), defaults=_from_scratch, finetuned=_finetuned)
+    takes='size policy flip crop min_scale resize data n_valid data_seed'.split(), defaults=_from_scratch,
+    finetuned=_finetuned)
 
 datasets = { # By name: what makes the loaders, defaults of `RunSettings` (and of a pretrained net), and what else is accepted
     'digits-lt': dict(
@@ -62,7 +63,7 @@ datasets = { # By name: what makes the loaders, defaults of `RunSettings` (and o
 }
 
 _user_images = dict(
-    make=folder_data, takes='size policy flip crop n_valid data_seed'.split(), defaults=_from_scratch)
+    make=folder_data, takes='size policy flip crop min_scale resize n_valid data_seed'.split(), defaults=_from_scratch)
 _user_features = dict(
     takes='size n_valid data_seed extract'.split(),
     defaults=dict(net='mlp256', epochs=20, bs=128, lr=.1))

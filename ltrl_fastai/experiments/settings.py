@@ -62,6 +62,8 @@ class RunSettings:
     crop:int|None=None # Padding of the random crop
     flip:bool|None=None # Flip images horizontally at random?
     size:int|None=None # Side in pixels that images are resized to, or cropped to if they are photographs
+    min_scale:float|None=None # Smallest share of a photograph in a training crop, see `photo_tfms`; default: .08
+    resize:str|None=None # Evaluate on a photograph's centre ('crop') or on all of it ('squish')? Default: 'crop'
     data:str|None=None # Path of the data set; default: where fastai keeps it
     diagnose:bool=False # Record drift, accuracy and gradient conflicts by class and epoch? Changes no weight
     reflective:dict|None=None # Arguments of `ReflectiveLearning`; None trains without it
@@ -171,11 +173,13 @@ class RunSettings:
         if self.dataset in datasets:
             reasons['data'] = f"{self.dataset} is made by this package and is not read from a path."
         if 'policy' not in takes:
-            for name in ('policy','flip','crop','cut'): reasons[name] = "vectors are not augmented as images are."
+            for name in ('policy','flip','crop','cut','min_scale','resize'): reasons[name] = "vectors are not augmented as images are."
         can_crop = 'crop' in takes and 'extract' not in takes
         if can_crop and self.crop is not None and self.policy is not None: raise ValueError(
             "crop: expected no policy, since a random crop from a padding is combined with `flip` alone. "
             "Leave out crop, or policy.")
+        for name in ('min_scale','resize'):
+            reasons.setdefault(name, "it is for photographs of your own. Benchmarks are cropped as in their papers.")
         if 'size' not in takes: reasons['size'] = f"{self.dataset} has no images."
         for name,reason in reasons.items():
             if name in takes or getattr(self, name) is None: continue

@@ -173,7 +173,8 @@ class RunSettings:
         if self.dataset in datasets:
             reasons['data'] = f"{self.dataset} is made by this package and is not read from a path."
         if 'policy' not in takes:
-            for name in ('policy','flip','crop','cut','min_scale','resize'): reasons[name] = "vectors are not augmented as images are."
+            for name in ('policy','flip','crop','cut','min_scale','resize'):
+                reasons[name] = "vectors are not augmented as images are."
         can_crop = 'crop' in takes and 'extract' not in takes
         if can_crop and self.crop is not None and self.policy is not None: raise ValueError(
             "crop: expected no policy, since a random crop from a padding is combined with `flip` alone. "

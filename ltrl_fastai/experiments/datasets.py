@@ -19,7 +19,9 @@ from ..data.shipped import photos_lt
 
 # %% ../../nbs/experiments/12_datasets.ipynb #34687ead
 _from_scratch = dict(net='resnet18', epochs=30, bs=64, lr=.05)
-_finetuned = dict(net='resnet34', epochs=12, bs=32, lr=.02, body_lr=.005, schedule='fine-tune')
+_finetuned = dict(
+    net='resnet34', epochs=12, bs=32, optimizer='adam', lr=5e-3, body_lr=5e-4, wd=.01, schedule='fine-tune',
+    frozen_stats=True, min_scale=.5, resize='squish')
 _photographs = dict(
     takes='size policy flip crop min_scale resize data n_valid data_seed'.split(), defaults=_from_scratch,
     finetuned=_finetuned)

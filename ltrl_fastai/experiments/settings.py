@@ -18,7 +18,7 @@ from .datasets import datasets, spec_of
 from .schedules import schedules
 from ..methods.bbn import ReversedBatch
 from ..methods.catalogue import method_with, methods
-from ..methods.finetuning import finetuned_net
+from ..methods.finetuning import FrozenStats, finetuned_net
 from ..methods.lade import LADELoss
 from ..methods.losses import smooth_labels
 from ..methods.method import Method
@@ -42,6 +42,8 @@ class RunSettings:
     schedule:str|None=None # Learning rate schedule, a name in `schedules`; default: 'fine-tune' or 'one-cycle'
     lr:float|None=None # Largest learning rate
     body_lr:float|None=None # Largest learning rate outside the head, in the first stage; default: `lr`
+    optimizer:str|None=None # 'sgd' or 'adam' (decoupled weight decay); default: 'sgd', as the benchmarks have it
+    frozen_stats:bool|None=None # Keep the batch statistics of a pretrained body? See `FrozenStats`; default: no
     bs:int|None=None # Batch size
     wd:float|None=None # Weight decay; default: 5e-4, unless the method needs another value
     nesterov:bool|None=None # Nesterov momentum? Default: as in the method's published code
@@ -81,12 +83,15 @@ class RunSettings:
         if self.pretrained is None: self.pretrained = self._starts_pretrained(spec)
         if self.weights is not None and not self.pretrained: raise ValueError(
             "weights: a net that is trained from scratch takes no weights. Leave out one of the two.")
-        usual = dict(wd=5e-4, nesterov=True, schedule='one-cycle')
+        usual = dict(wd=5e-4, nesterov=True, schedule='one-cycle', optimizer='sgd', frozen_stats=False)
         of_data = spec['finetuned'] if self.pretrained and 'finetuned' in spec else spec['defaults']
         defaults = {**usual, **of_data, **methods[self.method].defaults}
         for name,value in defaults.items():
             if getattr(self, name) is None: setattr(self, name, value)
         one_of('schedule', self.schedule, schedules)
+        one_of('optimizer', self.optimizer, ['sgd','adam'])
+        if self.frozen_stats and not self.pretrained: raise ValueError(
+            "frozen_stats: a net that is trained from scratch has no batch statistics to keep. Leave it out.")
         self.made_method() # raises `ValueError` for arguments that the method does not have
         self._check_regularizers()
         self._check_data_options(spec)
@@ -254,7 +259,9 @@ class RunSettings:
         net = self._net(dls)
         cbs = [] if self.reflective is None else [ReflectiveLearning(**self.reflective)]
         if self.diagnose: cbs.append(Diagnosis())
-        opt_func = partial(benchmark_sgd, nesterov=self.nesterov, decouple_wd=self.decouple_wd)
+        if self.frozen_stats: cbs.append(FrozenStats())
+        if self.optimizer=='adam': opt_func = Adam
+        else: opt_func = partial(benchmark_sgd, nesterov=self.nesterov, decouple_wd=self.decouple_wd)
         groups = {} if self.body_lr is None else dict(splitter=body_and_head)
         learn = self.regularized_method().learner(
             dls, net, dls.class_counts, cbs, opt_func=opt_func, wd=self.wd, wd_bn_bias=self.wd_bn_bias,

@@ -86,6 +86,8 @@ class RunSettings:
         usual = dict(wd=5e-4, nesterov=True, schedule='one-cycle', optimizer='sgd', frozen_stats=False)
         of_data = spec['finetuned'] if self.pretrained and 'finetuned' in spec else spec['defaults']
         defaults = {**usual, **of_data, **methods[self.method].defaults}
+        if self.crop is not None: # images are resized to one size and cropped from a padding
+            for name in ('min_scale','resize'): defaults.pop(name, None)
         for name,value in defaults.items():
             if getattr(self, name) is None: setattr(self, name, value)
         one_of('schedule', self.schedule, schedules)
@@ -100,7 +102,8 @@ class RunSettings:
     def _starts_pretrained(self, spec):
         "Is a pretrained net the default? Yes for photographs, unless the chosen net has no published weights"
         if self.weights is not None: return True
-        return 'finetuned' in spec and (self.net is None or not (is_mlp(self.net) or is_small_net(self.net)))
+        has_weights = self.net is None or not (is_mlp(self.net) or is_small_net(self.net))
+        return spec.get('photographs', False) and has_weights
 
     def _check_types(self):
         "Check the type of each field, and store 0 as None where both mean none"

@@ -106,8 +106,6 @@ def _reader(learn, example):
     "The reader of a learner; `example` is an image file"
     valid = learn.dls.valid
     if isinstance(valid, TensorDL):
-        if isinstance(valid.dataset, FeatureTensors): raise ValueError(
-            "learn: expected a model of images, but this one takes feature vectors. Train a model on image files.")
         dl = valid.new()
         create = partial(_in_memory, shape=dl.dataset.x.shape[1:], wrap=dl.dataset.wrap)
     else:
@@ -154,7 +152,7 @@ def predict_files(learn:Learner, # See `load_model`; any learner that was traine
                   prior:str|Collection|None=None, # 'train', 'balanced' or `(C,)` frequencies; None: as trained
                   tta:bool=False, # Predict mirrored images too?
                   bs:int=64, # Files in a batch
-                  workers:int|None=None # Processes that read files; default: 0 for fewer than 256 files, or the number of cores
+                  workers:int|None=None # Processes that read files; default: 0 for fewer than 256 files, else all cores
                  ) -> Iterator: # A `Prediction` for each file, in order
     "Predict files as they are read; raises `ValueError` if the model takes no image files, or no such prior or `tta`."
     check_number('bs', bs, 'a number of files', least=1)
@@ -162,7 +160,7 @@ def predict_files(learn:Learner, # See `load_model`; any learner that was traine
     if prior is not None:
         if calibration is None: raise ValueError(
             "prior: this model was not calibrated on validation images, so it is not known which class frequencies its "
-            "probabilities suppose. Leave it out; or in Python, calibrate it: `learn.calibration = fit_calibration(...)`.")
+            "probabilities suppose. Leave it out; or in Python, set `learn.calibration = fit_calibration(...)`.")
         calibration.log_adjustment(prior) # raises `ValueError` for an unknown prior
     if tta and not _was_mirrored(learn): raise ValueError(
         "tta: this model was trained without mirrored images, and would not know them. Leave it out.")
@@ -185,6 +183,8 @@ def _was_mirrored(learn):
 
 def _checked_reader(learn):
     "The reader of a learner, tried on an image; raises `ValueError` if the model does not take it or give classes"
+    if isinstance(learn.dls.valid_ds, FeatureTensors): raise ValueError(
+        "learn: expected a model of images, but this one takes feature vectors. Train a model on image files.")
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, 'grey.png')
         PIL.Image.new('RGB', (64,64), 'grey').save(file)
@@ -195,12 +195,13 @@ def _checked_reader(learn):
             output = _logits(learn, reader.dl, reader.dl.do_batch([item])) if is_image else None
         except torch.OutOfMemoryError: raise
         except (ValueError, TypeError, AttributeError, AssertionError, RuntimeError) as e: raise ValueError(
-            f"learn: expected a model of image files, but this one can't predict an image ({_problem(file, e)}).") from e
+            f"learn: expected a model of image files, but it can't predict an image ({_problem(file, e)}).") from e
     if not is_image: raise ValueError(
         f"learn: expected a model of image files, but its loaders make a {type(item[0]).__name__} of one.")
     n_classes = len(getattr(learn.dls, 'vocab', ()))
     has_classes = isinstance(output, Tensor) and output.shape==(1,n_classes)
-    if not has_classes or not math.isclose(_probabilities(learn, None, output).sum(), 1, abs_tol=1e-3): raise ValueError(
+    total = _probabilities(learn, None, output).sum() if has_classes else 0
+    if not math.isclose(total, 1, abs_tol=1e-3): raise ValueError(
         "learn: expected a classifier that gives one of its classes to each image.")
     return reader
 

@@ -50,7 +50,7 @@ def _format_of(out, format):
     if out is None: return 'csv'
     ending = out.suffix.lower().removeprefix('.')
     if ending not in _formats: raise ValueError(
-        f"--out: expected a file that ends in .csv or .json, got {out}. Rename it, or add --format csv or --format json.")
+        f"--out: expected a file that ends in .csv or .json, got {out}. Rename it, or add --format csv (or json).")
     return ending
 
 def _partial(out): return out.with_name(f'{out.stem}.partial{out.suffix}')
@@ -188,7 +188,7 @@ def _say_start(learn, files, prior):
     name = learn.facts.get('name') or 'The model'
     typer.echo(f"{name}: {len(learn.facts['classes']):,} classes, {len(files):,} files", err=True)
     if learn.calibration is None: typer.echo(
-        "Note: the probabilities are not calibrated, since the model had no validation images for it.", err=True)
+        "Note: the probabilities of this model are not calibrated on validation images.", err=True)
 
 def _with_bar(predictions, total, shown):
     "Predictions, with a progress bar on standard error if it is a terminal and rows do not go there"

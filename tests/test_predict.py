@@ -20,7 +20,7 @@ from ltrl_fastai.data.fast import FeatureTensors, tensor_dataloaders
 from ltrl_fastai.data.images import open_image
 from ltrl_fastai.deploy import predict as module
 from ltrl_fastai.deploy.model_files import load_model, save_model
-from ltrl_fastai.deploy.predict import Prediction, as_row, image_files, predict_files, row_columns
+from ltrl_fastai.deploy.predict import Prediction, image_files, predict_files, prediction_columns, prediction_row
 from ltrl_fastai.experiments.cli import app
 from ltrl_fastai.experiments.settings import RunSettings
 from ltrl_fastai.methods.nets import create_net
@@ -226,8 +226,8 @@ def test_the_k_most_likely_classes(learn, files):
     classes = learn.facts['classes']
     for o in predict_files(learn, files):
         p = dict(zip(classes, o.probabilities.tolist()))
-        row = as_row(o, classes, top_k=3, all_classes=True)
-        assert list(row) == row_columns(classes, top_k=3, all_classes=True)
+        row = prediction_row(o, classes, top_k=3, all_classes=True)
+        assert list(row) == prediction_columns(classes, top_k=3, all_classes=True)
         ranked = [(row['class'], row['probability']), (row['class_2'], row['probability_2']),
                   (row['class_3'], row['probability_3'])]
         assert [name for name, _ in ranked] == sorted(p, key=p.get, reverse=True)[:3]
@@ -237,16 +237,17 @@ def test_the_k_most_likely_classes(learn, files):
 
 @pytest.mark.parametrize('threshold', [0., .3, .6, .99, 1.])
 def test_a_class_is_named_if_it_is_likely_enough(learn, files, threshold):
+    classes = learn.facts['classes']
     for o in predict_files(learn, files):
-        plain, row = as_row(o, learn.facts['classes']), as_row(o, learn.facts['classes'], reject_below=threshold)
+        plain, row = prediction_row(o, classes), prediction_row(o, classes, reject_below=threshold)
         assert row['class'] == (plain['class'] if o.probabilities.max() >= threshold else '')
         assert row['probability'] == plain['probability']
 
 
 def test_equally_likely_classes_are_in_their_order():
-    row = as_row(Prediction('a', torch.tensor([.25]*4)), 'abcd', top_k=4)
+    row = prediction_row(Prediction('a', torch.tensor([.25]*4)), 'abcd', top_k=4)
     assert [row[k] for k in ('class', 'class_2', 'class_3', 'class_4')] == list('abcd')
-    with pytest.raises(ValueError, match='expected 1 to 4'): row_columns('abcd', 5)
+    with pytest.raises(ValueError, match='expected 1 to 4'): prediction_columns('abcd', 5)
 
 
 # Which files
@@ -294,7 +295,7 @@ def test_standard_output_is_csv_and_nothing_else(digits_model, learn, files):
     out, said = ltrl(digits_model[1], *files)
     found = rows_of(out)
     assert [o['file'] for o in found] == files
-    expected = [as_row(o, learn.facts['classes']) for o in predict_files(learn, files)]
+    expected = [prediction_row(o, learn.facts['classes']) for o in predict_files(learn, files)]
     assert [o['class'] for o in found] == [o['class'] for o in expected]
     assert [float(o['probability']) for o in found] == pytest.approx([o['probability'] for o in expected], rel=1e-3)
     assert 'Digits: 7 classes, 30 files' in said
@@ -426,11 +427,11 @@ def test_a_model_without_calibration(digits_model, some, tmp_path):
 
 
 def failing_after(n, error):
-    "Stands in for `as_row`: it raises an error for the row after the first `n`"
+    "Stands in for `prediction_row`: it raises an error for the row after the first `n`"
     count = itertools.count()
     def f(*args, **kwargs):
         if next(count) == n: raise error
-        return as_row(*args, **kwargs)
+        return prediction_row(*args, **kwargs)
     return f
 
 
@@ -442,7 +443,7 @@ def test_rows_so_far_are_kept(digits_model, some, tmp_path, monkeypatch, error, 
     plain, _ = ltrl(digits_model[1], *some)
     (tmp_path/'a.csv').write_text('an earlier result')
     for ending in ('csv', 'json'):
-        monkeypatch.setattr(module, 'as_row', failing_after(2, error))
+        monkeypatch.setattr(module, 'prediction_row', failing_after(2, error))
         _, said = ltrl(digits_model[1], *some, '--out', tmp_path/f'a.{ending}', code=code)
         assert f'a.partial.{ending}' in said
     assert rows_of((tmp_path/'a.partial.csv').read_text()) == rows_of(plain)[:2]

@@ -115,7 +115,7 @@ def predict(
     import torch
     from ltrl_fastai.core.checks import check_number
     from ltrl_fastai.deploy.model_files import load_model
-    from ltrl_fastai.deploy.predict import as_row, image_files, predict_files, row_columns
+    from ltrl_fastai.deploy.predict import image_files, predict_files, prediction_columns, prediction_row
     with contextlib.ExitStack() as stack:
         try:
             kind = _format_of(out, format_)
@@ -125,7 +125,7 @@ def predict(
             files = image_files(paths)
             learn = load_model(model, trust=trust, device=_device(device)) # type: ignore[call-arg] # not fastai's
             classes = learn.facts['classes']
-            columns = row_columns(classes, top_k, all_classes)
+            columns = prediction_columns(classes, top_k, all_classes)
             predictions = predict_files(learn, files, prior=_prior(prior, classes), tta=tta, bs=bs, workers=workers)
             stream = stack.enter_context(_opened(out))
         except torch.OutOfMemoryError: fail(_out_of_memory(bs))
@@ -139,7 +139,7 @@ def predict(
         try:
             for o in _with_bar(predictions, len(files), shown=out is not None or not sys.stdout.isatty()):
                 if o.problem: unreadable[o.file] = o.problem
-                else: writer.write(as_row(o, **options))
+                else: writer.write(prediction_row(o, **options))
             writer.finish(unreadable, complete=True)
         except BrokenPipeError: raise # the reader of standard output has gone: Click ends quietly
         except KeyboardInterrupt: _interrupted(_finished_early(writer, unreadable, out))

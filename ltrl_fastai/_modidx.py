@@ -104,6 +104,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'ltrl_fastai/data/audit.py'),
                                         'ltrl_fastai.data.audit._number': ('data/audit.html#_number', 'ltrl_fastai/data/audit.py'),
                                         'ltrl_fastai.data.audit._one_form': ('data/audit.html#_one_form', 'ltrl_fastai/data/audit.py'),
+                                        'ltrl_fastai.data.audit._other_classes_first': ( 'data/audit.html#_other_classes_first',
+                                                                                         'ltrl_fastai/data/audit.py'),
                                         'ltrl_fastai.data.audit._other_files': ( 'data/audit.html#_other_files',
                                                                                  'ltrl_fastai/data/audit.py'),
                                         'ltrl_fastai.data.audit._paths_in': ('data/audit.html#_paths_in', 'ltrl_fastai/data/audit.py'),

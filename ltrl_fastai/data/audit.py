@@ -135,6 +135,7 @@ def read_facts(file:str|Path # An image file, which may be missing or broken
     except Exception as e: return ImageFacts(fault=_reason(e)) # the audit reports it
 
 # %% ../../nbs/data/13_audit.ipynb #a95438b9
+_block = 2**24 # Numbers of a block of the comparison, 64 MB
 _near_share = 12/128 # Largest share of the rarer bits that may differ in near duplicates
 _least_texture = 48 # Fewest ones, and fewest zeros, of a hash that says enough
 
@@ -145,7 +146,7 @@ def near_pairs(bits:np.ndarray # `(N, 256)` bool: the hash of each image, see `d
     signs = np.where(bits, 1, -1).astype(np.float32)
     ones = bits.sum(1)
     rarer = np.minimum(ones, n_bits-ones)
-    rows = max(1, 2**24//max(len(bits), 1)) # 64 MB of numbers at a time
+    rows = max(1, _block//max(len(bits), 1))
     found = []
     for start in range(0, len(bits), rows):
         stop = start+rows
@@ -378,7 +379,7 @@ def _concentrated(places, listing):
 
 def _colour_findings(listing, readable):
     "Findings about the kind of pixels: 16 bits, greyscale, palette, CMYK"
-    n = len(readable)
+    n = len(listing.places)
     deep = [place for place,o in readable if o.has_16_bits]
     res = _finding_of(
         [o.path for o in deep], '16-bit', 'note',
@@ -390,22 +391,22 @@ def _colour_findings(listing, readable):
         kind = mode_words.get(o.mode, '').removesuffix(' with transparency')
         if kind in ('greyscale','palette','CMYK','black and white'): by_word[kind].append(place)
     for word,places in by_word.items():
-        if word in ('greyscale','black and white') and len(places)==n: continue # all alike, which is fine
+        if word in ('greyscale','black and white') and len(places)==len(readable): continue # all alike, which is fine
         paths = [o.path for o in places]
         concentrated = _concentrated(places, listing)
         res += _finding_of(
             paths, word.replace(' ', '-').lower(), 'warning' if concentrated else 'note',
-            f"{_share(paths, n)} {word} and not RGB: {_named(paths)}.{concentrated}",
+            f"{_share(paths, n)} stored as {word}, not as RGB: {_named(paths)}.{concentrated}",
             "Save all images with the same kind of pixels." if concentrated else
             "They are converted to RGB, so nothing has to be done; check that they look right.")
     blank = [place.path for place,o in readable if o.is_blank]
     return res+_finding_of(
         blank, 'blank', 'warning', f"{_share(blank, n)} of a single colour: {_named(blank)}.",
-        "Look at them: a black or white image is mostly a failed exposure or download. Remove those.")
+        "Look at them: a black or white image is often a failed exposure or download. Remove those.")
 
 def _shape_findings(listing, readable, data):
     "Findings about the size and shape of images"
-    n = len(readable)
+    n = len(listing.places)
     shorter = np.array([min(o.width, o.height) for _,o in readable])
     ratio = np.array([max(o.width, o.height)/min(o.width, o.height) for _,o in readable])
     paths = np.array([place.path for place,_ in readable], dtype=object)
@@ -454,8 +455,8 @@ def _class_findings(listing, counts):
         paths = [o.path for o in listing.places if o.split==split and o.name in unknown]
         res += _finding_of(
             paths, 'untrained-class', 'error',
-            f"{_number(len(paths), f'{_split_words[split]} image')} of {_number(len(unknown), 'class', 'classes')} "
-            f"without training images: {abbreviated(sorted(unknown), 10)}.",
+            f"{_number(len(paths), f'{_split_words[split]} image is', f'{_split_words[split]} images are')} of "
+            f"{_number(len(unknown), 'class', 'classes')} without training images: {abbreviated(sorted(unknown), 10)}.",
             "Add training images, or take these classes out. If a class has another name in training: rename it.")
     few = sorted((n, listing.vocab[i]) for i,n in enumerate(train) if 0<n<_very_few)
     if few: res.append(Finding(
@@ -545,8 +546,9 @@ def _leak_findings(pairs, listing, kind, how, severity, advice):
         for one,other,distance in pairs:
             for a,b in ((one,other),(other,one)):
                 if (a.split,b.split)!=(scored,learned): continue
-                if a.indices not in best or distance<best[a.indices][1]: best[a.indices] = b,distance
-        nearest = sorted(((d, i, b.indices[0]) for indices,(b,d) in best.items() for i in indices))
+                rank = distance,a.label!=b.label # of two that are as similar, the one of the same class
+                if a.indices not in best or rank<best[a.indices][0]: best[a.indices] = rank,b.indices[0]
+        nearest = sorted((rank, i, j) for indices,(rank,j) in best.items() for i in indices)
         groups = [[listing.places[i], listing.places[j]] for _,i,j in nearest]
         if not groups: continue
         number = _number(len(groups), f'{_split_words[scored]} image is', f'{_split_words[scored]} images are')
@@ -575,26 +577,40 @@ def _duplicate_findings(listing, facts, has_valid):
     res = _leak_findings(
         same, listing, 'leak', 'identical to', 'error',
         "Remove them from one of the two splits: the net is tested on what it has learned.")
-    res += _conflict_findings(
-        same, listing, 'conflict', 'identical images are of different classes', 'error',
-        "Decide for one class and remove the others: no net can be right about both.")
     res += _leak_findings(
         new, listing, 'near-leak', 'almost the same as', 'warning',
         "Look at the pairs. If they show the same object, put all of its images into one split: accuracy is too high "
         "otherwise.")
-    res += _conflict_findings(
-        similar, listing, 'near-conflict', 'images that are almost the same are of different classes', 'warning',
-        "Look at the pairs, and correct the class where it is wrong.")
+    res += _conflict_findings(of_group, similar, listing)
     return res+_copy_findings(of_group, similar, listing, has_valid)
 
-def _conflict_findings(pairs, listing, kind, how, severity, advice):
-    "A finding about images of different classes"
-    differing = [(a, b, d) for a,b,d in pairs if a.label!=b.label and min(a.label, b.label)>=0]
-    groups = [[listing.places[i], listing.places[j]]
-              for _,i,j in sorted((d, a.indices[0], b.indices[0]) for a,b,d in differing)]
-    if not groups: return []
-    return [Finding(kind, severity, f"{_number(len(groups), 'pair')} of {how}: {_example(groups, with_class=True)}.",
-                    advice, _paths_in(groups), groups)]
+def _other_classes_first(places):
+    "An image of each class, and then the others"
+    first_of = {}
+    for o in places: first_of.setdefault(o.name, o)
+    first = list(first_of.values())
+    return first+[o for o in places if o not in first]
+
+def _conflict_findings(of_group, similar, listing):
+    "Findings about images of different classes: the same ones, and similar ones"
+    res = []
+    same = [_other_classes_first([listing.places[i] for o in items if o.label>=0 for i in o.indices])
+            for items in of_group.values() if len({o.label for o in items if o.label>=0})>1]
+    if same: res.append(Finding(
+        'conflict', 'error', f"{_number(len(same), 'image is', 'images are')} in more than one class: "
+        f"{_example(same, with_class=True)}.",
+        "Decide for one class and remove the others: no net can be right about both.", _paths_in(same), same))
+    differing = [(d, a.indices[0], b.indices[0]) for a,b,d in similar if a.label!=b.label and min(a.label, b.label)>=0]
+    shown,groups = set(),[]
+    for _,i,j in sorted(differing):
+        if {i,j}<=shown: continue # in more similar pairs
+        shown |= {i,j}
+        groups.append([listing.places[i], listing.places[j]])
+    if groups: res.append(Finding(
+        'near-conflict', 'warning', f"{_number(len(shown), 'image')} are almost the same as images of another class: "
+        f"{_example(groups, with_class=True)}.", "Look at the pairs, and correct the class where it is wrong.",
+        _paths_in(groups), groups))
+    return res
 
 def _copy_findings(of_group, similar, listing, has_valid):
     "Findings about duplicates of one class in one split"

@@ -76,6 +76,7 @@ def _verdict(audit):
 def _class_table(audit, bar):
     "A rich table of the classes, the middle ones left out if there are many"
     from rich.table import Table
+    from rich.text import Text
     rows = _class_rows(audit)
     left_out = max(0, len(rows)-_shown_classes)
     table = Table(box=None, pad_edge=False, header_style='bold')
@@ -88,7 +89,7 @@ def _class_table(audit, bar):
         if left_out and i==_shown_classes//2: table.add_row(f'... {left_out:,} more')
         if left_out and _shown_classes//2<=i<len(rows)-_shown_classes//2: continue
         length = round(24*row['train']/largest) or min(row['train'], 1)
-        table.add_row(row['name'], row['group'], *(f'{n:,}' for n in row['counts']), bar*length)
+        table.add_row(Text(row['name']), row['group'], *(f'{n:,}' for n in row['counts']), bar*length)
     return table
 
 def audit_text(audit:Audit, # See `inspect_images`
@@ -183,16 +184,17 @@ _template = """<!DOCTYPE html>
 {% endfor %}</div>
 {% for sentence in sentences %}<p>{{ sentence }}</p>
 {% endfor %}{% if rows %}<figure class="chart">
-<svg viewBox="0 0 960 240" role="img" aria-label="Training images of each class, the largest first">
+<svg viewBox="0 0 960 235" role="img" aria-label="Training images of each class, the largest first">
 {% for y, label in ticks %}<line class="axis" x1="50" x2="950" y1="{{ y }}" y2="{{ y }}"/>
 <text x="44" y="{{ y+4 }}" text-anchor="end">{{ label }}</text>
 {% endfor %}{% for bar in bars %}<rect class="{{ bar.group }}" x="{{ bar.x }}" y="{{ bar.y }}" width="{{ bar.width }}" \
 height="{{ bar.height }}"><title>{{ bar.name }}: {{ bar.train }}</title></rect>
-{% endfor %}{% for y, label in bounds %}<line class="bound" x1="50" x2="950" y1="{{ y }}" y2="{{ y }}"/>
-<text x="948" y="{{ y-5 }}" text-anchor="end">{{ label }}</text>
+{% endfor %}{% for bar in named_bars %}<text x="{{ bar.x+bar.width/2 }}" y="228" text-anchor="middle">\
+{{ bar.name|truncate(14) }}</text>
+{% endfor %}{% for y in bounds %}<line class="bound" x1="50" x2="950" y1="{{ y }}" y2="{{ y }}"/>
 {% endfor %}</svg>
 <figcaption>Training images of each class, the largest first.
-<span class="key">{% for group, n in groups %}<i class="{{ group }}"></i>{{ group }} ({{ n }}){% endfor %}</span>
+<span class="key">{% for group, about in key %}<i class="{{ group }}"></i>{{ about }}{% endfor %}</span>
 </figcaption>
 </figure>
 {% endif %}
@@ -269,16 +271,15 @@ def _ticks_up_to(largest):
 
 def _chart_values(rows, audit):
     "Bars, ticks and bounds of the chart in its coordinates"
-    top,bottom,left,right = 15,225,50,950
+    top,bottom,left,right = 10,210,50,950
     ticks = _ticks_up_to(max((o['train'] for o in rows), default=0) or 1)
     def y(n): return round(bottom-(bottom-top)*n/ticks[-1], 2)
     step = (right-left)/max(len(rows), 1)
     width = min(step*.85 if step>3 else step, 60)
     bars = [dict(o, x=round(left+i*step+(step-width)/2, 2), width=round(width, 2), y=y(o['train']),
                  height=round(bottom-y(o['train']), 2)) for i,o in enumerate(rows)]
-    bounds = [(audit.many, f'Many: more than {audit.many:,}'), (audit.few, f'Few: fewer than {audit.few:,}')]
-    return dict(bars=bars, ticks=[(y(n), f'{n:,}') for n in ticks],
-                bounds=[(y(n), text) for n,text in bounds if n<ticks[-1]])
+    return dict(bars=bars, named_bars=bars if len(bars)<=8 else [], ticks=[(y(n), f'{n:,}') for n in ticks],
+                bounds=[y(n) for n in (audit.many, audit.few) if n<ticks[-1]])
 
 def _with_code(text):
     "A text as HTML, with what is between backticks as code"
@@ -291,16 +292,18 @@ def audit_html(audit:Audit # See `inspect_images`
     rows = _class_rows(audit) if audit.counts else []
     largest = max((o['train'] for o in rows), default=0) or 1
     for row in rows: row['share'] = round(100*row['train']/largest, 2)
-    groups = [(k.capitalize(), len(v)) for k,v in audit.groups.items()]
+    groups = audit.groups
+    key = [('Many', f'Many (more than {audit.many:,})'), ('Medium', 'Medium'),
+           ('Few', f'Few (fewer than {audit.few:,})')]
     factor = audit.imbalance_factor
     tiles = [('Images', f'{audit.n_images:,}'), ('Classes', f'{len(audit.vocab):,}')]
     if factor is not None: tiles += [('Imbalance factor', _factor_text(factor)),
-                                     ('Many / Medium / Few', ' / '.join(str(n) for _,n in groups))]
+                                     ('Many / Medium / Few', ' / '.join(str(len(o)) for o in groups.values()))]
     environment = jinja2.Environment(autoescape=True)
     environment.filters['code'] = _with_code
     return environment.from_string(_template).render(
         name=_printable(audit.path.resolve().name or audit.path), style=_style, tiles=tiles,
         headline=_printable(_headline(audit)),
         sentences=[_printable(o) for o in _balance(audit)+_pixels(audit)], verdict=_verdict(audit),
-        findings=[_finding_values(o, audit.root) for o in audit.findings], rows=rows, groups=groups,
+        findings=[_finding_values(o, audit.root) for o in audit.findings], rows=rows, key=key,
         splits=[_split_titles[k] for k in audit.counts], **_chart_values(rows, audit))

@@ -82,7 +82,7 @@ def test_bounds_that_are_given():
     assert shot_bounds(counts, 25, 15)[:2] == (25, 15)
     assert shot_bounds(counts, many=10)[:2] == (10, 10)
     assert shot_bounds(counts, few=200)[:2] == (200, 200)
-    assert 'class sizes' in shot_bounds([5, 5, 3])[2] and '1 class size ' in shot_bounds([5, 5])[2]
+    assert 'of two sizes' in shot_bounds([5, 5, 3])[2] and 'the same size' in shot_bounds([5, 5])[2]
     for many, few in ((5, 10), (5, 0), (-1, None)):
         with pytest.raises(ValueError, match='expected `few`'): shot_bounds(counts, many, few)
 
@@ -278,13 +278,15 @@ def test_counts_are_those_of_a_walk(tmp_path):
     counts = {k: {audit.vocab[i]: n for i, n in enumerate(v) if n} for k, v in audit.counts.items()}
     assert counts == naive_counts(root)
     assert audit.n_images == sum(sizes.values()) and audit.imbalance_factor == 4.5
-    assert {k: [audit.vocab[i] for i in v] for k, v in audit.groups.items()} == dict(many=['a'], medium=['b'], few=['c d'])
+    groups = {k: [audit.vocab[i] for i in v] for k, v in audit.groups.items()}
+    assert groups == dict(many=['a'], medium=['b'], few=['c d'])
     assert 'b, c d' in found(audit, 'no-valid').text and ': a.' in found(audit, 'no-test').text
     assert 'c d (2)' in found(audit, 'very-few').text
 
 
 def test_notes_of_own_images_are_findings_with_advice(tmp_path):
-    root = folders(tmp_path, {'train/birds/owl': 6, 'train/dog': 6, 'test/birds/owl': 2, 'test/pets/dog': 2, 'spare/x': 1})
+    train = {'train/birds/owl': 6, 'train/dog': 6}
+    root = folders(tmp_path, {**train, 'test/birds/owl': 2, 'test/pets/dog': 2, 'spare/x': 1})
     (root/'train/empty').mkdir()
     notes = [o for o in inspect_images(root).findings if o.kind == 'note']
     assert len(notes) == 4 and all(o.advice in audit_module._note_advice.values() for o in notes)
@@ -292,6 +294,11 @@ def test_notes_of_own_images_are_findings_with_advice(tmp_path):
     for o in ('spare', 'is taken for', 'train/empty', 'were drawn from training'): assert o in texts
     alone = inspect_images(folders(tmp_path/'alone', dict(a=6, b=6)))
     assert any('no test set' in o.text and 'test_share' in o.advice for o in alone.findings)
+
+
+def test_balanced_classes(tmp_path):
+    assert found(inspect_images(folders(tmp_path/'a', dict(cat=6, dog=5))), 'balanced').severity == 'note'
+    assert 'balanced' not in kinds(inspect_images(folders(tmp_path/'b', dict(cat=9, dog=5))))
 
 
 def test_names_that_differ_in_form_only(tmp_path):

@@ -72,8 +72,9 @@ def shot_bounds(counts:Collection, # Training images of each class
     reason = f"with the usual 100 and 20, no class is {' or '.join(empty)}"
     found = [o for o in (_even_bounds(counts, _round_numbers), _even_bounds(counts, np.unique(counts))) if o]
     if not found:
-        n_sizes = len(np.unique(counts))
-        return *_usual,f"the usual bounds, as {_number(n_sizes, 'class size')} can't make three groups"
+        is_balanced = len(np.unique(counts))==1
+        why = "all classes are of the same size" if is_balanced else "classes of two sizes make no three groups"
+        return *_usual,f"the usual bounds: {why}"
     round_bounds,*others = found
     is_even = min(_group_sizes(counts, *round_bounds))*6>=len(counts) # half of a fair third
     best = round_bounds if is_even else max(found, key=lambda o: min(_group_sizes(counts, *o)))
@@ -441,6 +442,7 @@ def _shape_findings(listing, readable, data):
 
 # %% ../../nbs/data/13_audit.ipynb #a4cfc0f4
 _very_few = 5 # Classes with fewer training images are reported
+_least_imbalance = 1.5 # Data of a smaller imbalance factor are called balanced
 
 def _one_form(name):
     "A class name without differences in case, in the form of Unicode, and between spaces, hyphens and underscores"
@@ -458,6 +460,11 @@ def _class_findings(listing, counts):
             f"{_number(len(paths), f'{_split_words[split]} image is', f'{_split_words[split]} images are')} of "
             f"{_number(len(unknown), 'class', 'classes')} without training images: {abbreviated(sorted(unknown), 10)}.",
             "Add training images, or take these classes out. If a class has another name in training: rename it.")
+    sizes = [n for n in train if n]
+    if len(sizes)>1 and max(sizes)<_least_imbalance*min(sizes): res.append(Finding(
+        'balanced', 'note', "The classes are almost balanced: the largest has less than "
+        f"{_least_imbalance:g} times the training images of the smallest.",
+        "Methods for long tails have little to gain here: compare them with `--method softmax --no-rl`."))
     few = sorted((n, listing.vocab[i]) for i,n in enumerate(train) if 0<n<_very_few)
     if few: res.append(Finding(
         'very-few', 'warning',

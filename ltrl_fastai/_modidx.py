@@ -77,6 +77,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'ltrl_fastai/data/audit.py'),
                                         'ltrl_fastai.data.audit._copy_findings': ( 'data/audit.html#_copy_findings',
                                                                                    'ltrl_fastai/data/audit.py'),
+                                        'ltrl_fastai.data.audit._digest': ('data/audit.html#_digest', 'ltrl_fastai/data/audit.py'),
                                         'ltrl_fastai.data.audit._duplicate_findings': ( 'data/audit.html#_duplicate_findings',
                                                                                         'ltrl_fastai/data/audit.py'),
                                         'ltrl_fastai.data.audit._even_bounds': ( 'data/audit.html#_even_bounds',

@@ -189,6 +189,16 @@ def test_an_exact_leak_is_no_near_leak_too(tmp_path):
     assert 'near-leak' not in kinds(audit) and found(audit, 'near-copies').severity == 'note'
 
 
+def test_tiny_and_flat_images_are_compared_by_their_pixels(tmp_path):
+    "Too small or too smooth for a hash, and saved in two ways"
+    root = whole(tmp_path)
+    for name, im in dict(tiny=photograph(80, 12, 9), flat=Image.linear_gradient('L').resize((64, 64))).items():
+        save(im, root/f'train/cat/{name}.png', compress_level=0)
+        save(im, root/f'test/cat/{name}.bmp')
+    expected = {frozenset((f'test/cat/{o}.bmp', f'train/cat/{o}.png')) for o in ('tiny', 'flat')}
+    assert pairs_of(found(inspect_images(root), 'leak')) == expected
+
+
 def test_drawings_and_blank_images_are_not_taken_for_each_other(tmp_path):
     "Strokes on a white page, and pages of different colours"
     for i in range(8):

@@ -94,7 +94,7 @@ class ImageFacts:
     has_16_bits:bool=False # More than 8 bits in a channel?
     is_rotated:bool=False # Does an EXIF tag ask viewers to rotate or mirror it?
     is_blank:bool=False # Are all pixels of one colour?
-    digest:bytes=b'' # Of the bytes of the file
+    digest:bytes=b'' # Of the file if it is a JPEG, else of its pixels
     bits:np.ndarray|None=None # See `difference_hash`; None if it is smaller than what is hashed
     colours:np.ndarray|None=None # 8 by 8 pixels, `(8, 8, 3)` uint8
 
@@ -104,20 +104,25 @@ def difference_hash(im:PIL.Image.Image # Any image
     grey = np.asarray(im.convert('L').resize(_hash_size, PIL.Image.Resampling.BOX))
     return (grey[:,1:]>grey[:,:-1]).ravel()
 
+def _digest(content): return hashlib.blake2b(content, digest_size=16).digest()
+
+def _pixels_digest(rgb): return _digest(repr(rgb.size).encode()+rgb.tobytes())
+
 def _is_rotated(im):
     "Does the EXIF orientation differ from how the image is stored?"
     try: return im.getexif().get(0x0112, 1) in range(2, 9)
     except Exception: return False # EXIF data that can't be read don't matter for training, which ignores them
 
-def _facts_of(im, digest):
+def _facts_of(im, content):
     "`ImageFacts` of an image that Pillow has opened"
     from ltrl_fastai.data.images import _eight_bit
     width,height = im.size
-    facts = ImageFacts(width=width, height=height, mode=im.mode, digest=digest, is_rotated=_is_rotated(im))
+    facts = ImageFacts(width=width, height=height, mode=im.mode, is_rotated=_is_rotated(im))
     facts.has_16_bits = '16' in im.mode or ';16' in str(im.tile) or im.mode=='I' and im.format in ('PNG','PPM')
-    im.draft('RGB', (4*_hash_size[0], 4*_hash_size[1])) # a JPEG at a fraction of its resolution
+    is_draft = im.draft('RGB', (4*_hash_size[0], 4*_hash_size[1])) # a JPEG at a fraction of its resolution
     im.load()
     rgb = _eight_bit(im, im.format)
+    facts.digest = _digest(content) if is_draft else _pixels_digest(rgb)
     facts.is_blank = all(high-low<=2 for low,high in rgb.getextrema())
     facts.colours = np.asarray(rgb.resize((8,8), PIL.Image.Resampling.BOX))
     if width>=_hash_size[0] and height>=_hash_size[1]: facts.bits = difference_hash(rgb)
@@ -129,8 +134,7 @@ def read_facts(file:str|Path # An image file, which may be missing or broken
     from ltrl_fastai.data.images import _reason
     try:
         content = Path(file).read_bytes()
-        digest = hashlib.blake2b(content, digest_size=16).digest()
-        with PIL.Image.open(io.BytesIO(content)) as im: return _facts_of(im, digest)
+        with PIL.Image.open(io.BytesIO(content)) as im: return _facts_of(im, content)
     except FileNotFoundError: return ImageFacts(fault='there is no such file', is_missing=True)
     except OSError as e: return ImageFacts(fault=e.strerror or _reason(e))
     except Exception as e: return ImageFacts(fault=_reason(e)) # the audit reports it
@@ -167,18 +171,12 @@ def _components(n, i, j):
     graph = coo_array((np.ones(len(i), dtype=bool), (i, j)), shape=(n, n))
     return connected_components(graph, directed=False)[1]
 
-def _pixels_digest(file):
-    "A digest of the pixels of an image, whatever the format of its file"
-    from ltrl_fastai.data.images import open_image
-    im = open_image(file)
-    return hashlib.blake2b(repr(im.size).encode()+im.tobytes(), digest_size=16).digest()
-
 def _same_and_near(files, facts):
     """For each file the number of its group of identical images, -1 if it can't be read; and near pairs of groups.
 
-    Files of the same bytes are identical, and so are those of the same pixels, which are looked for among near pairs:
+    Images of the same digest are identical. A JPEG may also have the pixels of another kind of file: among near pairs,
     the few whose size and colours agree are decoded in full."""
-    from ltrl_fastai.data.images import in_parallel
+    from ltrl_fastai.data.images import in_parallel, open_image
     groups = {}
     group_of = np.array([-1 if o.fault else groups.setdefault(o.digest, len(groups)) for o in facts], dtype=int)
     first_of = {}
@@ -192,7 +190,7 @@ def _same_and_near(files, facts):
         if (one.width,one.height)!=(other.width,other.height): return False
         return np.abs(one.colours.astype(int)-other.colours).mean()<=2
     candidates = sorted({i for pair in pairs if may_be_same(*pair[:2]) for i in pair[:2]})
-    digests = dict(zip(candidates, in_parallel(_pixels_digest, [files[i] for i in candidates])))
+    digests = dict(zip(candidates, in_parallel(lambda i: _pixels_digest(open_image(files[i])), candidates)))
     same = [(group_of[i], group_of[j]) for i,j,_ in pairs if i in digests and digests[i]==digests.get(j)]
     merged = _components(len(groups), *(np.array(same, dtype=int).reshape(-1,2).T))
     group_of[group_of>=0] = merged[group_of[group_of>=0]]
@@ -244,7 +242,9 @@ class Audit:
         "Indices of the classes of 'many', 'medium' and 'few'; those without training images are in none."
         res = dict(many=[], medium=[], few=[])
         for i,n in enumerate(self.counts.get('train', ())):
-            if n: res['many' if n>self.many else 'few' if n<self.few else 'medium'].append(i)
+            if n>self.many: res['many'].append(i)
+            elif n>=self.few: res['medium'].append(i)
+            elif n: res['few'].append(i)
         return res
 
     def number_of(self, severity:str # One of `severities`
@@ -466,13 +466,14 @@ def _class_findings(listing, counts):
         f"{_least_imbalance:g} times the training images of the smallest.",
         "Methods for long tails have little to gain here: compare them with `--method softmax --no-rl`."))
     few = sorted((n, listing.vocab[i]) for i,n in enumerate(train) if 0<n<_very_few)
+    names = {name for _,name in few}
     if few: res.append(Finding(
         'very-few', 'warning',
         f"{_number(len(few), 'class has', 'classes have')} fewer than {_very_few} training images: "
         f"{abbreviated([f'{name} ({n})' for n,name in few], 10)}.",
         "Add images if you can. Otherwise expect a low accuracy: such a class gives at most one image for "
         "validation, and none if it has fewer than three.",
-        [o.path for o in listing.places if o.split=='train' and o.name in {name for _,name in few}]))
+        [o.path for o in listing.places if o.split=='train' and o.name in names]))
     alike = collections.defaultdict(list)
     for name in listing.vocab: alike[_one_form(name)].append(name)
     twins = [' and '.join(map(repr, names)) for names in alike.values() if len(names)>1]

@@ -87,4 +87,6 @@ def _say(text):
 def _next(audit, data):
     "What to do after the audit"
     if audit.number_of('error'): return "mend the errors, and inspect the data again."
-    return f"`ltrl train --dataset {shlex.quote(data)}`."
+    is_usual = (audit.many, audit.few)==(100, 20) # the defaults of `ltrl train`
+    bounds = '' if is_usual else f" --many {audit.many} --few {audit.few}"
+    return f"`ltrl train --dataset {shlex.quote(data)}{bounds}`."

@@ -487,7 +487,7 @@ def test_default_page_and_next_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     whole(tmp_path/'my pets')
     r = runner.invoke(app, ['inspect', 'my pets'])
-    assert r.exit_code == 0 and "`ltrl train --dataset 'my pets' --many " in r.output
+    assert r.exit_code == 0 and "`ltrl train --dataset 'my pets'" in r.output
     assert {o.name for o in tmp_path.iterdir()} == {'my pets', 'ltrl-inspect.html'}
 
 

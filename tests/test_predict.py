@@ -19,7 +19,7 @@ from ltrl_fastai.data.benchmarks import digits_lt
 from ltrl_fastai.data.fast import FeatureTensors, tensor_dataloaders
 from ltrl_fastai.data.images import open_image
 from ltrl_fastai.deploy import predict as module
-from ltrl_fastai.deploy.model_files import load_model, save_model
+from ltrl_fastai.deploy.model_files import load_classifier, save_classifier
 from ltrl_fastai.deploy.predict import Prediction, image_files, predict_files, prediction_columns, prediction_row
 from ltrl_fastai.experiments.cli import app
 from ltrl_fastai.experiments.settings import RunSettings
@@ -27,7 +27,7 @@ from ltrl_fastai.methods.nets import create_net
 
 
 @pytest.fixture(scope='module')
-def learn(digits_model): return load_model(digits_model[1], device='cpu')
+def learn(digits_model): return load_classifier(digits_model[1], device='cpu')
 
 
 @pytest.fixture(scope='module')
@@ -136,13 +136,13 @@ def test_mirrored_images_are_predicted_too(learn, files, tmp_path):
 
 
 def test_images_are_not_mirrored_if_training_did_not(digits_model):
-    learn = load_model(digits_model[1], device='cpu')
+    learn = load_classifier(digits_model[1], device='cpu')
     learn.facts['settings'] = dict(flip=False)
     with pytest.raises(ValueError, match='without mirrored'): predict_files(learn, ['a.png'], tta=True)
 
 
 def test_an_image_without_finite_logits_has_no_prediction(digits_model, files):
-    learn = load_model(digits_model[1], device='cpu')
+    learn = load_classifier(digits_model[1], device='cpu')
     bad = logits_of(learn, files[:3])
     bad[1, 2] = float('nan')
     one = bad[:1]
@@ -215,7 +215,7 @@ def test_models_of_other_things_are_refused():
 
 
 def test_networks_that_do_not_classify_are_refused(digits_model):
-    learn = load_model(digits_model[1], device='cpu')
+    learn = load_classifier(digits_model[1], device='cpu')
     learn.model = torch.nn.Sequential(learn.model, torch.nn.Linear(7, 3))
     with pytest.raises(ValueError, match='expected a classifier'): predict_files(learn, ['a.png'])
 
@@ -409,7 +409,7 @@ def test_wrong_models(digits_model, some, tmp_path):
 def test_a_model_of_features(some, tmp_path):
     x, y = torch.randn(8, 4), torch.arange(8) % 2
     dls = tensor_dataloaders(FeatureTensors(x, y), FeatureTensors(x, y), bs=4, device='cpu')
-    save_model(Learner(dls, torch.nn.Linear(4, 2), path=tmp_path), tmp_path/'model')
+    save_classifier(Learner(dls, torch.nn.Linear(4, 2), path=tmp_path), tmp_path/'model')
     said = ltrl(tmp_path/'model', *some, '--trust', code=2)[1]
     assert 'MODEL: expected a model of images' in said
 
@@ -419,7 +419,7 @@ def test_a_model_without_calibration(digits_model, some, tmp_path):
     file = tmp_path/'model'/'model.json'
     file.write_text(json.dumps({**json.loads(file.read_text()), 'calibration': None}))
     out, said = ltrl(tmp_path/'model', *some, '--all-classes')
-    learn = load_model(tmp_path/'model', device='cpu')
+    learn = load_classifier(tmp_path/'model', device='cpu')
     found = [[float(o[f'p({name})']) for name in learn.facts['classes']] for o in rows_of(out)]
     close(torch.tensor(found), logits_of(learn, some).softmax(1))
     assert 'not calibrated' in said

@@ -147,7 +147,7 @@ class Prediction(NamedTuple):
     probabilities:Tensor|None # `(C,)` on the CPU; None if there are none
     problem:str|None=None # Why there are none
 
-def predict_files(learn:Learner, # See `load_model`; any learner that was trained on image files
+def predict_files(learn:Learner, # See `load_classifier`; any learner that was trained on image files
                   files:Iterable, # Paths: see `image_files`; read as they are needed
                   prior:str|Collection|None=None, # 'train', 'balanced' or `(C,)` frequencies; None: as trained
                   tta:bool=False, # Predict mirrored images too?

@@ -114,7 +114,7 @@ def predict(
     prepare_training()
     import torch
     from ltrl_fastai.core.checks import check_number
-    from ltrl_fastai.deploy.model_files import load_model
+    from ltrl_fastai.deploy.model_files import load_classifier
     from ltrl_fastai.deploy.predict import image_files, predict_files, prediction_columns, prediction_row
     with contextlib.ExitStack() as stack:
         try:
@@ -123,7 +123,7 @@ def predict(
             check_number('--bs', bs, 'a number of images', least=1)
             if workers is not None: check_number('--workers', workers, 'a number of processes', least=0)
             files = image_files(paths)
-            learn = load_model(model, trust=trust, device=_device(device)) # type: ignore[call-arg] # not fastai's
+            learn = load_classifier(model, trust=trust, device=_device(device))
             classes = learn.facts['classes']
             columns = prediction_columns(classes, top_k, all_classes)
             predictions = predict_files(learn, files, prior=_prior(prior, classes), tta=tta, bs=bs, workers=workers)

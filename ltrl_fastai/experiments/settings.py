@@ -297,7 +297,7 @@ class RunSettings:
         return list(dls.notes)
 
     def build_facts(self, learn:Learner # The trained learner
-                   ) -> dict: # Of plain types, for `save_model`
+                   ) -> dict: # Of plain types, for `save_classifier`
         "Return what the network of a trained learner can be built from without its data."
         adjustment = first(learn._grab_cbs(LogitAdjustment))
         fixed = {name: getattr(self, name) for name in ('net','pretrained','method','method_args','dropout')}

@@ -17,7 +17,7 @@ from ..evaluation.report import ShotReport
 from ..evaluation.shift import adapted_table, shifted_table
 from ..deploy.best import KeepBest, weights_of
 from ..deploy.calibration import fit_calibration
-from ..deploy.model_files import save_model
+from ..deploy.model_files import save_classifier
 from .checkpoint import Checkpoint, to_builtin
 from .datasets import datasets as datasets, spec_of as spec_of # `as` re-exports them
 from .identity import data_listing, listing_summary
@@ -128,7 +128,7 @@ def train_run(settings:RunSettings, # What to train
               checkpoint:Path|None=None, # File written after each epoch, from which an interrupted run resumes
               cbs:Callback|Iterable|None=None, # More callbacks
               worlds:bool=False, # Measure accuracy under all test distributions of SADE, adapted to each if possible?
-              model:Path|None=None # Folder to save the model in, with the weights of its best epoch: see `save_model`
+              model:Path|None=None # Folder to save the model in, with the weights of its best epoch: see `save_classifier`
              ) -> tuple[dict, ShotReport]: # The result, and the report that it was made from
     "Train once, and read the test set once."
     use_device(os.environ.get('LTRL_DEVICE'))
@@ -165,7 +165,7 @@ def _save_trained(learn, settings, keep, res, folder):
         accuracy = {k: _rounded_values(report_of(dl=loaders[k]).accuracy) for k in accuracy}
     with learn.no_bar(): logits,targets = learn.get_preds(act=noop)
     saved = {k: v for k,v in dataclasses.asdict(settings).items() if k!='data'}
-    save_model(
+    save_classifier(
         learn, folder, build=settings.build_facts(learn), last=last,
         calibration=fit_calibration(logits, targets, learn.dls.class_counts), accuracy=accuracy, epoch=epoch,
         epochs=settings.epochs, name=f'{settings.data_name}: {label_of(settings)}', many=settings.many,

@@ -34,8 +34,8 @@ def _check_name(name):
         f"net: {name} is no classifier of torchvision. timm has many more: `pip install 'ltrl_fastai[timm]'`.")
     if timm.is_model(name): return
     known = [_lite0, *torchvision.models.list_models(module=torchvision.models), *timm.list_models()]
-    raise ValueError(f"net: expected a classifier of torchvision or timm, got {name!r}.{did_you_mean(name, known, n=4)} "
-                     "A CIFAR ResNet has no pretrained weights: train it from scratch.")
+    raise ValueError(f"net: expected a classifier of torchvision or timm, got {name!r}."
+                     f"{did_you_mean(name, known, n=4)} A CIFAR ResNet has no pretrained weights: train it from scratch.")
 
 def _architecture(name, weights):
     "A net with the head of its publication, with its published weights or with random ones"
@@ -58,8 +58,9 @@ def read_weights(file:str|Path # A state dict: safetensors, or PyTorch's format
                 ) -> dict: # Tensors by name
     "Read weights without unpickling code; raises `FileNotFoundError`, or `ValueError` if it is no state dict."
     file = Path(file).expanduser()
-    if not file.is_file(): raise FileNotFoundError(f"weights: {file} is {'a folder' if file.exists() else 'not there'}; "
-        "expected a file of weights, such as a .pth or .safetensors of torchvision or timm.")
+    kind = 'a folder' if file.exists() else 'not there'
+    if not file.is_file(): raise FileNotFoundError(
+        f"weights: {file} is {kind}; expected a file of weights, such as a .pth or .safetensors of torchvision or timm.")
     try:
         if file.suffix=='.safetensors': state = load_file(file)
         else: state = torch.load(file, map_location='cpu', weights_only=True)

@@ -70,5 +70,6 @@ def digits_model(tmp_path_factory):
         learn.fit_one_cycle(settings.epochs, settings.lr)
         logits, targets = learn.get_preds(act=noop)
     calibration = fit_calibration(logits, targets, learn.dls.class_counts)
-    model = save_classifier(learn, folder/'model', build=settings.build_facts(learn), calibration=calibration, name='Digits')
+    build = settings.build_facts(learn)
+    model = save_classifier(learn, folder/'model', build=build, calibration=calibration, name='Digits')
     return images, model

@@ -171,7 +171,7 @@ def with_targets(tls:list, # `TfmdLists` of inputs and of targets
 
 def loader_processes(n:int # Training images
                     ) -> int:
-    "Processes that load images: `LTRL_WORKERS` of the environment; default: fastai's, or 0 for fewer than 1,000 images."
+    "Processes that load images: `LTRL_WORKERS` of the environment, fastai's default, or 0 below 1,000 images."
     chosen = os.environ.get('LTRL_WORKERS')
     if chosen: return int(chosen)
     return 0 if n<1000 else defaults.cpus

@@ -103,7 +103,8 @@ def _from_weights(path, trust):
         pickle = folder/'model.pkl'
         if not trust: raise ValueError(
             f"{folder}: this model can't be built from its weights: {facts['not_built_because']}. {pickle} is "
-            "complete, but unpickling it can run any code. If you trust its author, add --trust (in Python, trust=True).")
+            "complete, but unpickling it can run any code. If you trust its author, add --trust (in Python, "
+            "trust=True).")
         return _unpickled(pickle, trust)
     weights = path if path.suffix=='.safetensors' else folder/'model.safetensors'
     learn = _built_learner(facts)
@@ -148,7 +149,8 @@ def _facts_of(learn):
     counts = vars(learn).get('class_counts')
     if counts is not None: counts = [int(o) for o in counts]
     return dict(
-        format=_format, classes=[str(o) for o in vocab], class_counts=counts, input=_input_of(learn.dls), build=None, calibration=None,
+        format=_format, classes=[str(o) for o in vocab], class_counts=counts, input=_input_of(learn.dls), build=None,
+        calibration=None,
         not_built_because='it was not made by `ltrl train` or from RunSettings')
 
 def _input_of(dls):
@@ -160,7 +162,7 @@ def _input_of(dls):
 # %% ../../nbs/deploy/02_model_files.ipynb #33330711
 def save_classifier(learn:Learner, # A trained learner
                folder:str|Path, # Written, or replaced
-               build:dict|None=None, # What to build the network from: `RunSettings.build_facts`; None for a pickle alone
+               build:dict|None=None, # What to build it from: see `RunSettings.build_facts`; None for a pickle alone
                last:dict|None=None, # Weights of the last epoch, if the learner has those of another: see `weights_of`
                calibration:Calibration|None=None, # See `fit_calibration`
                **about # Other entries of model.json, of plain types: accuracy, epoch, settings, ...

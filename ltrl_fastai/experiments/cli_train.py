@@ -64,8 +64,8 @@ def train(
     epochs:Annotated[int|None, option(
         "Number of epochs. Default: 12 for a pretrained network, 20 for photos-lt, 30 for digits and CIFAR.")]=None,
     lr:Annotated[float|None, option(
-        "Largest learning rate. Default: 0.005 (Adam) for a pretrained network, 0.1 for photos-lt, 0.05 for digits, 0.2 for "
-        "CIFAR.")]=None,
+        "Largest learning rate. Default: 0.005 (Adam) for a pretrained network, 0.1 for photos-lt, 0.05 for digits, "
+        "0.2 for CIFAR.")]=None,
     bs:Annotated[int|None, option(
         "Batch size. Default: 32 for a pretrained network, 256 for photos-lt, 32 for digits, 128 for CIFAR.")]=None,
     amp:Annotated[bool, option("Train in half precision, faster on a CUDA GPU.", '--amp')]=False,

@@ -26,7 +26,7 @@ _photographs = dict(
     takes='size policy flip crop min_scale resize data n_valid data_seed'.split(), defaults=_from_scratch,
     finetuned=_finetuned, photographs=True)
 
-datasets = { # By name: what makes the loaders, defaults of `RunSettings` and of pretrained nets, and what else is accepted
+datasets = { # By name: what makes the loaders, defaults of `RunSettings`, also of pretrained nets, and other settings
     'digits-lt': dict(
         make=digits_lt, tfms=dict(crop=1, flip=False),
         defaults=dict(imbalance_factor=20., net='resnet8', epochs=30, bs=32, lr=.05)),

@@ -25,8 +25,8 @@ class RunBar(Callback):
     def __init__(self, epochs:int, # Of all fits together
                  console:Console|None=None # Default: standard output
                 ):
-        columns = (TextColumn('{task.description}'), BarColumn(), TextColumn('epoch {task.fields[epoch]} of {task.total}'),
-                   TimeRemainingColumn(), TextColumn('left'))
+        epochs_shown = TextColumn('epoch {task.fields[epoch]} of {task.total}')
+        columns = (BarColumn(), epochs_shown, TimeRemainingColumn(), TextColumn('left'))
         self.bar = Progress(*columns, console=console or Console(), refresh_per_second=4)
         self.task = self.bar.add_task('', total=epochs, epoch=0)
         self.begun = 0 # Epochs of the fits before this one

@@ -128,7 +128,7 @@ def train_run(settings:RunSettings, # What to train
               checkpoint:Path|None=None, # File written after each epoch, from which an interrupted run resumes
               cbs:Callback|Iterable|None=None, # More callbacks
               worlds:bool=False, # Measure accuracy under all test distributions of SADE, adapted to each if possible?
-              model:Path|None=None # Folder to save the model in, with the weights of its best epoch: see `save_classifier`
+              model:Path|None=None # Folder to save the model of the best epoch in: see `save_classifier`
              ) -> tuple[dict, ShotReport]: # The result, and the report that it was made from
     "Train once, and read the test set once."
     use_device(os.environ.get('LTRL_DEVICE'))

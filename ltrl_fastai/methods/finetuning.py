@@ -35,7 +35,8 @@ def _check_name(name):
     if timm.is_model(name): return
     known = [_lite0, *torchvision.models.list_models(module=torchvision.models), *timm.list_models()]
     raise ValueError(f"net: expected a classifier of torchvision or timm, got {name!r}."
-                     f"{did_you_mean(name, known, n=4)} A CIFAR ResNet has no pretrained weights: train it from scratch.")
+                     f"{did_you_mean(name, known, n=4)} A CIFAR ResNet has no pretrained weights: train it from "
+                     "scratch.")
 
 def _architecture(name, weights):
     "A net with the head of its publication, with its published weights or with random ones"
@@ -60,7 +61,8 @@ def read_weights(file:str|Path # A state dict: safetensors, or PyTorch's format
     file = Path(file).expanduser()
     kind = 'a folder' if file.exists() else 'not there'
     if not file.is_file(): raise FileNotFoundError(
-        f"weights: {file} is {kind}; expected a file of weights, such as a .pth or .safetensors of torchvision or timm.")
+        f"weights: {file} is {kind}; expected a file of weights, such as a .pth or .safetensors of torchvision or "
+        "timm.")
     try:
         if file.suffix=='.safetensors': state = load_file(file)
         else: state = torch.load(file, map_location='cpu', weights_only=True)

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['epochs_of', 'RunBar']
 
-# %% ../../nbs/experiments/29_run_bar.ipynb #5d3cecc2
+# %% ../../nbs/experiments/29_run_bar.ipynb #86d370c6
 from fastai.basics import *
 from fastai.callback.progress import ProgressCallback
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from ..methods.method import Method
 
-# %% ../../nbs/experiments/29_run_bar.ipynb #031b75e8
-def epochs_of(method, # A `Method`
+# %% ../../nbs/experiments/29_run_bar.ipynb #2bc69b3a
+def epochs_of(method:Method, # Such as `methods['bsce']`
               epochs:int # Epochs of its first stage
              ) -> int:
     "Epochs of all stages of a method."

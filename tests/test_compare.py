@@ -213,10 +213,9 @@ def test_the_committed_evidence_is_made_from_the_results(tmp_path):
     for o in rows: assert set(o) == {*keys, *(of_gain if o['rl'] else ())}
     tuned = {o['bed'] for o in rows if o['baseline'] != 'plain'}
     assert tuned == {'frozen', 'frozen-grocery', 'frozen-magnetic', 'text', 'tabular'}
-    def names(decay):
-        return {o['rl'] for o in rows if (o['protocol'], o['method'], o['decay']) == ('P1', 'bsce', decay)}
-    assert names('decoupled') == {None, 'v0.0.1', 'paper', 'published', 'KS', 'KR + KS', 'KR + KS + KC'}
-    assert names('gradient') == {None, 'default', 'KR', 'KS', 'KR + KS + KC'}
+    assert {o['decay'] for o in rows} == {'gradient'}
+    of_bsce = {o['rl'] for o in rows if (o['protocol'], o['method']) == ('P1', 'bsce')}
+    assert of_bsce == {None, 'default', 'paper', 'published', 'KR', 'KS', 'KR + KS + KC'}
     (tmp_path/'a/runs').mkdir(parents=True)
     (tmp_path/'a/runs/x.json').write_text('{}')
     with pytest.raises(ValueError, match='no comparison by a protocol'): evidence(tmp_path)

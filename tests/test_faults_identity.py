@@ -455,12 +455,6 @@ def test_fault_11_old_results_are_read_without_names(tmp_path):
     assert 'bsce' in run('report', 'old', cwd=tmp_path)
 
 
-def test_fault_11_evidence_of_earlier_versions_has_a_table():
-    root = Path(__file__).parent.parent/'results/frozen'
-    table = class_table(load_results(root)[:4])
-    assert len(table) and set(table.columns) == {'group', 'variant', 'runs', 'class', 'images', 'accuracy'}
-
-
 # Fault 18: the command line
 
 

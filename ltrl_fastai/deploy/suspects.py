@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['LabelRecord', 'LabelAgreement', 'label_doubt', 'suspects']
 
-# %% ../../nbs/deploy/06_suspects.ipynb #3cf9eaf2
+# %% ../../nbs/deploy/06_suspects.ipynb #948afe88
 from fastai.basics import *
 from ..core.ranks import Ranks
 from ..core.tensors import device_of
 from ..reflective.samples import SampleIds
 from ..reflective.terms import CallbackWithHelpers, LossTerms, same_items
 
-# %% ../../nbs/deploy/06_suspects.ipynb #4381d8db
+# %% ../../nbs/deploy/06_suspects.ipynb #fa3d4c33
 class LabelRecord:
     "What a network predicted for each of `n` training items, compared with their labels, over all visits."
     _sums = ('visits','right','own','other')
@@ -82,7 +82,7 @@ class LabelRecord:
             visits=columns['visits'], label=columns['targets'], right=columns['right']/visits,
             own=columns['own']/visits, other=columns['other']/visits, suggested=columns['suggested']))
 
-# %% ../../nbs/deploy/06_suspects.ipynb #2089d808
+# %% ../../nbs/deploy/06_suspects.ipynb #76729b33
 class LabelAgreement(CallbackWithHelpers):
     "Record in training how often and how surely the network agrees with each label. Changes no weight."
     order = LossTerms.order+1
@@ -113,7 +113,7 @@ class LabelAgreement(CallbackWithHelpers):
         self._dataset = learn.dls.train.dataset
         self.record = None if saved is None else LabelRecord.from_state(saved, device_of(learn.model))
 
-# %% ../../nbs/deploy/06_suspects.ipynb #ba9b445f
+# %% ../../nbs/deploy/06_suspects.ipynb #37810223
 def label_doubt(table:pd.DataFrame # As `LabelRecord.table` gives
                ) -> pd.Series: # From -1 to 1 for each item; NaN for one that was not visited
     "Return how much more typical each item is of the suggested class than of its label."
@@ -153,7 +153,7 @@ def suspects(record:LabelRecord|LabelAgreement, # A record, or the callback that
         f"dls: expected the loaders of the training, with {len(record)} items, got {len(dataset)}.")
     table = record.table()
     table['doubt'] = label_doubt(table)
-    is_suspect = (table.doubt>=doubt) & (table.right<=right) & (table.visits>=visits)
+    is_suspect = (table.doubt>=doubt) & (table.own<table.other) & (table.right<=right) & (table.visits>=visits)
     ranked = table[is_suspect].sort_values('doubt', ascending=False, kind='stable')[:most]
     root = getattr(dls, 'root', None)
     res = []

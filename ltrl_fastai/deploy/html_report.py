@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['inline_svg', 'draw_history', 'reliability', 'draw_reliability', 'thumbnail', 'write_report']
 
-# %% ../../nbs/deploy/07_html_report.ipynb #de23b39f
+# %% ../../nbs/deploy/07_html_report.ipynb #4a843604
 import base64, contextlib, dataclasses, io, json, math, os, re, warnings
 import jinja2, matplotlib, matplotlib.ticker
 import PIL.Image, PIL.ImageOps
@@ -26,7 +26,7 @@ from ..experiments.settings import RunSettings
 from ..experiments.summary import class_table, load_results, plot_gains, result_folders, runs_table, shots
 from ..experiments.summary import show_gain, summarise
 
-# %% ../../nbs/deploy/07_html_report.ipynb #0eb20c43
+# %% ../../nbs/deploy/07_html_report.ipynb #9853ff30
 _svg_params = {'svg.fonttype': 'none', 'text.parse_math': False, 'svg.hashsalt': 'ltrl', 'axes.formatter.use_mathtext': False}
 _no_metadata = dict.fromkeys(('Creator','Date','Format','Type'))
 
@@ -36,8 +36,7 @@ def inline_svg(fig:plt.Figure, # It is closed
               ) -> Markup:
     "Turn a figure into an `svg` element in the colours of the page."
     buffer = io.StringIO()
-    with matplotlib.rc_context(_svg_params), _without_glyph_warnings():
-        fig.savefig(buffer, format='svg', metadata=_no_metadata)
+    with _page_style(): fig.savefig(buffer, format='svg', metadata=_no_metadata)
     plt.close(fig)
     text = buffer.getvalue()
     text = text[text.index('<svg'):]
@@ -53,20 +52,20 @@ def inline_svg(fig:plt.Figure, # It is closed
     return opening.format(Markup(view), alt, round(width*.8), round(width*1.5)) + Markup(body)
 
 @contextlib.contextmanager
-def _without_glyph_warnings():
-    "Missing glyphs are those of the font that measures texts; the browser has others"
-    with warnings.catch_warnings():
+def _page_style():
+    "Draw for a page: texts stay texts, and a glyph that is missing here is drawn by the browser"
+    with matplotlib.rc_context(_svg_params), picture_style(), warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='Glyph .* missing')
         yield
 
 def _drawn(draw, prefix, figsize):
     "The figure that `draw` makes on new Axes, with their description, as SVG"
-    with matplotlib.rc_context(_svg_params), picture_style(), _without_glyph_warnings():
+    with _page_style():
         fig,ax = plt.subplots(figsize=figsize, layout='constrained')
         draw(ax)
     return inline_svg(fig, ax.ltrl_alt, prefix)
 
-# %% ../../nbs/deploy/07_html_report.ipynb #91717846
+# %% ../../nbs/deploy/07_html_report.ipynb #e37e8ddf
 def draw_history(histories:dict # By label, the history of a run: values by epoch for each column
                 ) -> plt.Figure: # With two axes, and a description in `ltrl_alt`
     "Draw losses and accuracies by epoch; raises `ValueError` if there is no epoch."
@@ -103,7 +102,7 @@ def _draw_columns(ax, histories, names, ylabel):
                           ncols=len(histories)+1)
     return f"{ylabel}: {'; '.join(ends) or 'nothing was measured'}."
 
-# %% ../../nbs/deploy/07_html_report.ipynb #50cbbebb
+# %% ../../nbs/deploy/07_html_report.ipynb #0769b043
 def reliability(probabilities:Tensor, # `(N, C)`
                 targets:Tensor, # `(N,)` class indices
                 n_bins:int=10 # Bins of equal width
@@ -137,7 +136,7 @@ def draw_reliability(rows:list, # As `reliability` gives
     ax.ltrl_alt = f"Share of correct predictions by mean probability of the predicted class. {points}."
     return ax
 
-# %% ../../nbs/deploy/07_html_report.ipynb #5019f3e6
+# %% ../../nbs/deploy/07_html_report.ipynb #99415f4b
 def thumbnail(file:str|Path, # An image
               side:int=144 # Longer side in pixels, at most
              ) -> str|None: # A data URI; None if it can't be read
@@ -155,7 +154,7 @@ def thumbnail(file:str|Path, # An image
     kind = 'png' if is_tiny else 'jpeg'
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
-# %% ../../nbs/deploy/07_html_report.ipynb #05dc01dd
+# %% ../../nbs/deploy/07_html_report.ipynb #6060db19
 @contextlib.contextmanager
 def _quiet_data():
     "Open data without reading every image, and without notes"
@@ -202,7 +201,7 @@ def _predict(learn, dataset, most=5000):
 
 def _predictions(folder, result, dls, reason):
     "Predictions on validation and test images by name, or an empty dict and the reason"
-    if not (folder/'model'/'model.json').is_file(): return {},"The folder of the run holds no model (`model/`)."
+    if not (folder/'model'/'model.json').is_file(): return {},"The folder of the run holds no model (folder model)."
     if dls is None: return {},reason
     if not isinstance(dls, ImageFileDataLoaders): return {},"The data are no image files, which a saved model needs."
     try:
@@ -212,10 +211,12 @@ def _predictions(folder, result, dls, reason):
     except Exception as e: return {},f"The model could not predict the images: {e}" # of any kind of model
     return {name: o for name,o in res.items() if len(o.files)},None
 
-# %% ../../nbs/deploy/07_html_report.ipynb #5e9d484f
+# %% ../../nbs/deploy/07_html_report.ipynb #81bb1033
 _names_of_shots = dict(many='Many', medium='Medium', few='Few', all='All')
 
 def _percent(value, spec='.1f'): return '-' if value is None else f'{value:{spec}}'
+
+def _abbreviated(name, most=24): return name if len(name)<=most else name[:most-1]+'\N{HORIZONTAL ELLIPSIS}'
 
 def _with_unit(value, spec='.1f'): return f'{value:{spec}}\N{NO-BREAK SPACE}%'
 
@@ -286,7 +287,8 @@ def _data_section(result):
     "Class sizes, and the number of images of each split"
     counts,classes = result['class_counts'],result['classes']
     bounds = dict(many=result['settings'].get('many', 100), few=result['settings'].get('few', 20))
-    picture = _drawn(lambda ax: draw_classes(tensor(counts), classes, ax, **bounds), 'counts', (9.3,3.3))
+    names = [_abbreviated(o) for o in classes]
+    picture = _drawn(lambda ax: draw_classes(tensor(counts), names, ax, **bounds), 'counts', (9.3,3.3))
     splits = {name: o['n'] for name,o in (result.get('data') or {}).items() if isinstance(o, dict)}
     largest,smallest = int(np.argmax(counts)),int(np.argmin(counts))
     return dict(picture=picture, splits=splits, n_train=sum(counts), factor=result['imbalance_factor'],
@@ -296,8 +298,9 @@ def _data_section(result):
 def _curves_section(result):
     "Learning curves; a reason if there are none"
     histories = {label: o['history'] for label,o in _sides(result).items() if o.get('history')}
-    try: fig = draw_history(histories)
-    except ValueError: return dict(reason="This result is a mean over seeds or holds no epochs, so there are no curves.")
+    if not any(any(o.values()) for o in histories.values()):
+        return dict(reason="This result is a mean over seeds or holds no epochs, so there are no curves.")
+    with _page_style(): fig = draw_history(histories)
     return dict(picture=inline_svg(fig, fig.ltrl_alt, 'curves'), stages=[o['about'] for o in result.get('stages', [])])
 
 _most_rows = 1000
@@ -329,7 +332,7 @@ def _classes_section(result, totals):
     return dict(labels=list(accuracies), rows=rows, left_out=left_out, picture=picture, folded=many,
                 scored=_where(result).title() if totals is not None else None)
 
-# %% ../../nbs/deploy/07_html_report.ipynb #53b13ad3
+# %% ../../nbs/deploy/07_html_report.ipynb #92f74063
 def _confusion_section(predictions, result):
     "Confusion matrix on test images, or on validation images without a test set, and the most frequent confusions"
     where = 'test' if 'test' in predictions else 'validation'
@@ -417,7 +420,7 @@ def _settings_section(result):
                 versions=result.get('versions') or {}, digest=(result.get('data') or {}).get('digest'),
                 seconds=result.get('seconds'))
 
-# %% ../../nbs/deploy/07_html_report.ipynb #286a711a
+# %% ../../nbs/deploy/07_html_report.ipynb #157d7a7c
 def _read_run(folder):
     "The result in a folder; raises `ValueError` if there is only an interrupted run, or no result"
     file = folder/'result.json'
@@ -425,12 +428,12 @@ def _read_run(folder):
     except FileNotFoundError: raise ValueError(
         f"{folder} holds an interrupted run without a result. Finish it: the same command with --resume.") from None
     except ValueError as e: raise ValueError(f"{file} is no result of a run ({e}). Remove it.") from None
-    required = ('settings','method','dataset','class_counts','per_class','classes','valid_accuracy')
+    required = ('settings','method','dataset','imbalance_factor','class_counts','per_class','valid_accuracy')
     missing = [key for key in required if not isinstance(res, dict) or key not in res]
     if missing: raise ValueError(
-        f"{file}: a page on a run needs what this result lacks: {', '.join(missing)}. It is no result of `ltrl train`, "
-        "or of an early version: train again.")
-    return res
+        f"{file}: a page on a run needs what this result lacks: {', '.join(missing)}. Is it a result of "
+        "`ltrl train` or `ltrl run`? --no-html leaves the page out.")
+    return {'classes': [f'class {i}' for i in range(len(res['class_counts']))], **res} # early results have no names
 
 def _interruption(folder, result):
     "A note on a training that goes on, or was interrupted; None without one"
@@ -503,7 +506,7 @@ def _comparison(place, results, i):
         cells = ['-' if math.isnan(o[k]) else f'{o[k]:.1f}' + ('' if math.isnan(o[f'{k}_sd']) else f" ± {o[f'{k}_sd']:.1f}")
                  for k in shots]
         rows.append((o.variant, o.runs, cells, [show_gain(o, k) for k in ('all','few')]))
-    fig = plot_gains(summary)
+    with _page_style(): fig = plot_gains(summary)
     alt = '; '.join(f'{variant}: All {cells[-1]}, gain {gains[0]}' for variant,_,cells,gains in rows)
     by_class = class_table(results)
     variants = list(dict.fromkeys(by_class.variant))[:4]
@@ -515,7 +518,7 @@ def _comparison(place, results, i):
                 picture=inline_svg(fig, f'Gains or accuracies. {alt}.', f'gains{i}'), labels=variants,
                 class_rows=class_rows, left_out=left_out)
 
-# %% ../../nbs/deploy/07_html_report.ipynb #fe5be99b
+# %% ../../nbs/deploy/07_html_report.ipynb #360896e3
 def _template():
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader('ltrl_fastai', 'deploy'), autoescape=True, trim_blocks=True, lstrip_blocks=True,

@@ -14,7 +14,8 @@ from typing import Annotated
 import typer
 from .cli_common import app, fail, option, prepare_training, split_list
 from .cli_train import run, train
-from .cli_compare import compare, report
+from .cli_compare import compare
+from .cli_report import report
 from .cli_list import datasets, methods, recipes
 
 # %% ../../nbs/experiments/07_cli.ipynb #f2a56b97

@@ -287,18 +287,23 @@ def test_many_classes_fit_into_a_page(changed):
     assert len(page.source) < 5e6 and len(page.table('Class')) == 1001 and '7,142 between them are left out' in page.text
 
 
-def test_comparisons_as_a_page(tmp_path):
-    for name in ('three-epochs', 'tuned-text'): shutil.copytree(root/'results'/name, tmp_path/name)
-    page = page_of(tmp_path/'three-epochs')
+def check_comparison(folder):
+    "The table is that of summary.csv"
+    page = page_of(folder)
     check_self_contained(page)
     check_accessible(page)
-    summary = pd.read_csv(tmp_path/'three-epochs/summary.csv')
+    summary = pd.read_csv(folder/'summary.csv')
     tables = [rows for rows in page.tables if rows[0][0].strip() == 'Variant']
     rows = [[cell.strip() for cell in row] for table in tables for row in table[1:]]
     assert len(tables) == summary.group.nunique() and len(rows) == len(summary)
     for row, (_, o) in zip(rows, summary.iterrows()):
         spread = '' if pd.isna(o.all_sd) else f' ± {o.all_sd:.1f}'
         assert row[:2] == [o.variant, str(o.runs)] and row[5] == f"{o['all']:.1f}{spread}"
+
+
+def test_comparisons_as_a_page(tmp_path):
+    for name in ('three-epochs', 'tuned-text'): shutil.copytree(root/'results'/name, tmp_path/name)
+    for name in ('three-epochs', 'tuned-text'): check_comparison(tmp_path/name)
     both = page_of(tmp_path)
     assert {str(tmp_path/o) for o in ('three-epochs', 'tuned-text')} <= {*map(str.strip, both.texts)}
 

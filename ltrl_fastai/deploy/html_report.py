@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['inline_svg', 'draw_history', 'reliability', 'draw_reliability', 'thumbnail', 'write_report']
 
-# %% ../../nbs/deploy/07_html_report.ipynb #a6da5471
+# %% ../../nbs/deploy/07_html_report.ipynb #b7f2faef
 import base64, contextlib, dataclasses, io, json, math, os, re, warnings
 import jinja2, matplotlib, matplotlib.ticker
 import PIL.Image, PIL.ImageOps
@@ -25,7 +25,7 @@ from ..experiments.settings import RunSettings
 from ..experiments.summary import class_table, load_results, plot_gains, result_folders, runs_table, shots
 from ..experiments.summary import show_gain, summarise
 
-# %% ../../nbs/deploy/07_html_report.ipynb #47cead7d
+# %% ../../nbs/deploy/07_html_report.ipynb #b8d20471
 _svg_params = {'svg.fonttype': 'none', 'text.parse_math': False, 'svg.hashsalt': 'ltrl', 'axes.formatter.use_mathtext': False}
 _no_metadata = dict.fromkeys(('Creator','Date','Format','Type'))
 
@@ -64,7 +64,7 @@ def _drawn(draw, prefix, figsize):
         draw(ax)
     return inline_svg(fig, ax.ltrl_alt, prefix)
 
-# %% ../../nbs/deploy/07_html_report.ipynb #786c6c9d
+# %% ../../nbs/deploy/07_html_report.ipynb #d30d7b5c
 def draw_history(histories:dict # By label, the history of a run: values by epoch for each column
                 ) -> plt.Figure: # With two axes, and a description in `ltrl_alt`
     "Draw losses and accuracies by epoch; raises `ValueError` if there is no epoch."
@@ -101,7 +101,7 @@ def _draw_columns(ax, histories, names, ylabel):
                           ncols=len(histories)+1)
     return f"{ylabel}: {'; '.join(ends) or 'nothing was measured'}."
 
-# %% ../../nbs/deploy/07_html_report.ipynb #c89bdb54
+# %% ../../nbs/deploy/07_html_report.ipynb #03e06c10
 def reliability(probabilities:Tensor, # `(N, C)`
                 targets:Tensor, # `(N,)` class indices
                 n_bins:int=10 # Bins of equal width
@@ -135,7 +135,7 @@ def draw_reliability(rows:list, # As `reliability` gives
     ax.ltrl_alt = f"Share of correct predictions by mean probability of the predicted class. {points}."
     return ax
 
-# %% ../../nbs/deploy/07_html_report.ipynb #a546a601
+# %% ../../nbs/deploy/07_html_report.ipynb #aa5798fe
 def thumbnail(file:str|Path, # An image
               side:int=144 # Longer side in pixels, at most
              ) -> str|None: # A data URI; None if it can't be read
@@ -153,7 +153,7 @@ def thumbnail(file:str|Path, # An image
     kind = 'png' if is_tiny else 'jpeg'
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
-# %% ../../nbs/deploy/07_html_report.ipynb #19af1758
+# %% ../../nbs/deploy/07_html_report.ipynb #a8c74486
 @contextlib.contextmanager
 def _quiet_data():
     "Open data without reading every image, and without notes"
@@ -210,7 +210,7 @@ def _predictions(folder, result, dls, reason):
     except Exception as e: return {},f"The model could not predict the images: {e}" # of any kind of model
     return {name: o for name,o in res.items() if len(o.files)},None
 
-# %% ../../nbs/deploy/07_html_report.ipynb #be6f5009
+# %% ../../nbs/deploy/07_html_report.ipynb #88df54ff
 _names_of_shots = dict(many='Many', medium='Medium', few='Few', all='All')
 
 def _percent(value, spec='.1f'): return '-' if value is None else f'{value:{spec}}'
@@ -331,7 +331,7 @@ def _classes_section(result, totals):
     return dict(labels=list(accuracies), rows=rows, left_out=left_out, picture=picture, folded=many,
                 scored=_where(result).title() if totals is not None else None)
 
-# %% ../../nbs/deploy/07_html_report.ipynb #f47f6918
+# %% ../../nbs/deploy/07_html_report.ipynb #6b1997d6
 def _confusion_section(predictions, result):
     "Confusion matrix on test images, or on validation images without a test set, and the most frequent confusions"
     where = 'test' if 'test' in predictions else 'validation'
@@ -419,7 +419,7 @@ def _settings_section(result):
                 versions=result.get('versions') or {}, digest=(result.get('data') or {}).get('digest'),
                 seconds=result.get('seconds'))
 
-# %% ../../nbs/deploy/07_html_report.ipynb #3fbe0287
+# %% ../../nbs/deploy/07_html_report.ipynb #6df823f5
 def _read_run(folder):
     "The result in a folder; raises `ValueError` if there is only an interrupted run, or no result"
     file = folder/'result.json'
@@ -517,7 +517,7 @@ def _comparison(place, results, i):
                 picture=inline_svg(fig, f'Gains or accuracies. {alt}.', f'gains{i}'), labels=variants,
                 class_rows=class_rows, left_out=left_out)
 
-# %% ../../nbs/deploy/07_html_report.ipynb #69748323
+# %% ../../nbs/deploy/07_html_report.ipynb #7ee26096
 def _template():
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader('ltrl_fastai', 'deploy'), autoescape=True, trim_blocks=True, lstrip_blocks=True,

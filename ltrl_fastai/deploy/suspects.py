@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['LabelRecord', 'LabelAgreement', 'label_doubt', 'suspects']
 
-# %% ../../nbs/deploy/06_suspects.ipynb #948afe88
+# %% ../../nbs/deploy/06_suspects.ipynb #006076ea
 from fastai.basics import *
 from ..core.ranks import Ranks
 from ..core.tensors import device_of
 from ..reflective.samples import SampleIds
 from ..reflective.terms import CallbackWithHelpers, LossTerms, same_items
 
-# %% ../../nbs/deploy/06_suspects.ipynb #fa3d4c33
+# %% ../../nbs/deploy/06_suspects.ipynb #493967e4
 class LabelRecord:
     "What a network predicted for each of `n` training items, compared with their labels, over all visits."
     _sums = ('visits','right','own','other')
@@ -82,7 +82,7 @@ class LabelRecord:
             visits=columns['visits'], label=columns['targets'], right=columns['right']/visits,
             own=columns['own']/visits, other=columns['other']/visits, suggested=columns['suggested']))
 
-# %% ../../nbs/deploy/06_suspects.ipynb #76729b33
+# %% ../../nbs/deploy/06_suspects.ipynb #f7426cfb
 class LabelAgreement(CallbackWithHelpers):
     "Record in training how often and how surely the network agrees with each label. Changes no weight."
     order = LossTerms.order+1
@@ -113,7 +113,7 @@ class LabelAgreement(CallbackWithHelpers):
         self._dataset = learn.dls.train.dataset
         self.record = None if saved is None else LabelRecord.from_state(saved, device_of(learn.model))
 
-# %% ../../nbs/deploy/06_suspects.ipynb #37810223
+# %% ../../nbs/deploy/06_suspects.ipynb #3268bdf4
 def label_doubt(table:pd.DataFrame # As `LabelRecord.table` gives
                ) -> pd.Series: # From -1 to 1 for each item; NaN for one that was not visited
     "Return how much more typical each item is of the suggested class than of its label."

@@ -26,7 +26,8 @@ from ..experiments.summary import class_table, load_results, plot_gains, result_
 from ..experiments.summary import show_gain, summarise
 
 # %% ../../nbs/deploy/07_html_report.ipynb #b8d20471
-_svg_params = {'svg.fonttype': 'none', 'text.parse_math': False, 'svg.hashsalt': 'ltrl', 'axes.formatter.use_mathtext': False}
+_svg_params = {'svg.fonttype': 'none', 'svg.hashsalt': 'ltrl', 'text.parse_math': False,
+               'axes.formatter.use_mathtext': False}
 _no_metadata = dict.fromkeys(('Creator','Date','Format','Type'))
 
 def inline_svg(fig:plt.Figure, # It is closed
@@ -219,6 +220,11 @@ def _abbreviated(name, most=24): return name if len(name)<=most else name[:most-
 
 def _with_unit(value, spec='.1f'): return f'{value:{spec}}\N{NO-BREAK SPACE}%'
 
+def _interval_text(ends, spec):
+    "Both ends of an interval in words; None if one is not known"
+    if ends is None or None in ends: return None
+    return f'{ends[0]:{spec}} to {ends[1]:{spec}}'
+
 def _run_label(result): return f"{result['method']} + RL" if result.get('reflective') else result['method']
 
 def _data_name(result): return Path(str(result['dataset'])).stem or str(result['dataset'])
@@ -251,7 +257,8 @@ def _reports(result, totals):
     for label,o in _sides(result).items():
         n = [0 if share is None else 1 for share in o['per_class']] if totals is None else totals
         hits = [0. if share is None else share/100*k for share,k in zip(o['per_class'], n)]
-        res[label] = ShotReport(tensor(hits).double(), tensor(n), result['class_counts'], result['classes'], label, **bounds)
+        res[label] = ShotReport(
+            tensor(hits).double(), tensor(n), result['class_counts'], result['classes'], label, **bounds)
     return res
 
 def _accuracy_section(result, totals):
@@ -263,18 +270,10 @@ def _accuracy_section(result, totals):
     rows = []
     for label,o in _sides(result).items():
         intervals = reports[label].intervals if has_intervals else {}
-        cells = []
-        for k in shots:
-            ends = intervals.get(k)
-            cells.append((_percent(o[on][k]), f'{ends[0]:.1f} to {ends[1]:.1f}' if ends else None))
-        rows.append((label, cells))
+        rows.append((label, [(_percent(o[on][k]), _interval_text(intervals.get(k), '.1f')) for k in shots]))
     if 'gain' in result:
-        ends = result.get('gain_interval') or {}
-        cells = []
-        for k in shots:
-            pair = ends.get(k)
-            known = pair and None not in pair
-            cells.append((_percent(result['gain'].get(k), '+.1f'), f'{pair[0]:+.1f} to {pair[1]:+.1f}' if known else None))
+        gains,intervals = result['gain'],result.get('gain_interval') or {}
+        cells = [(_percent(gains.get(k), '+.1f'), _interval_text(intervals.get(k), '+.1f')) for k in shots]
         rows.append(('gain', cells))
     picture = _drawn(lambda ax: draw_shots(reports, ax), 'shots', (5.5,3.2)) if has_intervals else None
     return dict(columns=[f'{_names_of_shots[k]} ({sizes[k]})' for k in shots], rows=rows, picture=picture,
@@ -343,7 +342,9 @@ def _confusion_section(predictions, result):
     order = torch.tensor(result['class_counts']).argsort(descending=True, stable=True).tolist()
     wrong = matrix.clone().fill_diagonal_(0)
     top = [divmod(int(i), n_classes) for i in wrong.flatten().argsort(descending=True, stable=True)[:12]]
-    pairs = [(names[i], names[j], int(wrong[i,j]), _with_unit(100*wrong[i,j]/totals[i], '.0f')) for i,j in top if wrong[i,j]]
+    pairs = []
+    for i,j in top:
+        if wrong[i,j]: pairs.append((names[i], names[j], int(wrong[i,j]), _with_unit(100*wrong[i,j]/totals[i], '.0f')))
     res = dict(where=where, n=len(o.files), n_all=o.n_all, pairs=pairs)
     if n_classes>30: return {**res, 'picture': _confusion_picture(matrix, order)}
     rows = []
@@ -448,8 +449,8 @@ def _headline(result):
     rarest = next((k for k in ('few','medium') if result[on].get(k) is not None), None)
     if rarest: facts.append((f'{_names_of_shots[rarest]}-shot accuracy', f"{_percent(result[on][rarest])} %", where))
     if 'gain' in result:
-        ends = (result.get('gain_interval') or {}).get('all')
-        remark = f'{ends[0]:+.1f} to {ends[1]:+.1f} (95 %)' if ends and None not in ends else 'one seed is not conclusive'
+        interval = _interval_text((result.get('gain_interval') or {}).get('all'), '+.1f')
+        remark = f'{interval} (95 %)' if interval else 'one seed is not conclusive'
         facts.append(('Gain by Reflective Learning', f"{_percent(result['gain']['all'], '+.1f')} points", remark))
     facts.append(('Classes', f"{len(result['classes']):,}", f"{sum(result['class_counts']):,} training images"))
     facts.append(('Imbalance', f"{result['imbalance_factor']:g} : 1", 'largest over smallest class'))
@@ -470,7 +471,8 @@ def _run_page(folder):
         settings=_settings_section(result), no_predictions=no_predictions, no_data=reason)
     if not predictions: return page
     calibrated = json.loads((folder/'model'/'model.json').read_text(encoding='utf-8')).get('calibration') is not None
-    page.update(confusion=_confusion_section(predictions, result), reliability=_reliability_section(predictions, calibrated))
+    page['confusion'] = _confusion_section(predictions, result)
+    page['reliability'] = _reliability_section(predictions, calibrated)
     if 'validation' in predictions: page['worst'] = _worst_section(predictions, result, root)
     return page
 
@@ -497,13 +499,17 @@ def _by_group(results):
     for o in results: res.setdefault(o['group'], []).append(o)
     return list(res.values())
 
+def _mean_and_spread(mean, sd):
+    "A mean and its standard deviation in words"
+    if math.isnan(mean): return '-'
+    return f'{mean:.1f}' if math.isnan(sd) else f'{mean:.1f} ± {sd:.1f}'
+
 def _comparison(place, results, i):
     "The table, the picture and the classes of runs on the same data by the same method"
     summary = summarise(runs_table(results))
     rows = []
     for _,o in summary.iterrows():
-        cells = ['-' if math.isnan(o[k]) else f'{o[k]:.1f}' + ('' if math.isnan(o[f'{k}_sd']) else f" ± {o[f'{k}_sd']:.1f}")
-                 for k in shots]
+        cells = [_mean_and_spread(o[k], o[f'{k}_sd']) for k in shots]
         rows.append((o.variant, o.runs, cells, [show_gain(o, k) for k in ('all','few')]))
     with _page_style(): fig = plot_gains(summary)
     alt = '; '.join(f'{variant}: All {cells[-1]}, gain {gains[0]}' for variant,_,cells,gains in rows)
@@ -512,7 +518,8 @@ def _comparison(place, results, i):
     of_variant = {o: by_class[by_class.variant==o].set_index('class') for o in variants}
     base = of_variant[variants[0]]
     def column(o): return [None if math.isnan(v) else float(v) for v in o.accuracy.reindex(base.index)]
-    class_rows,left_out = _class_rows(list(base.index), base.images.tolist(), {k: column(o) for k,o in of_variant.items()})
+    columns = {k: column(o) for k,o in of_variant.items()}
+    class_rows,left_out = _class_rows(list(base.index), base.images.tolist(), columns)
     return dict(name=results[0]['group'], place=str(place), where=summary.on.iloc[0], rows=rows,
                 picture=inline_svg(fig, f'Gains or accuracies. {alt}.', f'gains{i}'), labels=variants,
                 class_rows=class_rows, left_out=left_out)

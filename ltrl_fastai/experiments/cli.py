@@ -15,7 +15,8 @@ from typing import Annotated
 import typer
 from .cli_common import app, fail, option, prepare_training, split_list
 from .cli_train import run, train
-from .cli_compare import compare, report
+from .cli_compare import compare
+from .cli_report import report
 from .cli_list import datasets, methods, recipes
 from .cli_inspect import inspect
 from .cli_predict import predict

@@ -427,6 +427,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'ltrl_fastai.data.own.own_images': ('data/own.html#own_images', 'ltrl_fastai/data/own.py'),
                                       'ltrl_fastai.data.own.read_csv': ('data/own.html#read_csv', 'ltrl_fastai/data/own.py'),
                                       'ltrl_fastai.data.own.read_folder': ('data/own.html#read_folder', 'ltrl_fastai/data/own.py'),
+                                      'ltrl_fastai.data.own.read_rows': ('data/own.html#read_rows', 'ltrl_fastai/data/own.py'),
                                       'ltrl_fastai.data.own.short_names': ('data/own.html#short_names', 'ltrl_fastai/data/own.py')},
             'ltrl_fastai.data.profiles': { 'ltrl_fastai.data.profiles._exponential': ( 'data/profiles.html#_exponential',
                                                                                        'ltrl_fastai/data/profiles.py'),

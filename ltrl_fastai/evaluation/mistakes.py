@@ -77,7 +77,7 @@ def reliability(confidence:Collection, # `(N,)` probability of the predicted cla
     confidence,hits = np.asarray(confidence, float),np.asarray(hits, float)
     w = np.ones_like(confidence) if weights is None else np.asarray(weights, float)
     edges = np.linspace(0, 1, n_bins+1)
-    bins = np.searchsorted(edges[1:-1], confidence)
+    bins = _bins(confidence, n_bins)
     def sums(x=None): return np.bincount(bins, x, minlength=n_bins)
     images,total = sums(),sums(w)
     there = total>0
@@ -88,10 +88,18 @@ def reliability(confidence:Collection, # `(N,)` probability of the predicted cla
         accuracy=np.divide(sums(w*hits), total, out=np.zeros(n_bins), where=there))
     return pd.DataFrame(table)[there].reset_index(drop=True)
 
-def calibration_error(table:pd.DataFrame # From `reliability`
+def calibration_error(confidence:Collection, hits:Collection, weights:Collection|None=None, # See `reliability`
+                      n_bins:int=15 # Bins of the same width
                      ) -> float: # From 0 to 1
     "Return the expected calibration error."
-    return float((table.share*(table.accuracy-table.confidence).abs()).sum())
+    confidence,hits = np.asarray(confidence, float),np.asarray(hits, float)
+    w = np.ones_like(confidence) if weights is None else np.asarray(weights, float)
+    gaps = np.bincount(_bins(confidence, n_bins), w*(hits-confidence), minlength=n_bins)
+    return float(np.abs(gaps).sum()/w.sum())
+
+def _bins(confidence, n_bins): return np.searchsorted(np.linspace(0, 1, n_bins+1)[1:-1], confidence)
+
+def _error_of(table): return (table.share*(table.accuracy-table.confidence).abs()).sum()
 
 # %% ../../nbs/evaluation/05_mistakes.ipynb #acd7e124
 def draw_reliability(tables:dict, # By label, a table from `reliability`
@@ -117,7 +125,7 @@ def _reliability_panel(axs, label, table, i):
     errors = np.abs(np.array([table.accuracy-lower, upper-table.accuracy]))
     colour,marker = picture_palette[i%4],_markers[i%4]
     curve.errorbar(table.confidence, table.accuracy, errors, fmt=marker, color=colour, elinewidth=1.2, capsize=2)
-    curve.set(title=f'{label}: ECE {100*calibration_error(table):.1f}%', xlim=(0,1), ylim=(-.02,1.02))
+    curve.set(title=f'{label}: ECE {100*_error_of(table):.1f}%', xlim=(0,1), ylim=(-.02,1.02))
     shares.bar(centre, table.share, width, **_bar_style(i))
     shares.set(xlabel='confidence')
     for ax in axs: _finish(ax)

@@ -1095,6 +1095,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                 'ltrl_fastai/experiments/cli_evaluate.py'),
                                                       'ltrl_fastai.experiments.cli_evaluate._full_path': ( 'experiments/cli_evaluate.html#_full_path',
                                                                                                            'ltrl_fastai/experiments/cli_evaluate.py'),
+                                                      'ltrl_fastai.experiments.cli_evaluate._inner': ( 'experiments/cli_evaluate.html#_inner',
+                                                                                                       'ltrl_fastai/experiments/cli_evaluate.py'),
                                                       'ltrl_fastai.experiments.cli_evaluate._innermost': ( 'experiments/cli_evaluate.html#_innermost',
                                                                                                            'ltrl_fastai/experiments/cli_evaluate.py'),
                                                       'ltrl_fastai.experiments.cli_evaluate._smaller': ( 'experiments/cli_evaluate.html#_smaller',

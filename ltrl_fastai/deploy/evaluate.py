@@ -162,8 +162,8 @@ def _percent(value, bounds=None):
 
 def _frequencies(prior, calibration):
     "Frequency of each class, up to a factor"
-    if prior=='balanced': return np.ones(len(calibration.class_counts))
-    return np.asarray(calibration.class_counts if prior=='train' else list(prior), float)
+    if not isinstance(prior, str): return np.asarray(list(prior), float)
+    return np.ones(len(calibration.class_counts)) if prior=='balanced' else np.array(calibration.class_counts, float)
 
 def _image_weights(y, frequencies):
     "Weight of each image that gives classes these frequencies; the mean is 1"
@@ -397,7 +397,8 @@ def as_dict(self:Evaluation,
     "Return all that was measured."
     def plain(o):
         if isinstance(o, Measured): return o.as_dict()
-        if isinstance(o, pd.DataFrame): return [{k: None if v!=v else v for k,v in r.items()} for r in o.to_dict('records')]
+        if isinstance(o, pd.DataFrame): return [plain(row) for row in o.to_dict('records')]
+        if isinstance(o, float): return None if o!=o else round(o, 6)
         if isinstance(o, dict): return {k: plain(v) for k,v in o.items()}
         return o
     true,predicted = self.confusion.nonzero()

@@ -81,7 +81,7 @@ def evaluate(
         _check_numbers(bs, workers)
         out = out or _default_folder(model.expanduser())
         check_output(out)
-        asked = dict(model=_full_path(model), data=_full_path(data), **options, **columns)
+        asked = dict(model=_full_path(_inner(model.expanduser())), data=_full_path(data), **options, **columns)
         _check_folder(out, asked, force)
         learn = load_model(model, trust=trust, device=_usable(device))
         result = measure(learn, data, **{**options, 'prior': prior}, **columns, bs=bs, num_workers=workers,
@@ -98,7 +98,7 @@ def evaluate(
     typer.echo(f"\n{result.summary()}")
     try: written = result.save(out)
     except OSError as e: fail(f"--out: {out} can't be written: {e}")
-    typer.echo(f"\nWritten: {', '.join(map(str, written))}")
+    typer.echo(f"\nWritten to {out}: {', '.join(o.name for o in written)}")
 
 def _full_path(text):
     "The absolute path of a file or folder, as text; other words as they are"
@@ -110,11 +110,16 @@ def _check_numbers(bs, workers):
     if bs<1: raise ValueError(f"--bs: expected at least 1, got {bs}.")
     if workers is not None and workers<0: raise ValueError(f"--workers: expected 0 or more, got {workers}.")
 
+def _inner(model):
+    "The folder of a model, if its parent is given"
+    is_parent = not (model/'model.json').exists() and (model/'model'/'model.json').exists()
+    return model/'model' if is_parent else model
+
 def _default_folder(model):
     "The output folder that belongs to a model"
-    path = model.resolve()
+    path = _inner(model).resolve()
     folder = path if path.is_dir() else path.parent
-    if not (folder/'model.json').exists(): return folder/'evaluation' # the parent of a model, or the folder of a pickle
+    if not (folder/'model.json').exists(): return folder/'evaluation' # a pickle without more
     name = 'evaluation' if folder.name=='model' else f'{folder.name}-evaluation'
     return folder.parent/name
 
@@ -129,7 +134,7 @@ def _check_folder(out, asked, force):
     known = known or {}
     other = [k for k,v in asked.items() if known.get(k)!=v]
     if other: raise ValueError(
-        f"--out: {out} holds an evaluation with another {', another '.join(other)}. {remedy}")
+        f"--out: {out} holds an evaluation of other {', '.join(other)}. {remedy}")
 
 def _usable(device):
     "The device, after a tensor was put there; raises `ValueError` if that fails"

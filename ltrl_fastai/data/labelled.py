@@ -20,8 +20,8 @@ from .own import read_rows, _check_class_folders, _folders_in, _other_files, _sp
 
 # %% ../../nbs/data/14_labelled.ipynb #0c32155c
 _split_notes = dict(
-    valid="These are validation images. Training may have chosen its best epoch and its calibration on them, so accuracy "
-          "on new images may be lower.",
+    valid="These are validation images. Training may have chosen its best epoch and its calibration on them, so "
+          "accuracy on new images may be lower.",
     train="These are training images. If the model has learned from them, the numbers say nothing about new images.")
 
 def _chosen_split(found, split, path):
@@ -116,11 +116,13 @@ def _with_known_classes(images, vocab, ignore_unknown):
         f"{images.file}: the model knows none of its classes ({abbreviated(unknown)}), but {abbreviated(names)}. "
         "Give images of these classes, in folders or with labels of these names.")
     if unknown and not ignore_unknown: raise ValueError(
-        f"{images.file}: the model does not know {abbreviated(list(map(repr, unknown)))} ({n_unknown} images)."
+        f"{images.file}: the model does not know {abbreviated(list(map(repr, unknown)))} ({n_unknown} of {len(images)} "
+        "images)."
         f"{did_you_mean(unknown[0], names)} It knows {abbreviated(names)}. Rename them, or leave their images out: "
         "--ignore-unknown (in Python, ignore_unknown=True).")
     if unknown: notes.append(
-        f"{n_unknown} images of classes that the model does not know are left out: {abbreviated(unknown)}.")
+        f"{n_unknown} of {len(images)} images are of classes that the model does not know, and left out: "
+        f"{abbreviated(unknown)}.")
     kept = images.take([i for i,o in enumerate(images.labels) if index[o] is not None])
     kept.labels = [index[o] for o in kept.labels]
     return kept,notes

@@ -18,7 +18,8 @@ from ..data.labelled import labelled_images
 from .calibration import Calibration, read_prior
 from .model_files import _facts_of
 from ..evaluation.metrics import group_accuracy, group_interval, shot_groups
-from ..evaluation.mistakes import calibration_error, draw_confusion, draw_losses, draw_reliability, reliability
+from ..evaluation.mistakes import (
+    calibration_error, draw_confusion, draw_losses, draw_reliability, reliability)
 from ..evaluation.report import ShotReport
 
 # %% ../../nbs/deploy/04_evaluate.ipynb #524ecdbe
@@ -117,7 +118,7 @@ class Evaluation:
     top5:dict|None # `Measured` accuracy of the five most probable classes: 'all' and 'plain'; None up to 5 classes
     averages:dict # By 'macro' and 'weighted': `Measured` precision, recall and F1
     per_class:pd.DataFrame # A row for each class, NaN where there is nothing to measure
-    probabilities:dict # By 'calibrated' and 'softmax': `Measured` ece, nll and brier, ece_by_chance, and the table `reliability`
+    probabilities:dict # By 'calibrated' and 'softmax': `Measured` ece, nll, brier; ece_by_chance; table `reliability`
     notes:list # Texts that a reader should know
     about:dict # Where the numbers come from: model, data, split, prior
     many:int=100 # Classes with more training images are 'many'
@@ -170,7 +171,8 @@ def _image_weights(y, frequencies):
     counts = np.bincount(y, minlength=len(frequencies))
     by_class = np.divide(frequencies, counts, out=np.zeros(len(counts)), where=counts>0)
     w = by_class[y]
-    if not w.any(): raise ValueError("prior: no class of a frequency above 0 has an image. Give images of these classes.")
+    if not w.any(): raise ValueError(
+        "prior: no class of a frequency above 0 has an image. Give images of these classes.")
     return w*len(y)/w.sum()
 
 def _accuracies(hits, y, w, groups):
@@ -196,7 +198,7 @@ def evaluate_logits(logits:Tensor, # `(N, C)`
                     notes:Iterable=(), # Texts that a reader should know
                     **about # Where the numbers come from
                    ) -> Evaluation:
-    "Evaluate logits of labelled images; raises `ValueError` for arguments that do not match, or logits of a broken net."
+    "Evaluate logits of labelled images; raises `ValueError` if arguments do not match or the net has diverged."
     z,y = logits.as_subclass(Tensor).detach().cpu(),targets.as_subclass(Tensor).flatten().cpu().long()
     vocab,notes = [str(o) for o in vocab],list(notes)
     _check_logits(z, y, vocab)
@@ -247,7 +249,8 @@ def _check_logits(z, y, vocab):
     if not len(y): raise ValueError("targets: expected labelled images, got none.")
     if not 0<=int(y.min())<=int(y.max())<len(vocab): raise ValueError(
         f"targets: expected class indices from 0 to {len(vocab)-1}, got {int(y.min())} to {int(y.max())}.")
-    if not z.isfinite().all(): raise ValueError("logits: expected finite numbers. The net has diverged: train it again.")
+    if not z.isfinite().all(): raise ValueError(
+        "logits: expected finite numbers. The net has diverged: train it again, with a lower learning rate.")
 
 def _prior_notes(y, frequencies, vocab):
     "Notes on classes of the prior without images, and of images without a place in the prior"
@@ -257,9 +260,10 @@ def _prior_notes(y, frequencies, vocab):
     notes = []
     if unmeasured:
         share = 100*sum(f for n,f in zip(counts, frequencies) if not n)/frequencies.sum()
-        notes.append(f"The prior gives {share:.1f}% to classes without images ({abbreviated(unmeasured)}); the others are "
-                     "weighted as if they were all.")
-    if excluded: notes.append(f"Images of classes that do not occur in the prior are left out: {abbreviated(excluded)}.")
+        notes.append(f"The prior gives {share:.1f}% to classes without images ({abbreviated(unmeasured)}); the others "
+                     "are weighted as if they were all.")
+    if excluded: notes.append(
+        f"Images of classes that do not occur in the prior are left out: {abbreviated(excluded)}.")
     return notes
 
 def _groups(class_counts, n_classes, many, few):
@@ -387,8 +391,8 @@ def _classes_text(self:Evaluation, n):
 
 # %% ../../nbs/deploy/04_evaluate.ipynb #d72b7280
 _files = ('per_class.csv','confusion.png','reliability.png','top_losses.png','evaluation.json')
-_units = ("Accuracy, precision, recall, F1 and ECE are in percent. Intervals are 95% over the draw of images of each class: "
-          "Wilson's for accuracy and recall, bootstrap for the others.")
+_units = ("Accuracy, precision, recall, F1 and ECE are in percent. Intervals are 95% over the draw of images of each "
+          "class: Wilson's for accuracy and recall, bootstrap for the others.")
 
 @patch
 def as_dict(self:Evaluation,
@@ -440,7 +444,7 @@ def evaluate(learn:Learner, # From `load_model`
              many:int=100, # Classes with more training images are 'many'
              few:int=20, # Classes with fewer are 'few'
              bs:int=64, # Batch size
-             num_workers:int|None=None, # Processes that load images; default: fastai's, or 0 for fewer than 1,000 images
+             num_workers:int|None=None, # Processes that load images; default: fastai's, or 0 below 1,000 images
              resamples:int=1000, # Bootstrap draws for intervals
              bar:bool=False, # Show a progress bar?
              **kwargs # Passed on to `labelled_images`

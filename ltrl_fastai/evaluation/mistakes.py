@@ -72,7 +72,7 @@ def reliability(confidence:Collection, # `(N,)` probability of the predicted cla
                 hits:Collection, # `(N,)` bool: is the prediction right?
                 weights:Collection|None=None, # `(N,)` weight of each image; default: all the same
                 n_bins:int=15 # Bins of the same width
-               ) -> pd.DataFrame: # A row for each bin with images: lower, upper, images, share, confidence, accuracy, ...
+               ) -> pd.DataFrame: # A row for each bin with images: lower, upper, images, share, confidence, ...
     "Compare confidence and accuracy, which are from 0 to 1; `effective` is the number of images that weights leave."
     confidence,hits = np.asarray(confidence, float),np.asarray(hits, float)
     w = np.ones_like(confidence) if weights is None else np.asarray(weights, float)

@@ -15,9 +15,10 @@ root = Path(__file__).parent.parent
 notebooks = sorted(root.glob('nbs/**/*.ipynb'))
 # Chapters that take more than ten seconds: they train several networks, or start several processes
 slow = {
-    'core/03_ranks', 'deploy/06_suspects', 'deploy/07_html_report', 'explanations/00_knowledge_review',
-    'explanations/01_knowledge_summary', 'explanations/02_knowledge_correction', 'experiments/00_checkpoint',
-    'experiments/03_runner', 'experiments/05_summary',
+    'core/03_ranks', 'deploy/04_evaluate', 'deploy/06_suspects', 'deploy/07_html_report',
+    'explanations/00_knowledge_review', 'explanations/01_knowledge_summary',
+    'explanations/02_knowledge_correction', 'experiments/00_checkpoint', 'experiments/03_runner',
+    'experiments/05_summary',
     'experiments/06_bench', 'experiments/10_tuning', 'experiments/11_seeds', 'methods/09_decouple',
     'methods/10_mislas', 'methods/11_balancing', 'methods/12_oltr', 'methods/13_experts', 'methods/14_ride',
     'methods/15_sade', 'methods/16_mdcs', 'methods/17_ncl', 'methods/21_catalogue', 'reflective/02_samples',

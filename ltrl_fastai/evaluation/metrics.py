@@ -62,17 +62,21 @@ def interval(x:Collection, # Numbers; NaN is ignored
 # %% ../../nbs/evaluation/00_metrics.ipynb #69ad4967
 def group_interval(hits:Tensor, totals:Tensor, # See `class_hits`
                    mask:Tensor, # `(C,)` bool: the classes of the group
-                   level:float=.95 # Confidence level
+                   level:float=.95, # Confidence level
+                   weights:Tensor|None=None # `(C,)` weight of each class in the mean; default: all the same
                   ) -> tuple|None: # Lower and upper bound, from 0 to 1; None if there are no samples
     "Wilson interval of `group_accuracy` over the draw of test images, for their effective number."
     mask = mask & (totals>0)
     if not mask.any(): return None
     h,t = hits[mask].double(),totals[mask].double()
     z = statistics.NormalDist().inv_cdf((1+level)/2)
-    p = (h/t).mean().item()
+    w = torch.ones_like(t) if weights is None else weights[mask].double()
+    w = w/w.sum()
+    p = min(1., (w*h/t).sum().item())
     smoothed = (h+1)/(t+2)
-    worth = smoothed.mean()*(1-smoothed.mean())/(smoothed*(1-smoothed)/t).sum()
-    n = min(worth, 1/(1/t).sum()).item()*len(t)**2 # effective number of images
+    mean = (w*smoothed).sum()
+    worth = mean*(1-mean)/(w**2*smoothed*(1-smoothed)/t).sum()
+    n = min(worth, 1/(w**2/t).sum()).item() # effective number of images
     centre = p+z*z/(2*n)
     half = z*math.sqrt(p*(1-p)/n + (z/(2*n))**2)
     scale = 1+z*z/n

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['bench', 'main', 'app', 'fail', 'train', 'run', 'compare', 'report', 'recipes', 'methods', 'datasets', 'inspect',
-           'predict']
+           'evaluate', 'predict']
 
 # %% ../../nbs/experiments/07_cli.ipynb #8e3d40f7
 import json
@@ -19,10 +19,12 @@ from .cli_compare import compare
 from .cli_report import report
 from .cli_list import datasets, methods, recipes
 from .cli_inspect import inspect
+from .cli_evaluate import evaluate
 from .cli_predict import predict
 
 # %% ../../nbs/experiments/07_cli.ipynb #f2a56b97
-_all_ = ['app', 'fail', 'train', 'run', 'compare', 'report', 'recipes', 'methods', 'datasets', 'inspect', 'predict']
+_all_ = ['app', 'fail', 'train', 'run', 'compare', 'report', 'recipes', 'methods', 'datasets', 'inspect',
+         'evaluate', 'predict']
 
 # %% ../../nbs/experiments/07_cli.ipynb #e52e510f
 @app.command()

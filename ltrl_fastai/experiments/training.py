@@ -18,6 +18,7 @@ from ..evaluation.shift import adapted_table, shifted_table
 from ..deploy.best import KeepBest, weights_of
 from ..deploy.calibration import fit_calibration
 from ..deploy.model_files import save_classifier
+from ..deploy.suspects import LabelAgreement, suspects
 from .checkpoint import Checkpoint, to_builtin
 from .datasets import datasets as datasets, spec_of as spec_of # `as` re-exports them
 from .identity import data_listing, listing_summary
@@ -103,12 +104,13 @@ def _keep_cudnn_flags():
     try: yield
     finally: torch.backends.cudnn.deterministic,torch.backends.cudnn.benchmark = flags
 
-def _fit(learn, settings, method, bar, checkpoint, cbs):
+def _fit(learn, settings, method, bar, checkpoint, cbs, first_cbs):
     "Train all stages; returns the history of each, and the seconds that they had taken before an interruption"
     histories,checkpoints = [],[]
     identity = to_builtin(dataclasses.asdict(settings))
     def callbacks_of(stage):
         res = [*L(cbs)]
+        if stage==0: res += L(first_cbs)
         if stage==0 and settings.body_lr is not None: res.append(BodyRate(settings.body_lr/settings.lr))
         res.append(_CheckFinite(settings.lr))
         if checkpoint is None: return res
@@ -141,10 +143,15 @@ def _train_run(settings, bar, test, checkpoint, cbs, worlds, model):
     data = listing_summary(data_listing(learn.dls))
     if not test: learn.dls.loaders = learn.dls.loaders[:2] # no stage sees the test set
     keep = KeepBest() if model and not method.then else None # later stages change the network
+    agreement = LabelAgreement() if model else None
     shared_bar = bar if isinstance(bar, RunBar) else None
-    histories,earlier_seconds = _fit(learn, settings, method, bar, checkpoint, L(cbs)+L(keep)+L(shared_bar))
+    histories,earlier_seconds = _fit(
+        learn, settings, method, bar, checkpoint, cbs=L(cbs)+L(keep)+L(shared_bar), first_cbs=agreement)
     res,report = _evaluation(learn, settings, method, histories, worlds)
-    if model: res['model'] = _save_trained(learn, settings, keep, res, model)
+    res['per_class_images'] = report.totals.tolist()
+    if model:
+        res['suspects'] = suspects(agreement, learn.dls)
+        res['model'] = _save_trained(learn, settings, keep, res, model)
     return {
         **_description(learn, settings), **res,
         'seconds': round(time.time()-start+earlier_seconds, 1), 'data': data,

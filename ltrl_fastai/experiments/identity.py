@@ -396,7 +396,7 @@ def _content_changes(a, b, pairs, count):
 
 # %% ../../nbs/experiments/09_identity.ipynb #0fefcf4d
 def listing_summary(listing:dict # Result of `data_listing`
-                   ) -> dict: # Plain types: `digest`; by loader `n`, `digest`, and `by_class`, `counts` up to 1,000 classes
+                   ) -> dict: # Plain types: `digest`; by loader `n`, `digest`, and up to 1,000 `by_class`, `counts`
     "What a result keeps of its data."
     res = dict(digest=listing_digest(listing))
     classes = listing['classes']

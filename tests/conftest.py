@@ -52,3 +52,23 @@ def mlp():
         return nn.Sequential(
             nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(.1), nn.Linear(32, 10))
     return make
+
+
+@pytest.fixture(scope='session')
+def digits_model(tmp_path_factory):
+    "A folder of digits as images (train, test) and a small model of them that was saved: two paths; read only"
+    from fastai.vision.all import noop
+    from ltrl_fastai.data.beds import write_digits_folder
+    from ltrl_fastai.deploy.calibration import fit_calibration
+    from ltrl_fastai.deploy.model_files import save_model
+    from ltrl_fastai.experiments.settings import RunSettings
+    folder = tmp_path_factory.mktemp('digits')
+    images = write_digits_folder(folder/'digits')
+    settings = RunSettings(str(images), net='resnet8', epochs=8, bs=16, lr=.05, method='bsce')
+    learn = settings.learner()
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(settings.epochs, settings.lr)
+        logits, targets = learn.get_preds(act=noop)
+    calibration = fit_calibration(logits, targets, learn.dls.class_counts)
+    model = save_model(learn, folder/'model', build=settings.build_facts(learn), calibration=calibration, name='Digits')
+    return images, model

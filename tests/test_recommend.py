@@ -282,7 +282,9 @@ def trained(monkeypatch):
     None, {}, dict(preset='paper'), dict(ks=False), dict(kr=True, ks=True, kc=True), dict(kr=False, kc=True),
     dict(kr={}, ks={})])
 @pytest.mark.parametrize('fields', [
-    {}, dict(method='weight-balancing', epochs=7), dict(lr=1e-5, bs=3, size=12, n_valid=4, data_seed=3),
+    {}, dict(method='weight-balancing', epochs=7), dict(dataset='grocery'), dict(dataset='grocery', pretrained=False),
+    dict(dataset='grocery', net='resnet18', amp=True, many=50, few=5, weights='some file.pth'),
+    dict(lr=1e-5, bs=3, size=12, n_valid=4, data_seed=3),
     dict(dataset='cifar100-lt', imbalance_factor=50., net='resnet20', policy='randaugment', cut=16, data='some where')])
 def test_the_command_trains_with_these_settings(fields, reflective, trained):
     settings = RunSettings(**{'dataset': 'digits-lt', 'method': 'bsce', **fields}, reflective=reflective)
@@ -295,9 +297,10 @@ def test_the_command_trains_with_these_settings(fields, reflective, trained):
 
 
 @pytest.mark.parametrize('fields', [
-    dict(reflective=dict(kr=dict(tau=4.))), dict(method_args=dict(tau=1.5)), dict(schedule='fine-tune', dropout=.5)])
+    dict(reflective=dict(kr=dict(tau=4.))), dict(method_args=dict(tau=1.5)), dict(schedule='fine-tune', dropout=.5),
+    dict(dataset='grocery', extract='lite0')])
 def test_settings_without_an_option_are_trained_in_python(fields, monkeypatch):
-    settings = RunSettings('digits-lt', method='bsce', **fields)
+    settings = RunSettings(**{'dataset': 'digits-lt', 'method': 'bsce', **fields})
     command = train_command(dataclasses.asdict(settings))
     if command.startswith('ltrl'): pytest.skip('`ltrl train` has an option for it')
     found = []

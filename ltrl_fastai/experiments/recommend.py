@@ -34,11 +34,16 @@ def _train_options():
     return {o.name: (o.opts[0], *o.secondary_opts) for o in typer.main.get_command(alone).params}
 
 def _usual_settings(settings):
-    "The settings of a run that sets nothing but its data and its method"
-    method = settings['method']
-    try: usual = RunSettings(settings['dataset'], method=method, extract=settings.get('extract'))
-    except (ValueError, OSError): usual = RunSettings(method=method) # the data are elsewhere
-    return dataclasses.asdict(usual)
+    "The settings of a run that sets nothing but its data, method and net"
+    chosen = {name: settings.get(name) for name in ('dataset','method','net','extract','weights')}
+    pretrained = settings.get('pretrained')
+    try:
+        is_usual = RunSettings(**chosen).pretrained==pretrained
+        usual = RunSettings(**chosen, pretrained=pretrained) # other defaults depend on it
+    except (ValueError, OSError): # the data are elsewhere
+        is_usual,usual = True,RunSettings(method=settings['method'])
+    unset = dict(extract=None, weights=None, pretrained=pretrained if is_usual else None)
+    return {**dataclasses.asdict(usual), **unset}
 
 def _parts_by_option(reflective):
     "Preset and parts as `ltrl train` spells them; None if an argument of a part differs from the preset"
@@ -62,25 +67,29 @@ def train_command(settings:dict, # Fields of `RunSettings` by name; the seed is 
                  ) -> str: # Python code if `ltrl train` has no option for one of them
     "The command that trains once with these settings."
     reflective,given = settings.get('reflective'),_given_settings(settings)
-    options = _train_options()
-    parts = {} if reflective is None else _parts_by_option(reflective)
-    if parts is None or not set(given)<=set(options): return _train_code(given, reflective, data)
-    words = ['ltrl','train']
     if data is not None: given['data'] = data
-    for name,value in {**given, 'rl': reflective is not None, **parts}.items():
+    said,options = _renamed(given),_train_options()
+    parts = {} if reflective is None else _parts_by_option(reflective)
+    if parts is None or not set(said)<=set(options): return _train_code(given, reflective)
+    words = ['ltrl','train']
+    for name,value in {**said, 'rl': reflective is not None, **parts}.items():
         if isinstance(value, bool): words.append(options[name][0 if value else 1])
         else: words += [options[name][0], _text(value)]
     return shlex.join(words)
+
+def _renamed(given):
+    "Settings as the arguments of `ltrl train`, which has an option for `pretrained=False` alone"
+    if given.get('pretrained') is not False: return given
+    return {**{k: v for k,v in given.items() if k!='pretrained'}, 'from_scratch': True}
 
 def _text(value):
     "A value of an option; a float as short as it is exact"
     is_short = isinstance(value, float) and float(f'{value:g}')==value
     return f'{value:g}' if is_short else str(value)
 
-def _train_code(given, reflective, data):
+def _train_code(given, reflective):
     "Python code that trains once"
-    arguments = {**given, **({} if data is None else {'data': data})}
-    if reflective is not None: arguments['reflective'] = reflective
+    arguments = given if reflective is None else {**given, 'reflective': reflective}
     text = ', '.join(f'{k}={v!r}' for k,v in arguments.items())
     return f"from ltrl_fastai.experiments.training import RunSettings, train_run; train_run(RunSettings({text}))"
 

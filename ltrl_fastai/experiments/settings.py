@@ -22,7 +22,8 @@ from ..methods.finetuning import finetuned_net
 from ..methods.lade import LADELoss
 from ..methods.losses import smooth_labels
 from ..methods.method import Method
-from ..methods.nets import check_dropout, create_net, drop_features, is_mlp
+from ..methods.nets import check_dropout, create_net, drop_features, is_mlp, is_small_net
+from ..methods.posthoc import LogitAdjustment
 from ..methods.optimizer import benchmark_sgd, body_and_head
 from ..reflective.learning import ReflectiveLearning
 
@@ -38,7 +39,7 @@ class RunSettings:
     method_args:dict|None=None # Constants of the method other than its defaults, such as {'tau': 1.}: see `method_with`
     net:str|None=None # See `create_net`
     epochs:int|None=None # Number of epochs of the first stage
-    schedule:str='one-cycle' # Learning rate schedule, a name in `schedules`
+    schedule:str|None=None # Learning rate schedule, a name in `schedules`; default: 'fine-tune' or 'one-cycle'
     lr:float|None=None # Largest learning rate
     body_lr:float|None=None # Largest learning rate outside the head, in the first stage; default: `lr`
     bs:int|None=None # Batch size
@@ -54,31 +55,47 @@ class RunSettings:
     data_seed:int=0 # Seed of the choice of training images
     n_max:int|None=None # Training images of the largest class; default: all available (120 for digits)
     n_valid:int|None=None # Largest number of validation images of each class
-    pretrained:bool=False # Start a torchvision net from ImageNet weights?
+    pretrained:bool|None=None # Start from ImageNet weights, see `finetuned_net`? Default: for photographs of your own
+    weights:str|None=None # File of ImageNet weights of a pretrained net; default: the published ones
     policy:str|None=None # Augmentation policy in addition to crop and flip: 'randaugment' or 'autoaugment'
     cut:int|None=None # Side of the Cutout square in pixels
     crop:int|None=None # Padding of the random crop
     flip:bool|None=None # Flip images horizontally at random?
     size:int|None=None # Side in pixels that images are resized to, or cropped to if they are photographs
+    min_scale:float|None=None # Smallest share of a photograph in a training crop, see `photo_tfms`; default: .08
+    resize:str|None=None # Evaluate on a photograph's centre ('crop') or on all of it ('squish')? Default: 'crop'
     data:str|None=None # Path of the data set; default: where fastai keeps it
     diagnose:bool=False # Record drift, accuracy and gradient conflicts by class and epoch? Changes no weight
     reflective:dict|None=None # Arguments of `ReflectiveLearning`; None trains without it
     keep_train:bool=False # CIFAR-LT: keep the published training set whole? Its largest class then is not validated
     skip_broken:bool=False # Skip images that can't be read? The result names them
     extract:str|None=None # Frozen net whose features of your own images are trained on: 'lite0', or of torchvision
+    many:int=100 # Classes with more training images are 'many'
+    few:int=20 # Classes with fewer are 'few'
+    amp:bool=False # Train in half precision? Needs a CUDA GPU
 
     def __post_init__(self):
         self._check_types()
         spec = spec_of(self.dataset, self.extract)
         one_of('method', self.method, methods)
-        one_of('schedule', self.schedule, schedules)
-        defaults = {**spec['defaults'], 'wd': 5e-4, 'nesterov': True, **methods[self.method].defaults}
+        if self.pretrained is None: self.pretrained = self._starts_pretrained(spec)
+        if self.weights is not None and not self.pretrained: raise ValueError(
+            "weights: a net that is trained from scratch takes no weights. Leave out one of the two.")
+        usual = dict(wd=5e-4, nesterov=True, schedule='one-cycle')
+        of_data = spec['finetuned'] if self.pretrained and 'finetuned' in spec else spec['defaults']
+        defaults = {**usual, **of_data, **methods[self.method].defaults}
         for name,value in defaults.items():
             if getattr(self, name) is None: setattr(self, name, value)
+        one_of('schedule', self.schedule, schedules)
         self.made_method() # raises `ValueError` for arguments that the method does not have
         self._check_regularizers()
         self._check_data_options(spec)
         self._check_ranges()
+
+    def _starts_pretrained(self, spec):
+        "Is a pretrained net the default? Yes for photographs, unless the chosen net has no published weights"
+        if self.weights is not None: return True
+        return 'finetuned' in spec and (self.net is None or not (is_mlp(self.net) or is_small_net(self.net)))
 
     def _check_types(self):
         "Check the type of each field, and store 0 as None where both mean none"
@@ -120,7 +137,7 @@ class RunSettings:
 
     def _check_label_smoothing(self):
         if 'label_smoothing' in (self.method_args or {}): raise ValueError(
-            "label_smoothing: it is also given among the method's arguments. Leave one of the two.")
+            "label_smoothing: it is also given among the method's arguments. Leave out one of the two.")
         loss = self.made_method().loss(torch.tensor([3,2,1]))
         try: smooth_labels(loss, self.label_smoothing)
         except ValueError as e: raise ValueError(f"{e} The method is {self.method}.") from None
@@ -151,16 +168,19 @@ class RunSettings:
             n_max=f"{self.dataset} is long-tailed already: all its images are used.",
             n_valid=f"{self.dataset} has a list of validation images.",
             crop="photographs are cropped by `size`.",
-            cut="photographs are not cut out of.",
+            cut="Cutout is not supported for photographs.",
             data="the path of your images is the data set itself.")
         if self.dataset in datasets:
             reasons['data'] = f"{self.dataset} is made by this package and is not read from a path."
         if 'policy' not in takes:
-            for name in ('policy','flip','crop','cut'): reasons[name] = "vectors are not augmented as images are."
+            for name in ('policy','flip','crop','cut','min_scale','resize'):
+                reasons[name] = "vectors are not augmented as images are."
         can_crop = 'crop' in takes and 'extract' not in takes
         if can_crop and self.crop is not None and self.policy is not None: raise ValueError(
             "crop: expected no policy, since a random crop from a padding is combined with `flip` alone. "
             "Leave out crop, or policy.")
+        for name in ('min_scale','resize'):
+            reasons.setdefault(name, "it is for photographs of your own. Benchmarks are cropped as in their papers.")
         if 'size' not in takes: reasons['size'] = f"{self.dataset} has no images."
         for name,reason in reasons.items():
             if name in takes or getattr(self, name) is None: continue
@@ -175,6 +195,8 @@ class RunSettings:
             if not 0<=value<2**32: raise ValueError(f"{name}: expected 0 to 2**32-1, got {value}.")
         for name,value in given('wd', 'crop', 'cut'):
             if not 0<=value<math.inf: raise ValueError(f"{name}: expected 0 or more, got {value}.")
+        if not self.many>=self.few>=1: raise ValueError(
+            f"many, few: expected many to be at least few, and few at least 1, got {self.many} and {self.few}.")
         for name,value in given('lr', 'body_lr'):
             if not 0<value<math.inf: raise ValueError(
                 f"{name}: expected a finite learning rate above 0, got {value}.")
@@ -234,18 +256,21 @@ class RunSettings:
         if self.diagnose: cbs.append(Diagnosis())
         opt_func = partial(benchmark_sgd, nesterov=self.nesterov, decouple_wd=self.decouple_wd)
         groups = {} if self.body_lr is None else dict(splitter=body_and_head)
-        return self.regularized_method().learner(
+        learn = self.regularized_method().learner(
             dls, net, dls.class_counts, cbs, opt_func=opt_func, wd=self.wd, wd_bn_bias=self.wd_bn_bias,
-            moms=(.9,.9,.9), metrics=shot_accuracies(dls.class_counts), **groups)
+            moms=(.9,.9,.9), metrics=shot_accuracies(dls.class_counts, self.many, self.few), **groups)
+        return learn.to_fp16() if self.amp else learn
 
     def _net(self, dls):
-        if self.pretrained: return finetuned_net(self.net, dls.c)
+        if self.pretrained: return finetuned_net(self.net, dls.c, self.weights or 'published')
         options = dict(dropout=self.dropout) if is_mlp(self.net) else {}
         return create_net(self.net, dls.c, n_in=dls.n_in, **options)
 
     def check(self, worlds:bool=False # Also check that accuracy can be measured under all test distributions?
              ) -> list: # Notes that a user of the data should read
         "Build everything and pass two images through the net; raises `ValueError` if something does not fit."
+        if self.amp and default_device().type!='cuda': raise ValueError(
+            "amp: half precision needs a CUDA GPU, and there is none here. Leave it out.")
         learn = self.learner()
         dls = learn.dls
         x = dls.valid.new(bs=2, num_workers=0).one_batch()[0].as_subclass(Tensor)
@@ -260,6 +285,14 @@ class RunSettings:
         if worlds and adapts: # raises `ValueError` if a distribution can't be sampled
             shifted_loaders(dls.test or dls.valid, dls.class_counts)
         return list(dls.notes)
+
+    def build_facts(self, learn:Learner # The trained learner
+                   ) -> dict: # Of plain types, for `save_model`
+        "Return what the network of a trained learner can be built from without its data."
+        adjustment = first(learn._grab_cbs(LogitAdjustment))
+        fixed = {name: getattr(self, name) for name in ('net','pretrained','method','method_args','dropout')}
+        posthoc = None if self.posthoc is None or adjustment is None else adjustment.tau
+        return dict(**fixed, n_in=learn.dls.n_in, posthoc=posthoc)
 
 # %% ../../nbs/experiments/14_settings.ipynb #2e0cc8fb
 def label_of(settings:RunSettings # Settings of the run

@@ -40,7 +40,7 @@ def test_table_files_and_pairs(done):
     said, cwd = done
     assert '4 computed, 0 were there already' in said and '4/4' in said and '### digits-lt IF 20 bsce' in said
     files = sorted(o.name for o in (cwd/'a').iterdir() if o.suffix)
-    assert files == ['compare.json', 'runs.csv', 'summary.csv', 'summary.md', 'summary.png']
+    assert files == ['compare.json', 'recommendation.json', 'runs.csv', 'summary.csv', 'summary.md', 'summary.png']
     res = {(o['variant'], o['seed']): o for o in results(cwd/'a').values()}
     assert set(res) == {(v, s) for v in ('bsce', 'bsce + RL') for s in (0, 1)}
     for s in (0, 1):  # partners share weights, batches and images

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Annotated
 import typer
 import typer.core
+from ..methods.facts import auto_methods
 from ltrl_fastai.experiments.cli_common import (app, check_output, fail, option, prepare_training, set_image_check,
     split_list)
 
 # %% ../../nbs/experiments/21_cli_compare.ipynb #54ef40e9
 _train_options = 'epochs lr bs net policy cut size n_max n_valid data_seed preset'.split()
+
+_auto_text = ', '.join(f'{name} ({why})' for name,why in auto_methods.items())
 
 class _CompareCommand(typer.core.TyperCommand):
     "Say how `ltrl compare` spells the options of `ltrl train`"
@@ -30,7 +33,8 @@ class _CompareCommand(typer.core.TyperCommand):
 
 @app.command(cls=_CompareCommand)
 def compare(
-    out:Annotated[Path, option("Output folder for runs/*.json, summary.md, summary.csv, runs.csv and summary.png.")],
+    out:Annotated[Path, option(
+        "Output folder for runs/*.json, summary.md, summary.csv, runs.csv, summary.png and recommendation.json.")],
     # what to train
     protocol:Annotated[str|None, option(
         "Ready-made settings of a test bed: frozen (features of CIFAR-100-LT), overfit, underfit, frozen-grocery, "
@@ -40,7 +44,8 @@ def compare(
         "protocol.")]=None,
     imbalance_factor:Annotated[str|None, option("One or several imbalance factors, as in 10,50,100.")]=None,
     methods:Annotated[str, option(
-        "One or several methods, as in softmax,bsce,ride. `ltrl methods` lists all.")]='bsce',
+        "One or several methods, as in softmax,bsce,ride. `ltrl methods` lists all. auto is for a first look at your "
+        f"own data: {_auto_text}. All of them are cheap, and train on images and on vectors.")]='bsce',
     seeds:Annotated[str|None, option(
         "How many seeds (5 is 0 to 4), a list (3,7) or a range (10-14). Default: 3, and 5 with --tune.")]=None,
     # Reflective Learning
@@ -76,9 +81,14 @@ def compare(
 ):
     """Compare methods with and without Reflective Learning.
 
-    Trains all of them on the same seeds, and reports means, paired gains and their 95% intervals. Finished runs are
-    kept, and the same command continues after an interruption. Runs whose code, data or settings have changed are
+    Trains all of them on the same seeds, and reports means, paired gains and their 95% intervals. At the end it
+    recommends one by validation accuracy, never by test images, and gives the command that trains it. Finished runs
+    are kept, and the same command continues after an interruption. Runs whose code, data or settings have changed are
     computed again.
+
+    Which method suits images of your own:
+
+      ltrl compare --dataset path/to/folder --methods auto --seeds 5 --out runs/mine
 
       ltrl compare --protocol overfit --methods softmax,bsce --seeds 5 --out runs/overfit
 
@@ -111,16 +121,33 @@ def compare(
         factors = [None] if imbalance_factor is None else _numbers('--imbalance-factor', imbalance_factor)
         ways = variants(rl, parts, [] if tune else sweeps, fixed, grid)
         chosen = parse_seeds(seeds or ('5' if tune else '3'))
-        plan = make_plan(split_list('--methods', methods), ways, chosen, factors, redraw, **common)
+        def plan_of(names): return make_plan(names, ways, chosen, factors, redraw, **common)
+        named = split_list('--methods', methods)
+        fitting,left_out = _fitting_methods(named, plan_of)
+        plan = plan_of(fitting)
         search = _search(plan, ways, sweeps, chosen, tune_seeds, factors, redraw, common) if tune else None
         check_output(out)
         if jobs is not None and jobs<1: raise ValueError(f"--jobs: expected at least 1, got {jobs}")
         for note in _notes([*plan, *(search.examples if search else [])]): typer.echo(f"Note: {note}")
+        for method,reason in left_out.items(): typer.echo(f"Note: auto leaves out {method}. {reason}")
     except (ValueError, TypeError, OSError, ImportError) as e: fail(e)
     jobs = jobs or default_jobs()
     about = {}
     if search: plan,about = _tune(search, out, jobs)
     _compare(plan, out, jobs, test, about)
+
+def _fitting_methods(named, plan_of):
+    "The methods to train, and why some of `auto` are left out: the settings of all runs do not fit them"
+    chosen,left_out = [],{}
+    for name in named:
+        for method in auto_methods if name=='auto' else [name]:
+            try: plan_of([method])
+            except ValueError as e:
+                is_optional = name=='auto' and method!='softmax' and method not in named
+                if not is_optional: raise
+                left_out[method] = e
+            else: chosen.append(method)
+    return chosen,left_out
 
 def _notes(plan):
     "Notes on the data of a plan; checks one run of each kind, whatever its seed and learning rate"
@@ -234,11 +261,14 @@ def _print_choice(case):
 def _print_summary(folder):
     "Write and print the summary of a comparison"
     from ltrl_fastai.core.files import write_text
+    from ltrl_fastai.experiments.recommend import command_of, write_recommendations
     from ltrl_fastai.experiments.summary import load_results, markdown, tuned_gains, tuned_markdown, write_summary
-    text = markdown(write_summary(load_results(folder), folder))
+    results = load_results(folder)
+    tables = markdown(write_summary(results, folder))
     tuned = tuned_markdown(tuned_gains(folder))
-    if tuned:
-        text = f'{text}\n{tuned}'
-        write_text(text, folder/'summary.md')
+    recommended = write_recommendations(results, folder, command_of(folder))
+    text = '\n'.join(part for part in (tables, tuned, recommended) if part)
+    write_text(text, folder/'summary.md')
     typer.echo(text)
-    typer.echo(f"Written: {folder/'summary.md'}, summary.csv, runs.csv and summary.png.")
+    names = ['summary.csv','runs.csv']+(['recommendation.json'] if recommended else [])
+    typer.echo(f"Written: {folder/'summary.md'}, {', '.join(names)} and summary.png.")

@@ -48,8 +48,8 @@ def report(
 def _check_options(html, no_html, evidence):
     "Raise `ValueError` for options that contradict each other, or for a page that is a folder"
     if html is None: return
-    if no_html: raise ValueError("--no-html: --html asks for a page. Leave one of the two out.")
-    if evidence: raise ValueError("--html: with --evidence no page is written. Leave one of the two out.")
+    if no_html: raise ValueError("--no-html: --html asks for a page. Leave out one of the two.")
+    if evidence: raise ValueError("--html: with --evidence no page is written. Leave out one of the two.")
     if html.is_dir(): raise IsADirectoryError(f"--html: {html} is a folder, where a file was expected.")
 
 def _write_page(folder, html):
@@ -68,6 +68,7 @@ def _write_evidence(folder, file):
 
 def _print_results(folder, classes):
     "Print the results of all folders below a folder, each by itself, and of all recipes together"
+    from ltrl_fastai.experiments.recommend import command_of, recommendation_markdown, recommendations
     from ltrl_fastai.experiments.summary import (class_markdown, load_results, markdown, recipe_table, result_folders,
         runs_table, summarise, tuned_gains, tuned_markdown)
     of_recipes = []
@@ -85,4 +86,6 @@ def _print_results(folder, classes):
         if others: typer.echo(f"## {o}\n\n{markdown(summarise(runs_table(others)))}")
         tuned = tuned_markdown(tuned_gains(o))
         if tuned: typer.echo(tuned)
+        if (o/'recommendation.json').exists():
+            for said in recommendations(others, command_of(o)): typer.echo(recommendation_markdown(said))
     if of_recipes: typer.echo(recipe_table(of_recipes))

@@ -396,8 +396,8 @@ def _content_changes(a, b, pairs, count):
 
 # %% ../../nbs/experiments/09_identity.ipynb #0fefcf4d
 def listing_summary(listing:dict # Result of `data_listing`
-                   ) -> dict: # Plain types: `digest`, and by loader `n`, `digest` and, up to 1,000 classes, `by_class`
-    "What a result keeps of its data."
+                   ) -> dict: # Plain types: `digest`, and by loader `n`, `digest`, `by_class` and `counts`
+    "What a result keeps of its data; `by_class` and `counts` are left out for more than 1,000 classes."
     res = dict(digest=listing_digest(listing))
     classes = listing['classes']
     for loader,o in listing['items'].items():
@@ -405,6 +405,7 @@ def listing_summary(listing:dict # Result of `data_listing`
         res[loader] = dict(n=o['n'], digest=digest)
         if classes and len(classes)<=1000 and o['labels'] is not None:
             res[loader]['by_class'] = _digests_by_class(o, len(classes))
+            res[loader]['counts'] = [int((o['labels']==i).sum()) for i in range(len(classes))]
     return res
 
 def _digests_by_class(o, n_classes):

@@ -45,7 +45,8 @@ def _is_search(folder):
 
 def _run_files(glob):
     "Files of runs; an output folder may itself be called `runs`, so its other files are left out"
-    return sorted(f for f in glob('runs/*.json') if f.name not in ('compare.json','result.json'))
+    others = ('compare.json','recommendation.json','result.json','tuning.json')
+    return sorted(f for f in glob('runs/*.json') if f.name not in others)
 
 def load_results(folder:Path # Output folder of `ltrl compare` or `ltrl train`
                 ) -> list: # Of results, in the order of their plan
@@ -87,7 +88,8 @@ def _unpack(res):
     run = {**res, 'group': group, 'variant': variant, 'identity': dict(settings=settings)}
     if 'baseline' not in res: return [run]
     without = dict(settings={**settings, 'reflective': None})
-    return [{**run, **res['baseline'], 'variant': res['method'], 'identity': without}, run]
+    measured = {'valid_accuracy': None, **res['baseline']} # after a test, the baseline's validation images are not kept
+    return [{**run, **measured, 'variant': res['method'], 'identity': without}, run]
 
 def runs_table(results:list # As `load_results` gives
               ) -> pd.DataFrame: # Accuracies in percent

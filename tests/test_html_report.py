@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from fastai.vision.all import noop, torch
 from ltrl_fastai.core.files import write_json
-from ltrl_fastai.deploy.html_report import write_report
+from ltrl_fastai.experiments.html_report import write_report
 from ltrl_fastai.deploy.model_files import load_classifier
 from ltrl_fastai.experiments.cli import app
 from ltrl_fastai.experiments.settings import RunSettings

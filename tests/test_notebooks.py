@@ -15,7 +15,7 @@ root = Path(__file__).parent.parent
 notebooks = sorted(root.glob('nbs/**/*.ipynb'))
 # Chapters that take more than ten seconds: they train several networks, or start several processes
 slow = {
-    'core/03_ranks', 'deploy/04_evaluate', 'deploy/06_suspects', 'deploy/07_html_report',
+    'core/03_ranks', 'deploy/04_evaluate', 'deploy/06_suspects', 'experiments/31_html_report',
     'explanations/00_knowledge_review', 'explanations/01_knowledge_summary',
     'explanations/02_knowledge_correction', 'experiments/00_checkpoint', 'experiments/03_runner',
     'experiments/05_summary',

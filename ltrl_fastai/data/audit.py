@@ -253,8 +253,8 @@ class Audit:
         return sum(o.severity==severity for o in self.findings)
 
     def __str__(self):
-        from ltrl_fastai.data.audit_page import audit_text
-        return audit_text(self)
+        numbers = ', '.join(f'{self.number_of(o)} {o}' for o in severities)
+        return f"Audit of {self.path}: {numbers}. `audit_text` says what they are."
 
 # %% ../../nbs/data/13_audit.ipynb #69302962
 _split_words = dict(train='training', valid='validation', test='test')

@@ -53,7 +53,7 @@ def _check_options(html, no_html, evidence):
     if html.is_dir(): raise IsADirectoryError(f"--html: {html} is a folder, where a file was expected.")
 
 def _write_page(folder, html):
-    from ltrl_fastai.deploy.html_report import write_report
+    from ltrl_fastai.experiments.html_report import write_report
     try: page = write_report(folder, html)
     except PermissionError as e: raise PermissionError(
         f"The page can't be written ({e}). Give another place, --html FILE, or leave it out, --no-html.") from e

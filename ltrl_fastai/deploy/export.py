@@ -8,6 +8,8 @@ __all__ = ['ServingNet', 'serving_net', 'read_exported', 'export_model', 'defaul
 # %% ../../nbs/deploy/05_export.ipynb #c11dbda6
 from collections.abc import Collection
 from fastai.vision.all import *
+import contextlib
+import io
 import json
 import logging
 import tempfile
@@ -154,29 +156,50 @@ def _import_onnx():
     except ImportError as e: raise ImportError(_missing.format(e.name)) from e
     return onnx,onnxruntime
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet():
-    "Hide the warnings of exporters, which users can do nothing about; errors are shown"
+    "Hide what exporters print and warn of, which users can do nothing about; errors are raised"
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
+    printed = io.StringIO() # the whole network, if it can't be converted
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             warnings.simplefilter('ignore')
             yield
     finally: logging.disable(before)
 
+def _onnx_by_export(net, images, names, opset):
+    "The ONNX model of PyTorch's current exporter"
+    program = torch.onnx.export(
+        net, (images,), **names, opset_version=opset, dynamic_shapes=({0: torch.export.Dim('N')},), dynamo=True,
+        external_data=False, verbose=False)
+    return program.model_proto
+
+def _onnx_by_trace(net, images, names, opset):
+    "The ONNX model of PyTorch's former exporter, which knows a few operations more"
+    onnx,_ = _import_onnx()
+    written = io.BytesIO()
+    number = {0: 'N'}
+    torch.onnx.export(net, (images,), written, **names, opset_version=opset, dynamo=False, verbose=False,
+                      dynamic_axes={name: number for of in names.values() for name in of})
+    return onnx.load_from_string(written.getvalue())
+
+def _onnx_model(net, images, names, opset):
+    "The ONNX model of the exporter that can write the network; raises the error of the current one"
+    try: return _onnx_by_export(net, images, names, opset)
+    except Exception as e: reason = e
+    with contextlib.suppress(Exception): return _onnx_by_trace(net, images, names, opset)
+    raise reason
+
 def _convert_onnx(net, images, opset):
     onnx,_ = _import_onnx()
-    any_number = ({0: torch.export.Dim('N')},)
-    program = torch.onnx.export(
-        net, (images,), input_names=['images'], output_names=['logits' if not net.softmax else 'probabilities'],
-        opset_version=opset, dynamic_shapes=any_number, dynamo=True, external_data=False, verbose=False)
-    model = program.model_proto
-    reached = next(o.version for o in model.opset_import if not o.domain)
-    if opset not in (None,reached): raise ValueError(
-        f"opset: PyTorch can't write this network with opset {opset}, only with {reached}. Leave it out")
+    names = dict(input_names=['images'], output_names=['probabilities' if net.softmax else 'logits'])
+    model = _onnx_model(net, images, names, opset)
     for node in model.graph.node: node.ClearField('metadata_props')
+    reached = next(o.version for o in model.opset_import if not o.domain)
     def save(file, described):
+        if opset not in (None,reached): raise ValueError(
+            f"opset: PyTorch can't write this network with opset {opset}, but with {reached}. Leave it out.")
         onnx.helper.set_model_props(model, {name: json.dumps(o) for name,o in described.items()})
         onnx.save(model, file)
     return save
@@ -271,19 +294,34 @@ def _compare(run, pixels, expected, format, half, logits):
     batches = [pixels[:1], pixels[1:4], pixels[4:]]
     try: outputs = [run(o) for o in batches if len(o)]
     except Exception as e: raise ValueError(
-        f"{format}: the written file can't be run on the CPU{_in_half(half)} ({type(e).__name__}: {str(e):.300}). "
+        f"{format}: the written file can't be run on the CPU{_in_half(half)} ({_reason(e)}). "
         f"{_remedy(half)}") from e
     found = torch.cat([torch.as_tensor(o) for o in outputs])
-    scale = max(1., expected.abs().max().item()) if logits else 1.
-    tolerance = (.02 if half else 1e-4)*scale
     if found.shape!=expected.shape: raise ValueError(
         f"{format}: the written file returns shape {tuple(found.shape)} for {len(pixels)} images, where "
         f"{tuple(expected.shape)} was expected. {_remedy(half)}")
-    difference = (found-expected).abs().max().item()
-    if not difference<=tolerance: raise ValueError(
-        f"{format}: the written file predicts otherwise than the model: they differ by up to {difference:.2g}, where at "
-        f"most {tolerance:.2g} was expected{_in_half(half)}. It was not kept. {_remedy(half)}")
+    compared = {'logits': (found,expected)} if logits else {
+        'probabilities': (found,expected), 'log probabilities': (_log(found),_log(expected))}
+    differences = {name: _difference(*o, half) for name,o in compared.items()}
+    for name,(difference,tolerance) in differences.items():
+        if not difference<=tolerance: raise ValueError(
+            f"{format}: the written file predicts otherwise than the model: {name} differ by up to {difference:.2g}, "
+            f"where at most {tolerance:.2g} was expected{_in_half(half)}. It was not kept. {_remedy(half)}")
+    difference,tolerance = first(differences.values())
     return dict(largest_difference=difference, tolerance=tolerance)
+
+def _log(p): return p.clamp_min(1e-30).log() # where probabilities are 0 or 1, it still tells networks apart
+
+def _difference(found, expected, half):
+    "The largest difference, and the one that is allowed, in proportion to the largest value above 1"
+    scale = max(1., expected.abs().max().item())
+    return (found-expected).abs().max().item(),(.02 if half else 1e-4)*scale
+
+def _reason(e):
+    "The first cause of an error, in a line"
+    while e.__cause__ is not None: e = e.__cause__
+    first_line = str(e).strip().partition('\n')[0]
+    return f'{type(e).__name__}: {first_line:.300}'
 
 def _in_half(half): return ' in half precision' if half else ''
 
@@ -355,8 +393,7 @@ def _converted(net, described, opset):
     try:
         with torch.no_grad(): return _converters[format](net, images, opset)
     except Exception as e: raise ValueError(
-        f"{format}: this network can't be converted{_in_half(half)} ({type(e).__name__}: {str(e):.500}). {_remedy(half)}"
-        ) from e
+        f"{format}: this network can't be converted{_in_half(half)} ({_reason(e)}). {_remedy(half)}") from e
 
 def _checked(learn, file, described, prior):
     "The largest difference between a file and the learner, and the tolerance"
@@ -367,6 +404,6 @@ def _checked(learn, file, described, prior):
         expected = _expected(learn, files, prior, logits)
     try: run = _runners[described['format']](file)
     except Exception as e: raise ValueError(
-        f"{described['format']}: the written file can't be loaded on the CPU ({type(e).__name__}: {str(e):.300}). "
+        f"{described['format']}: the written file can't be loaded on the CPU ({_reason(e)}). "
         f"{_remedy(described['half'])}") from e
     return _compare(run, pixels, expected, described['format'], described['half'], logits)

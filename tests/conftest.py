@@ -60,7 +60,7 @@ def digits_model(tmp_path_factory):
     from fastai.vision.all import noop
     from ltrl_fastai.data.beds import write_digits_folder
     from ltrl_fastai.deploy.calibration import fit_calibration
-    from ltrl_fastai.deploy.model_files import save_model
+    from ltrl_fastai.deploy.model_files import save_classifier
     from ltrl_fastai.experiments.settings import RunSettings
     folder = tmp_path_factory.mktemp('digits')
     images = write_digits_folder(folder/'digits')
@@ -70,5 +70,6 @@ def digits_model(tmp_path_factory):
         learn.fit_one_cycle(settings.epochs, settings.lr)
         logits, targets = learn.get_preds(act=noop)
     calibration = fit_calibration(logits, targets, learn.dls.class_counts)
-    model = save_model(learn, folder/'model', build=settings.build_facts(learn), calibration=calibration, name='Digits')
+    build = settings.build_facts(learn)
+    model = save_classifier(learn, folder/'model', build=build, calibration=calibration, name='Digits')
     return images, model

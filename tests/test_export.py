@@ -11,7 +11,7 @@ import torch
 from fastai.vision.all import Callback, Learner, nn, noop
 from ltrl_fastai.deploy import export as module
 from ltrl_fastai.deploy.export import export_model, read_exported
-from ltrl_fastai.deploy.model_files import load_model
+from ltrl_fastai.deploy.model_files import load_classifier
 from ltrl_fastai.experiments.cli import app
 from ltrl_fastai.experiments.settings import RunSettings
 from ltrl_fastai.methods.posthoc import LogitAdjustment
@@ -54,7 +54,7 @@ def logits_of(learn, files):
 
 @pytest.fixture
 def plain(digits_model):
-    return load_model(digits_model[1], device='cpu')
+    return load_classifier(digits_model[1], device='cpu')
 
 
 @pytest.fixture
@@ -141,18 +141,22 @@ def test_a_file_describes_itself(format, plain, tmp_path):
     for of in (torch, ltrl_fastai): assert str(Path(of.__file__).parent).encode() not in moved.read_bytes()
 
 
-def test_images_are_cropped_as_the_description_says(digits_model, tmp_path):
+@pytest.mark.parametrize('resize', ['crop', 'squish'])
+def test_images_are_resized_as_the_description_says(resize, digits_model, tmp_path):
     "Photographs of any shape, by Pillow and NumPy alone"
-    learn = RunSettings(str(digits_model[0]), net='resnet8', epochs=1, size=40).learner()
+    learn = RunSettings(str(digits_model[0]), net='resnet8', epochs=1, size=40, resize=resize).learner()
     rule = export_model(learn, tmp_path/'a.pt', logits=True)['input']
     sizes = [(90, 61), (33, 70), (40, 40), (17, 19)]
     files = image_files(learn, tmp_path, sizes)
     images = []
     for file, (w, h) in zip(files, sizes):
-        side = round(min(w, h)*rule['crop'])
-        corner = (w-side)//2, (h-side)//2
-        image = PIL.Image.open(file).crop((*corner, corner[0]+side, corner[1]+side))
+        image = PIL.Image.open(file)
+        if resize == 'crop':
+            side = round(min(w, h)*rule['crop'])
+            corner = (w-side)//2, (h-side)//2
+            image = image.crop((*corner, corner[0]+side, corner[1]+side))
         images.append(np.asarray(image.resize((rule['size'],)*2, PIL.Image.Resampling.BILINEAR)))
+    assert (rule['crop'] is None) == (resize == 'squish')
     found = run_alone(tmp_path/'a.pt', np.stack(images))
     torch.testing.assert_close(found, logits_of(learn, files), rtol=1e-4, atol=1e-4)
 

@@ -651,7 +651,7 @@ def test_fault_29_variants():
     res, _ = train_run(recipe('table1/SADE+RL+AutoAugment/50').settings(**digits, epochs=1, n_max=20, bs=16), bar=False)
     assert (res['settings']['policy'], res['settings']['cut']) == ('autoaugment', 16)
     assert res['reflective']['preset'] == 'paper'
-    with pytest.raises(ValueError, match='cut: photographs'):
+    with pytest.raises(ValueError, match='cut: Cutout is not supported'):
         recipe('table1/BSCE+AutoAugment/100').settings(dataset='imagenet-lt', imbalance_factor=None, keep_train=False)
 
 

@@ -274,7 +274,7 @@ def test_which_seeds():
 
 
 mistakes = [
-    (('--seed', '1', '--seeds', '2'), 'Leave one of the two out'), (('--seeds', 'x'), "'5' is 0 to 4"),
+    (('--seed', '1', '--seeds', '2'), 'Leave out one of the two'), (('--seeds', 'x'), "'5' is 0 to 4"),
     (('--worlds', '--seeds', '2'), 'measures a single run'), (('--size', '8'), 'made of features'),
     (('--policy', 'randaugment'), 'digits-lt'), (('--data', '.'), 'part of this package'),
     (('--method', 'paco'), '--dataset digits-lt'), (('--method', 'sade-aggregated'), 'two augmented views')]

@@ -587,7 +587,7 @@ def test_inapplicable_settings_are_refused(tmp_path):
     cases = {
         'imbalance_factor: .* is long-tailed already': dict(imbalance_factor=10),
         'n_max: .* all its images': dict(n_max=5),
-        'cut: photographs': dict(cut=4),
+        'cut: Cutout is not supported': dict(cut=4),
         'data: the path': dict(data='x')}
     for message, bad in cases.items():
         with pytest.raises(ValueError, match=message): settings(tmp_path/'a', **bad)

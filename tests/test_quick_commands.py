@@ -43,7 +43,7 @@ def test_help(command, tmp_path):
 
 def test_help_of_all(tmp_path):
     said = run_without_torch('--help', cwd=tmp_path)
-    assert all(f'\n  {o} ' in said for o in commands) and len(commands) == 8
+    assert all(f'\n  {o} ' in said for o in commands) and len(commands) == 9
     assert '...' not in said.partition('Commands:')[2]  # no description is cut short
 
 

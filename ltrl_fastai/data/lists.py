@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['leave_out_broken', 'broken_note', 'hold_out', 'TrainCrop', 'ImageAugment', 'photo_tfms', 'ImageFileDataLoaders',
-           'with_targets', 'image_dataloaders', 'class_names', 'read_lists', 'imagenet_lt', 'places_lt',
-           'inaturalist18', 'list_sets', 'ImageList', 'decode_file', 'read_list', 'read_inat', 'check_lists',
-           'as_listed', 'flat_val', 'flat_val256', 'to_easy', 'from_easy', 'in_class_folders', 'locate',
+           'with_targets', 'loader_processes', 'image_dataloaders', 'class_names', 'read_lists', 'imagenet_lt',
+           'places_lt', 'inaturalist18', 'list_sets', 'ImageList', 'decode_file', 'read_list', 'read_inat',
+           'check_lists', 'as_listed', 'flat_val', 'flat_val256', 'to_easy', 'from_easy', 'in_class_folders', 'locate',
            'missing_images', 'check_images', 'find_lists', 'placement_of', 'compare_published']
 
 # %% ../../nbs/data/04_lists.ipynb #74a2a427
@@ -14,6 +14,7 @@ from fastai.vision.all import *
 from torchvision.transforms import v2
 import torchvision, warnings
 from .imbalance import long_tail_indices
+from ..core.checks import one_of
 from .benchmarks import DataNote, LongTailDataLoaders, abbreviated, without_images
 from .images import UnreadableImage, broken_images, open_image, should_check
 from .fast import BatchAug, pad_crop, random_flip, chunkwise
@@ -88,7 +89,13 @@ def hold_out(labels:list, # Class index of each training image
 
 # %% ../../nbs/data/04_lists.ipynb #5b6cd0c6
 class TrainCrop(RandomResizedCrop):
-    "A random crop for training; for evaluation the central `7/8` of the shorter side, which is 224 of 256 pixels."
+    "A random crop for training; for evaluation the central `7/8` of the shorter side (224 of 256 pixels), or all."
+    def __init__(self, size:int, # Side in pixels that the crop is resized to
+                 min_scale:float=.08, # Smallest share of the area in training; ImageNet's default
+                 whole:bool=False # Evaluate on the whole image, squeezed into a square? Default: on its centre
+                ):
+        super().__init__(size, min_scale=min_scale)
+        self.whole = whole
     def before_call(self, b, split_idx):
         if not split_idx: return super().before_call(b, split_idx)
         image = b[0] if isinstance(b, tuple) else b
@@ -96,8 +103,8 @@ class TrainCrop(RandomResizedCrop):
         w,h = image.size
         side = max(1, round(min(w, h)*7/8))
         self.final_size = self.size
-        self.cp_size = fastuple(side, side)
-        self.tl = fastuple((w-side)//2, (h-side)//2)
+        self.cp_size = fastuple(w, h) if self.whole else fastuple(side, side)
+        self.tl = fastuple(0, 0) if self.whole else fastuple((w-side)//2, (h-side)//2)
 
 class ImageAugment(Transform):
     "A torchvision transform of single images, for training."
@@ -117,18 +124,22 @@ _policies = dict(randaugment=partial(v2.RandAugment, num_ops=2, magnitude=9),
 def photo_tfms(size:int=224, # Side in pixels
                policy:str|None=None, # 'randaugment' or 'autoaugment'; None for colour jitter
                flip:bool=True, # Mirror images at random?
-               small:bool=False # Are images of this size already, to be padded and cropped?
+               small:bool=False, # Are images of this size already, to be padded and cropped?
+               min_scale:float=.08, # Smallest share of a photograph's area in a training crop
+               resize:str='crop' # Evaluate on the centre of photographs ('crop'), or on the whole of them ('squish')
               ) -> tuple: # Item transforms and batch transforms
-    "ImageNet's augmentation and normalisation; raises `ValueError` if `policy` is unknown."
+    "ImageNet's augmentation and normalisation; raises `ValueError` for an unknown `policy` or `resize`."
     if policy not in (None,*_policies):
         raise ValueError(f"policy: expected None or one of {list(_policies)}, got {policy!r}")
+    one_of('resize', resize, ['crop','squish'])
+    if not 0<min_scale<=1: raise ValueError(f"min_scale: expected a share above 0, up to 1, got {min_scale}.")
     item_tfms,batch_tfms = [],[]
     if small:
         batch_tfms.append(BatchAug(pad_crop, pad=max(1, size//8)))
         if flip: batch_tfms.append(BatchAug(random_flip, 1))
         if policy: batch_tfms.append(BatchAug(chunkwise, 2, strong=True, tfm=_policies[policy]()))
     else:
-        item_tfms.append(TrainCrop(size))
+        item_tfms.append(TrainCrop(size, min_scale, whole=resize=='squish'))
         if flip: item_tfms.append(FlipItem())
         if policy: item_tfms.append(ImageAugment(_policies[policy](), strong=True))
         else: item_tfms.append(ImageAugment(v2.ColorJitter(.4, .4, .4)))
@@ -141,6 +152,7 @@ class ImageFileDataLoaders(LongTailDataLoaders):
     n_in = 3
     image_size = 224 # Side in pixels
     small = False # Are images of this size already? See `photo_tfms`
+    resize = 'crop' # See `photo_tfms`
     def listing(self) -> list: # Texts
         "Split, path, class and size in bytes of every image, which identify a data set without decoding it."
         res = []
@@ -157,6 +169,13 @@ def with_targets(tls:list, # `TfmdLists` of inputs and of targets
     res.targets = labels
     return res
 
+def loader_processes(n:int # Training images
+                    ) -> int:
+    "Processes that load images: `LTRL_WORKERS` of the environment, fastai's default, or 0 below 1,000 images."
+    chosen = os.environ.get('LTRL_WORKERS')
+    if chosen: return int(chosen)
+    return 0 if n<1000 else defaults.cpus
+
 def image_dataloaders(lists:dict, # Located `ImageList` by split: 'train', 'valid', and possibly 'test'
                       vocab:list, # Class names
                       bs:int=64, # Training batch size; the other loaders use twice as many
@@ -164,23 +183,24 @@ def image_dataloaders(lists:dict, # Located `ImageList` by split: 'train', 'vali
                       policy:str|None=None, # See `photo_tfms`
                       flip:bool=True, # Mirror images at random?
                       small:bool=False, # See `photo_tfms`
+                      min_scale:float=.08, resize:str='crop', # See `photo_tfms`
                       name:str|None=None, # Name of the data set
                       notes:Iterable=(), # Texts that a user of the data should know
                       skipped:Iterable=(), # Files that were left out, for `dls.skipped`
-                      num_workers:int|None=None, # Default: fastai's, or 0 for fewer than 1,000 images
+                      num_workers:int|None=None, # Default: see `loader_processes`
                       device:str|torch.device|None=None, # Default: fastai's
                       path:str|Path='.' # Folder of saved models
                      ) -> ImageFileDataLoaders:
     "Loaders of image files: training is shuffled and augmented, the others are in order."
     train,valid,test = [lists.get(k) for k in ('train','valid','test')]
     n_train = len(train)
-    item_tfms,batch_tfms = photo_tfms(size, policy, flip, small)
+    item_tfms,batch_tfms = photo_tfms(size, policy, flip, small, min_scale, resize)
     image_block = TransformBlock(type_tfms=open_image, batch_tfms=IntToFloatTensor) # `ImageBlock` for 16 bits too
     blocks = (image_block, CategoryBlock(vocab=L(vocab), sort=False))
     block = DataBlock(blocks=blocks, get_x=ItemGetter(0), get_y=ItemGetter(1), item_tfms=item_tfms,
                       batch_tfms=batch_tfms, splitter=IndexSplitter(range(n_train, n_train+len(valid))))
     drop_last = n_train>bs and n_train%bs==1 # BatchNorm can't train on a single image
-    if num_workers is None: num_workers = 0 if n_train<1000 else defaults.cpus
+    if num_workers is None: num_workers = loader_processes(n_train)
     items = _labelled_files(train, vocab)+_labelled_files(valid, vocab)
     dls = block.dataloaders(items, bs=min(bs, n_train), val_bs=2*bs, drop_last=drop_last, num_workers=num_workers,
                             device=device)
@@ -196,6 +216,7 @@ def image_dataloaders(lists:dict, # Located `ImageList` by split: 'train', 'vali
     res.root = train.root
     res.image_size = size
     res.small = small
+    res.resize = resize
     res.notes = list(notes)
     res.skipped = list(skipped)
     res.imbalance_factor = round(float(counts.max()/counts.min()), 4)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Calibration', 'fit_calibration', 'read_prior']
 
-# %% ../../nbs/deploy/00_calibration.ipynb #d674e74d
+# %% ../../nbs/deploy/00_calibration.ipynb #fea593f2
 import csv
 import dataclasses
 from collections.abc import Collection
@@ -15,7 +15,7 @@ from ..core.checks import did_you_mean
 from ..core.counts import check_class_counts
 from ..data.listfiles import decode_file
 
-# %% ../../nbs/deploy/00_calibration.ipynb #bf65236f
+# %% ../../nbs/deploy/00_calibration.ipynb #29d1e053
 _least_images = 20 # with fewer validation images, nothing is fitted
 
 def _log_frequencies(counts):
@@ -53,7 +53,7 @@ class Calibration:
     def probabilities(self, logits:Tensor, # `(N, C)`
                       prior:str|Collection|None=None # 'train', 'balanced' or `(C,)` frequencies; None: as trained
                      ) -> Tensor: # `(N, C)`
-        "Return calibrated probabilities under these class frequencies; 'as trained' leaves the predicted class alone."
+        "Return calibrated probabilities under these frequencies; raises `ValueError` for another number of classes."
         logits = logits.as_subclass(Tensor).double()
         if logits.ndim!=2 or logits.shape[1]!=len(self.class_counts): raise ValueError(
             f"logits: expected a row of {len(self.class_counts)} classes for each image, got {tuple(logits.shape)}.")
@@ -67,7 +67,7 @@ class Calibration:
     def __post_init__(self):
         for name in ('class_counts','valid_counts'): object.__setattr__(self, name, tuple(getattr(self, name)))
 
-# %% ../../nbs/deploy/00_calibration.ipynb #04c7a65c
+# %% ../../nbs/deploy/00_calibration.ipynb #aded9d88
 def fit_calibration(logits:Tensor, # `(N, C)` of validation images, on which the net was not trained
                     targets:Tensor, # `(N,)` class indices
                     class_counts:Collection # `(C,)` training images of each class, each at least 1
@@ -93,7 +93,7 @@ def _most_likely(z, y, log_train):
     best = min(fits, key=lambda o: o.fun)
     return round(math.exp(best.x[0]), 5),round(float(best.x[1]), 5)
 
-# %% ../../nbs/deploy/00_calibration.ipynb #3f1af390
+# %% ../../nbs/deploy/00_calibration.ipynb #39b04574
 def read_prior(file:str|Path, # A CSV file of class names and frequencies (or counts), with or without a header
                vocab:Collection # Class names
               ) -> list: # A frequency for each class, in the order of `vocab`

@@ -109,20 +109,25 @@ _extra_file = 'description.json' # within the files of PyTorch
 
 def _describe(learn, facts, format, half, prior, logits):
     "What a user of the file has to know, of plain types"
-    size,small = facts['input']['size'],facts['input']['small']
-    shrink = "Pillow's BILINEAR, which averages over all pixels when it shrinks"
-    resize = f"resize it to {size} x {size} pixels ({shrink})"
-    rule = f"An image of another size: {resize}." if small else (
-        f"Cut out the central square whose side is 7/8 of the shorter side of the image, and {resize}.")
+    size,crop = facts['input']['size'],_crop_of(facts['input'])
+    part = 'Take the whole image, whatever its shape' if crop is None else (
+        'Cut out the central square whose side is 7/8 of the shorter side of the image')
+    rule = (f"{part}, and resize it to {size} x {size} pixels (Pillow's BILINEAR, which averages over all pixels when it "
+            "shrinks).")
     calibration = vars(learn).get('calibration')
     return dict(
         name=facts.get('name'), format=format, half=half, classes=facts['classes'],
         input=dict(name='images', type='uint8', shape=['N', size, size, 3], channels='RGB', range=[0,255], size=size,
-                   crop=None if small else 7/8, filter='bilinear', resize=rule),
+                   crop=crop, filter='bilinear', resize=rule),
         output=dict(name='logits' if logits else 'probabilities', type='float32', shape=['N', len(facts['classes'])]),
         prior=_described_prior(prior, logits), is_calibrated=calibration is not None and not logits,
         temperature=1. if calibration is None or logits else calibration.temperature,
         versions=dict(ltrl_fastai=__version__, torch=torch.__version__))
+
+def _crop_of(input_facts):
+    "Share of the shorter side that is cut out of the centre; None if images are resized whole"
+    is_whole = input_facts['small'] or input_facts.get('resize')=='squish'
+    return None if is_whole else 7/8
 
 def _described_prior(prior, logits):
     if logits: return None
@@ -330,7 +335,7 @@ def _remedy(half):
     return "Try another format: onnx, torch or torchscript."
 
 # %% ../../nbs/deploy/05_export.ipynb #ac690476
-def export_model(learn:Learner, # A trained learner of image files, such as `load_model` returns; it is not changed
+def export_model(learn:Learner, # A trained learner of image files, such as `load_classifier` returns; it is not changed
                  file:str|Path, # The file to write: .onnx, .pt2 or .pt
                  format:str|None=None, # 'onnx', 'torch' (`torch.export`) or 'torchscript'; default: by the name of the file
                  half:bool=False, # Weights in half precision? The file is half as large, and input and output stay the same
@@ -355,12 +360,12 @@ def export_model(learn:Learner, # A trained learner of image files, such as `loa
         with _quiet():
             save = _converted(net, described, opset)
             save(temporary, described)
-            checked = _checked(learn, temporary, described, prior)
+            checked = _checked(learn, temporary, described, prior, facts['input']['small'])
     described.update(checked)
     write_json(described, _description_file(file))
     return described
 
-def default_file(model:str|Path, # A folder or file that `load_model` takes
+def default_file(model:str|Path, # A folder or file that `load_classifier` takes
                  format:str='onnx' # See `export_model`
                 ) -> Path:
     "Return the file beside a model that it is exported to by default."
@@ -395,11 +400,11 @@ def _converted(net, described, opset):
     except Exception as e: raise ValueError(
         f"{format}: this network can't be converted{_in_half(half)} ({_reason(e)}). {_remedy(half)}") from e
 
-def _checked(learn, file, described, prior):
+def _checked(learn, file, described, prior, small):
     "The largest difference between a file and the learner, and the tolerance"
     about,logits = described['input'],described['output']['name']=='logits'
     with tempfile.TemporaryDirectory() as folder:
-        files = _noise_images(Path(folder), about['size'], small=about['crop'] is None)+_examples(learn)
+        files = _noise_images(Path(folder), about['size'], small)+_examples(learn)
         pixels = np.stack([_pixels(o, about) for o in files])
         expected = _expected(learn, files, prior, logits)
     try: run = _runners[described['format']](file)

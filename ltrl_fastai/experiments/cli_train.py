@@ -10,11 +10,12 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Annotated
 import typer
-from ltrl_fastai.experiments.cli_common import (app, check_output, fail, option, prepare_training, save_figure,
-    set_image_check)
+from .cli_common import (app, check_output, fail, option, prepare_training, save_figure,
+    set_device, set_image_check, set_workers, split_list)
 
 # %% ../../nbs/experiments/20_cli_train.ipynb #f0c35b56
 _Resume = Annotated[bool, option(
@@ -36,8 +37,14 @@ def train(
     method:Annotated[str, option(
         "Training method: softmax, bsce (Balanced Softmax), ldam-drw, ride, ... `ltrl methods` lists all.")]='bsce',
     net:Annotated[str|None, option(
-        "Network: resnet8, resnet20, resnet32, ... (for CIFAR), or a torchvision classifier. Default: depends on the "
-        "data set.")]=None,
+        "Network: a classifier of torchvision or timm, efficientnet-lite0, or resnet8, resnet20, resnet32, ... for "
+        "small images. Default: resnet34 for photographs, otherwise by data set.")]=None,
+    from_scratch:Annotated[bool, option(
+        "Start from random weights. Default: photographs start from ImageNet weights, which are downloaded once.",
+        '--from-scratch')]=False,
+    weights:Annotated[Path|None, option(
+        "File of ImageNet weights of the network, for a machine without internet access: a .pth or .safetensors of "
+        "torchvision or timm.")]=None,
     # Reflective Learning
     rl:Annotated[bool|None, option(
         "Train with or without Reflective Learning. Default: both, on the same seeds, and compare.",
@@ -54,11 +61,17 @@ def train(
         "Settings of Reflective Learning: default (ours), paper (as on the slides) or published (as in the released "
         "code).")]='default',
     # how to train
-    epochs:Annotated[int|None, option("Number of epochs. Default: 20 for photos, 30 for digits and CIFAR.")]=None,
+    epochs:Annotated[int|None, option(
+        "Number of epochs. Default: 12 for a pretrained network, 20 for photos-lt, 30 for digits and CIFAR.")]=None,
     lr:Annotated[float|None, option(
-        "Largest learning rate of the one-cycle schedule. Default: 0.1 for photos, 0.05 for digits, 0.2 for "
-        "CIFAR.")]=None,
-    bs:Annotated[int|None, option("Batch size. Default: 256 for photos, 32 for digits, 128 for CIFAR.")]=None,
+        "Largest learning rate. Default: 0.005 (Adam) for a pretrained network, 0.1 for photos-lt, 0.05 for digits, "
+        "0.2 for CIFAR.")]=None,
+    bs:Annotated[int|None, option(
+        "Batch size. Default: 32 for a pretrained network, 256 for photos-lt, 32 for digits, 128 for CIFAR.")]=None,
+    amp:Annotated[bool, option("Train in half precision, faster on a CUDA GPU.", '--amp')]=False,
+    device:Annotated[str|None, option("cpu, cuda, cuda:1 or mps. Default: a GPU if there is one.")]=None,
+    workers:Annotated[int|None, option(
+        "Processes that load images. Default: one per core, 16 at most; none for fewer than 1,000 images.")]=None,
     policy:Annotated[str|None, option(
         "Augmentation in addition to crop and flip: randaugment or autoaugment. Default: none.")]=None,
     cut:Annotated[int|None, option(
@@ -74,6 +87,8 @@ def train(
     skip_broken:Annotated[bool, option(
         "Leave out images that can't be read, and list them in the result. Default: stop with an error.",
         '--skip-broken')]=False,
+    many:Annotated[int, option("Classes with more training images count as many-shot.")]=100,
+    few:Annotated[int, option("Classes with fewer training images count as few-shot.")]=20,
     worlds:Annotated[bool, option(
         "Also evaluate on other test distributions: class frequencies as in training (forward), uniform, and reversed "
         "(backward).", '--worlds')]=False,
@@ -88,12 +103,14 @@ def train(
     data:Annotated[Path|None, option(
         "Path of the data set; `ltrl datasets` says what is expected there. Default: fastai's data folder.")]=None,
     out:Annotated[Path|None, option(
-        "Output folder for result.json and per_class.png. Default: ltrl-runs/ and a name made from the "
+        "Output folder for result.json, per_class.png and the model. Default: ltrl-runs/ and a name made from the "
         "settings.")]=None,
+    log:Annotated[str|None, option(
+        "Also log each epoch: csv (a file in the output folder), tensorboard or wandb. Several with commas.")]=None,
     resume:_Resume=False,
     force:_Force=False,
 ):
-    """Train on long-tailed data and report accuracy by shot.
+    """Train on long-tailed data, and save the model.
 
     Without options: Balanced Softmax with and without Reflective Learning on CIFAR-100-LT, as small features that
     come with the package, five seeds each. Prints the gain with its 95% interval, and writes a plot of all classes
@@ -107,28 +124,36 @@ def train(
 
       ltrl train --dataset cifar100-lt --imbalance-factor 100 --method bsce --rl --epochs 200
 
-    Images of your own, in one folder per class:
+    Images of your own, in one folder per class, with a network pretrained on ImageNet. The model is saved in the output
+    folder, for `ltrl predict` and `ltrl evaluate`:
 
-      ltrl train --dataset path/to/folder --epochs 30
+      ltrl train --dataset path/to/folder --out my-run
     """
     prepare_training()
+    from ltrl_fastai.experiments.cli_outputs import check_loggers
     from ltrl_fastai.experiments.training import RunSettings, keep_freed_memory
     keep_freed_memory()
     set_image_check(check)
     try:
+        set_device(device)
+        set_workers(workers)
         sides = _sides(rl, dict(kr=kr, ks=ks, kc=kc), preset)
         chosen = _seeds(dataset, seed, seeds, rl, worlds)
         common = dict(
             dataset=dataset, imbalance_factor=imbalance_factor, method=method, net=net, epochs=epochs, lr=lr, bs=bs,
             policy=policy, cut=cut, n_max=n_max, n_valid=n_valid, size=size, seed=chosen[0], data_seed=data_seed,
-            data=str(data) if data else None, skip_broken=skip_broken)
+            data=str(data) if data else None, skip_broken=skip_broken, weights=str(weights) if weights else None,
+            pretrained=False if from_scratch else None, amp=amp, many=many, few=few)
         todo = [RunSettings(**common, reflective=o) for o in sides]
         _check_views(todo[0])
         out = out or Path('ltrl-runs')/_folder_name(todo[0], chosen, both=rl is None)
         check_output(out)
-    except (ValueError, TypeError, OSError) as e: fail(e)
+        loggers = [] if log is None else check_loggers(split_list('--log', log))
+        if loggers and len(chosen)>1: raise ValueError(
+            "--log: logs are of a single run. Leave it out, or give --seed instead of --seeds.")
+    except (ValueError, TypeError, OSError, ImportError) as e: fail(e)
     if len(chosen)>1: _train_seeds(todo[::-1], chosen, out, resume=resume, force=force)
-    else: _train_once(todo, out, rl=rl, worlds=worlds, resume=resume, force=force)
+    else: _train_once(todo, out, rl=rl, worlds=worlds, resume=resume, force=force, loggers=loggers)
 
 def _sides(rl, parts, preset):
     "Arguments of `ReflectiveLearning` of each run, None for one without; raises `ValueError` if they contradict `rl`"
@@ -160,19 +185,20 @@ def _seeds(dataset, seed, seeds, rl, worlds):
         use_five = dataset=='photos-lt' and seed is None and rl is None and not worlds
         return list(range(5)) if use_five else [seed or 0]
     if seed is not None:
-        raise ValueError("--seed is for a single run, and --seeds for several. Leave one of the two out.")
+        raise ValueError("--seed is for a single run, and --seeds for several. Leave out one of the two.")
     res = parse_seeds(seeds)
     if worlds and len(res)>1:
         raise ValueError("--worlds measures a single run. Leave --seeds out, or give --seed.")
     return res
 
 # %% ../../nbs/experiments/20_cli_train.ipynb #b10c8c26
-def _train_once(todo, out, rl, worlds, resume, force):
-    "Train each of the settings once, and write and print the result"
+def _train_once(todo, out, rl, worlds, resume, force, loggers):
+    "Train each of the settings once, write and print the result, and save the better model"
     from ltrl_fastai.core.files import write_json
     from ltrl_fastai.experiments.checkpoint import Checkpoint
+    from ltrl_fastai.experiments.cli_outputs import choose_model, describe_model, logger_cbs
     from ltrl_fastai.experiments.identity import data_listing
-    from ltrl_fastai.experiments.training import locked_folder
+    from ltrl_fastai.experiments.training import label_of, locked_folder
     first = todo[0]
     with contextlib.ExitStack() as stack:
         try:
@@ -184,32 +210,49 @@ def _train_once(todo, out, rl, worlds, resume, force):
                                        force=force, wanted=wanted)
             if complete: return _say_complete(out)
             for note in first.check(worlds): typer.echo(f"Note: {note}")
-        except (ValueError, TypeError, OSError) as e: fail(e)
+        except (ValueError, TypeError, OSError, ImportError) as e: fail(e)
         results = []
-        for settings,checkpoint in zip(todo, checkpoints):
-            typer.echo(f"\n{_describe(settings)}, seed {settings.seed}{_going_on([checkpoint])}")
-            results.append(_train(settings, checkpoint, worlds=worlds))
-            results[0][0]['identity'] = identity
-            write_json(results[0][0], out/'result.json') # a finished run is kept, whatever happens to the next
+        models = [out/f'.model-{i}' for i in range(len(todo))]
+        with _bar(todo) as bar:
+            for settings,checkpoint,model in zip(todo, checkpoints, models):
+                typer.echo(f"\n{_describe(settings)}, seed {settings.seed}{_going_on([checkpoint])}")
+                cbs = logger_cbs(loggers, out, label_of(settings))
+                results.append(_train(settings, checkpoint, worlds=worlds, model=model, cbs=cbs, bar=bar))
+                results[0][0]['identity'] = identity
+                write_json(results[0][0], out/'result.json') # a finished run is kept, whatever happens to the next
         (res,_),*others = results
         on = 'accuracy' if 'accuracy' in res else 'valid_accuracy' # without a test set
-        if others:
-            _add_baseline(res, others[0][0], on, worlds)
-            write_json(res, out/'result.json')
+        if others: _add_baseline(res, others[0][0], on, worlds)
+        with_rl = [o.reflective is not None for o in todo]
+        model = choose_model([o for o,_ in results], models, with_rl, out)
+        res['model'] = {k: v for k,v in model.items() if k!='all_scores'}
+        write_json(res, out/'result.json')
         for o in checkpoints: o.remove()
         _print_result(results, settings, out, on, worlds)
-        typer.echo(f"\nWritten: {out/'result.json'}, {out/'per_class.png'}\n{_next(settings, rl)}")
+        typer.echo(f"\nWritten: {out/'result.json'}, {out/'per_class.png'}")
+        typer.echo(f"{describe_model(model, out, settings.epochs)}\n{_next(settings, rl, out)}")
 
-def _train(settings, checkpoint, worlds=False):
+def _bar(todo):
+    "One bar for the epochs of all runs and stages in a terminal; elsewhere `train_run` prints a line for each epoch"
+    from ltrl_fastai.experiments.run_bar import RunBar, epochs_of
+    if not sys.stdout.isatty(): return contextlib.nullcontext(True)
+    return RunBar(sum(epochs_of(o.made_method(), o.epochs) for o in todo))
+
+def _train(settings, checkpoint, worlds=False, model=None, cbs=None, bar=True):
     "Train one run; an error that a user can mend, or an interruption, ends the program"
+    import torch
     from ltrl_fastai.data.images import UnreadableImage
     from ltrl_fastai.experiments.checkpoint import ForeignCheckpoint, UnreadableCheckpoint
     from ltrl_fastai.experiments.training import train_run
-    try: return train_run(settings, bar=True, checkpoint=checkpoint.file, worlds=worlds)
+    try: return train_run(settings, bar=bar, checkpoint=checkpoint.file, worlds=worlds, model=model, cbs=cbs)
     except UnreadableImage as e: fail(str(e).rpartition('UnreadableImage: ')[2]) # a loading process adds a traceback
     except (ForeignCheckpoint, UnreadableCheckpoint) as e:
         fail(f"{e} On the command line, --force instead of --resume starts anew.")
     except FloatingPointError as e: fail(e)
+    except torch.OutOfMemoryError: fail(
+        f"The GPU ran out of memory with batches of {settings.bs}. Take smaller ones, --bs {max(settings.bs//2, 1)}, "
+        "smaller images (--size), or --amp. With --force the command starts anew.")
+    except OSError as e: fail(f"{e}. The same command with --resume goes on after the last whole epoch.")
     except KeyboardInterrupt: _interrupted(checkpoint)
 
 def _add_baseline(res, base, on, worlds):
@@ -384,7 +427,8 @@ def _describe(settings, both=False):
     factor = settings.imbalance_factor
     balance = 'as it is' if factor is None else f'imbalance factor {factor:g}'
     label = f'{label_of(settings)} and {settings.method} alone' if both else label_of(settings)
-    return f"{settings.dataset}, {balance}, {settings.net}, {label}, {settings.epochs} epochs"
+    net = f'pretrained {settings.net}' if settings.pretrained else settings.net
+    return f"{settings.dataset}, {balance}, {net}, {label}, {settings.epochs} epochs"
 
 def _seeds_text(seeds):
     if len(seeds)>2 and seeds==list(range(seeds[0], seeds[-1]+1)): return f'seeds {seeds[0]} to {seeds[-1]}'
@@ -394,14 +438,15 @@ def _where_scored(settings, on):
     if on!='accuracy': return 'validation images, since there is no test set'
     return 'the test set' if settings.imbalance_factor is None else 'the balanced test set'
 
-def _next(settings, rl):
+def _next(settings, rl, out):
     "What to try after a single run or pair"
     if settings.dataset=='digits-lt': return ("Digits show that it runs; they are too few to measure a gain. "
         "Next: `ltrl train` for real photographs with several seeds (about a minute, nothing is downloaded), or "
         "`ltrl train --help`; in Python, `learn.add_cbs(ReflectiveLearning())`.")
     if rl is None: other = 'more seeds, `--seeds 5`'
     else: other = 'the other side of the comparison, `--no-rl`' if rl else 'the same with `--rl`'
-    return f"Next: {other}; or other parts: `--kc`, `--no-ks`, `--no-kr`."
+    use = f"`ltrl predict {out/'model'} image.jpg`; `ltrl report {out}` for a page to send to others"
+    return f"Next: {use}; {other}; or other parts: `--kc`, `--no-ks`, `--no-kr`."
 
 def _next_after_seeds(settings, out):
     "What to try after several seeds"

@@ -19,11 +19,14 @@ from ..data.shipped import photos_lt
 
 # %% ../../nbs/experiments/12_datasets.ipynb #34687ead
 _from_scratch = dict(net='resnet18', epochs=30, bs=64, lr=.05)
-_finetuned = dict(net='resnet34', epochs=12, bs=32, lr=.02, body_lr=.005, schedule='fine-tune')
+_finetuned = dict(
+    net='resnet34', epochs=12, bs=32, optimizer='adam', lr=5e-3, body_lr=5e-4, wd=.01, schedule='fine-tune',
+    frozen_stats=True, min_scale=.5, resize='squish')
 _photographs = dict(
-    takes='size policy flip crop data n_valid data_seed'.split(), defaults=_from_scratch, finetuned=_finetuned)
+    takes='size policy flip crop min_scale resize data n_valid data_seed'.split(), defaults=_from_scratch,
+    finetuned=_finetuned, photographs=True)
 
-datasets = { # By name: what makes the loaders, defaults of `RunSettings` (and of a pretrained net), and what else is accepted
+datasets = { # By name: what makes the loaders, defaults of `RunSettings`, also of pretrained nets, and other settings
     'digits-lt': dict(
         make=digits_lt, tfms=dict(crop=1, flip=False),
         defaults=dict(imbalance_factor=20., net='resnet8', epochs=30, bs=32, lr=.05)),
@@ -62,7 +65,8 @@ datasets = { # By name: what makes the loaders, defaults of `RunSettings` (and o
 }
 
 _user_images = dict(
-    make=folder_data, takes='size policy flip crop n_valid data_seed'.split(), defaults=_from_scratch)
+    make=folder_data, takes='size policy flip crop min_scale resize n_valid data_seed'.split(), defaults=_from_scratch,
+    finetuned=_finetuned)
 _user_features = dict(
     takes='size n_valid data_seed extract'.split(),
     defaults=dict(net='mlp256', epochs=20, bs=128, lr=.1))
@@ -84,8 +88,7 @@ def spec_of(dataset:str, # A name in `datasets`, or the path of a folder or CSV 
     if not path.is_dir() and not is_csv: raise FileNotFoundError(
         f"dataset: expected {', '.join(datasets)}, a folder of images or a CSV file, "
         f"and {path} is {'neither' if path.exists() else 'not there'}.")
-    finetuned = {} if has_small_images(path) else dict(finetuned=_finetuned)
-    return {**_user_images, **finetuned, 'make': partial(folder_data, dataset)}
+    return {**_user_images, 'photographs': not has_small_images(path), 'make': partial(folder_data, dataset)}
 
 def _features_spec(dataset, spec, extract):
     "What is known of the features of a folder or CSV file of images"
@@ -94,5 +97,5 @@ def _features_spec(dataset, spec, extract):
         "Leave it out; features of CIFAR-100-LT are cifar100-frozen-lt.")
     check_extractor(extract)
     has_path = [name for name in spec['takes'] if name=='data']
-    spec = {k: v for k,v in spec.items() if k!='finetuned'}
+    spec = {k: v for k,v in spec.items() if k not in ('finetuned','photographs')}
     return {**spec, **_user_features, 'takes': _user_features['takes']+has_path}

@@ -21,8 +21,7 @@ from ..reflective.learning import ReflectiveLearning
 from .training import RunSettings
 
 # %% ../../nbs/experiments/02_plan.ipynb #7dbe1d85
-_finetune = dict(net='efficientnet-lite0', pretrained=True, schedule='fine-tune', size=96, crop=8, bs=32, lr=.02,
-                 body_lr=.005)
+_finetune = dict(net='efficientnet-lite0', pretrained=True, size=96, crop=8)
 protocols = { # Settings of `ltrl compare --protocol`; the first three use CIFAR-100-LT
     'frozen': dict(dataset='cifar100-frozen-lt', epochs=20, lr=.1), # P1: an MLP on features of an ImageNet net
     # P2o: trained from scratch, more than 95% of the training images memorised
@@ -31,8 +30,8 @@ protocols = { # Settings of `ltrl compare --protocol`; the first three use CIFAR
     'underfit': dict(dataset='cifar100-lt', net='resnet8', size=16, epochs=30, lr=.4),
     'frozen-grocery': dict(dataset='grocery', extract='lite0'), # the head of P1 on features of photographs
     'frozen-magnetic': dict(dataset='magnetic', extract='lite0'),
-    'finetune-grocery': dict(dataset='grocery', epochs=3, **_finetune),
-    'finetune-magnetic': dict(dataset='magnetic', epochs=4, **_finetune),
+    'finetune-grocery': dict(dataset='grocery', epochs=4, **_finetune),
+    'finetune-magnetic': dict(dataset='magnetic', epochs=5, **_finetune),
     'text': dict(dataset='unicode-names'),
     'tabular': dict(dataset='landforms'),
     'digits': dict(dataset='digits-lt'),
@@ -268,7 +267,7 @@ def make_plan(methods:list, # Names of methods
     if not methods: raise ValueError("methods: expected at least one, as in softmax,bsce.")
     for name,given in (('imbalance_factor', list(factors)!=[None]), ('data_seed', paired_data)):
         if given and any(name in o.settings for o in ways): raise ValueError(
-            f"{name}: swept over or set, and given for all runs too. Leave one of the two.")
+            f"{name}: swept over or set, and given for all runs too. Leave out one of the two.")
     res,known = [],set()
     unique = [dict.fromkeys(o) for o in (seeds, factors, methods)]
     for seed,factor,method,way in product(*unique, ways):

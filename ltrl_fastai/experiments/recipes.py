@@ -49,7 +49,7 @@ class Recipe:
         if not 0<budget<=1: raise ValueError(
             f"budget: expected a share of the schedule, above 0 and at most 1, got {budget}.")
         if budget<1 and 'epochs' in over: raise ValueError(
-            "epochs: given together with a budget that shortens them. Leave one of the two.")
+            "epochs: given together with a budget that shortens them. Leave out one of the two.")
         mine = {k: deepcopy(getattr(self, k)) for k in _run_fields}
         mine['epochs'] = max(1, round(self.epochs*budget))
         mine['keep_train'] = over.get('dataset', self.dataset).startswith('cifar') # the published training set

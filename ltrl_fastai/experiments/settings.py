@@ -18,7 +18,7 @@ from .datasets import datasets, spec_of
 from .schedules import schedules
 from ..methods.bbn import ReversedBatch
 from ..methods.catalogue import method_with, methods
-from ..methods.finetuning import finetuned_net
+from ..methods.finetuning import FrozenStats, finetuned_net
 from ..methods.lade import LADELoss
 from ..methods.losses import smooth_labels
 from ..methods.method import Method
@@ -42,6 +42,8 @@ class RunSettings:
     schedule:str|None=None # Learning rate schedule, a name in `schedules`; default: 'fine-tune' or 'one-cycle'
     lr:float|None=None # Largest learning rate
     body_lr:float|None=None # Largest learning rate outside the head, in the first stage; default: `lr`
+    optimizer:str|None=None # 'sgd' or 'adam' (decoupled weight decay); default: 'sgd', as the benchmarks have it
+    frozen_stats:bool|None=None # Keep the batch statistics of a pretrained body? See `FrozenStats`; default: no
     bs:int|None=None # Batch size
     wd:float|None=None # Weight decay; default: 5e-4, unless the method needs another value
     nesterov:bool|None=None # Nesterov momentum? Default: as in the method's published code
@@ -62,6 +64,8 @@ class RunSettings:
     crop:int|None=None # Padding of the random crop
     flip:bool|None=None # Flip images horizontally at random?
     size:int|None=None # Side in pixels that images are resized to, or cropped to if they are photographs
+    min_scale:float|None=None # Smallest share of a photograph in a training crop, see `photo_tfms`; default: .08
+    resize:str|None=None # Evaluate on a photograph's centre ('crop') or on all of it ('squish')? Default: 'crop'
     data:str|None=None # Path of the data set; default: where fastai keeps it
     diagnose:bool=False # Record drift, accuracy and gradient conflicts by class and epoch? Changes no weight
     reflective:dict|None=None # Arguments of `ReflectiveLearning`; None trains without it
@@ -78,13 +82,18 @@ class RunSettings:
         one_of('method', self.method, methods)
         if self.pretrained is None: self.pretrained = self._starts_pretrained(spec)
         if self.weights is not None and not self.pretrained: raise ValueError(
-            "weights: a net that is trained from scratch takes no weights. Leave one of the two out.")
-        usual = dict(wd=5e-4, nesterov=True, schedule='one-cycle')
+            "weights: a net that is trained from scratch takes no weights. Leave out one of the two.")
+        usual = dict(wd=5e-4, nesterov=True, schedule='one-cycle', optimizer='sgd', frozen_stats=False)
         of_data = spec['finetuned'] if self.pretrained and 'finetuned' in spec else spec['defaults']
         defaults = {**usual, **of_data, **methods[self.method].defaults}
+        if self.crop is not None: # images are resized to one size and cropped from a padding
+            for name in ('min_scale','resize'): defaults.pop(name, None)
         for name,value in defaults.items():
             if getattr(self, name) is None: setattr(self, name, value)
         one_of('schedule', self.schedule, schedules)
+        one_of('optimizer', self.optimizer, ['sgd','adam'])
+        if self.frozen_stats and not self.pretrained: raise ValueError(
+            "frozen_stats: a net that is trained from scratch has no batch statistics to keep. Leave it out.")
         self.made_method() # raises `ValueError` for arguments that the method does not have
         self._check_regularizers()
         self._check_data_options(spec)
@@ -93,7 +102,8 @@ class RunSettings:
     def _starts_pretrained(self, spec):
         "Is a pretrained net the default? Yes for photographs, unless the chosen net has no published weights"
         if self.weights is not None: return True
-        return 'finetuned' in spec and (self.net is None or not (is_mlp(self.net) or is_small_net(self.net)))
+        has_weights = self.net is None or not (is_mlp(self.net) or is_small_net(self.net))
+        return spec.get('photographs', False) and has_weights
 
     def _check_types(self):
         "Check the type of each field, and store 0 as None where both mean none"
@@ -171,11 +181,14 @@ class RunSettings:
         if self.dataset in datasets:
             reasons['data'] = f"{self.dataset} is made by this package and is not read from a path."
         if 'policy' not in takes:
-            for name in ('policy','flip','crop','cut'): reasons[name] = "vectors are not augmented as images are."
+            for name in ('policy','flip','crop','cut','min_scale','resize'):
+                reasons[name] = "vectors are not augmented as images are."
         can_crop = 'crop' in takes and 'extract' not in takes
         if can_crop and self.crop is not None and self.policy is not None: raise ValueError(
             "crop: expected no policy, since a random crop from a padding is combined with `flip` alone. "
             "Leave out crop, or policy.")
+        for name in ('min_scale','resize'):
+            reasons.setdefault(name, "it is for photographs of your own. Benchmarks are cropped as in their papers.")
         if 'size' not in takes: reasons['size'] = f"{self.dataset} has no images."
         for name,reason in reasons.items():
             if name in takes or getattr(self, name) is None: continue
@@ -249,7 +262,9 @@ class RunSettings:
         net = self._net(dls)
         cbs = [] if self.reflective is None else [ReflectiveLearning(**self.reflective)]
         if self.diagnose: cbs.append(Diagnosis())
-        opt_func = partial(benchmark_sgd, nesterov=self.nesterov, decouple_wd=self.decouple_wd)
+        if self.frozen_stats: cbs.append(FrozenStats())
+        if self.optimizer=='adam': opt_func = Adam
+        else: opt_func = partial(benchmark_sgd, nesterov=self.nesterov, decouple_wd=self.decouple_wd)
         groups = {} if self.body_lr is None else dict(splitter=body_and_head)
         learn = self.regularized_method().learner(
             dls, net, dls.class_counts, cbs, opt_func=opt_func, wd=self.wd, wd_bn_bias=self.wd_bn_bias,
@@ -282,7 +297,7 @@ class RunSettings:
         return list(dls.notes)
 
     def build_facts(self, learn:Learner # The trained learner
-                   ) -> dict: # Of plain types, for `save_model`
+                   ) -> dict: # Of plain types, for `save_classifier`
         "Return what the network of a trained learner can be built from without its data."
         adjustment = first(learn._grab_cbs(LogitAdjustment))
         fixed = {name: getattr(self, name) for name in ('net','pretrained','method','method_args','dropout')}

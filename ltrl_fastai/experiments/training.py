@@ -15,11 +15,15 @@ from ..evaluation.diagnosis import diagnosis_of
 from ..evaluation.metrics import class_hits
 from ..evaluation.report import ShotReport
 from ..evaluation.shift import adapted_table, shifted_table
+from ..deploy.best import KeepBest, weights_of
+from ..deploy.calibration import fit_calibration
+from ..deploy.model_files import save_classifier
 from .checkpoint import Checkpoint, to_builtin
 from .datasets import datasets as datasets, spec_of as spec_of # `as` re-exports them
 from .identity import data_listing, listing_summary
 from .process import locked_folder as locked_folder, keep_freed_memory as keep_freed_memory
-from .process import command, versions
+from .process import command, use_device, versions
+from .run_bar import RunBar
 from .schedules import schedules
 from .settings import RunSettings, label_of
 from ..methods.optimizer import BodyRate
@@ -63,13 +67,15 @@ class _CheckFinite(Callback):
 
 class _PrintRows:
     "A logger that prints one line per epoch, for an output that is not a terminal"
-    def __init__(self, learn): self.learn,self.has_header = learn,False
+    def __init__(self, learn, echo=partial(print, flush=True)):
+        store_attr()
+        self.has_header = False
     def __call__(self, row):
         if not self.has_header: self._print(self.learn.recorder.metric_names)
         self.has_header = True
         self._print(row)
 
-    def _print(self, row): print(' '.join(f'{self._text(value):>12}' for value in row), flush=True)
+    def _print(self, row): self.echo(' '.join(f'{self._text(value):>12}' for value in row))
 
     def _text(self, value):
         if value is None: return '-'
@@ -77,16 +83,18 @@ class _PrintRows:
 
 @contextlib.contextmanager
 def _progress(learn, bar):
-    "Show a progress bar in a terminal, a line per epoch elsewhere; nothing without `bar`"
-    if bar and sys.stdout.isatty():
+    "Show a progress bar in a terminal, a line per epoch elsewhere or with a `RunBar`; nothing without `bar`"
+    is_shared = isinstance(bar, RunBar)
+    if bar and not is_shared and sys.stdout.isatty():
         yield
         return
+    logger = learn.logger
     with learn.no_bar():
-        if bar:
-            learn.logger = _PrintRows(learn)
-            yield
-        else:
-            with learn.no_logging(): yield
+        if is_shared: learn.logger = _PrintRows(learn, bar.print)
+        elif bar: learn.logger = _PrintRows(learn)
+        else: learn.logger = noop
+        try: yield
+        finally: learn.logger = logger # it can't be pickled, and the learner is exported
 
 @contextlib.contextmanager
 def _keep_cudnn_flags():
@@ -115,29 +123,55 @@ def _fit(learn, settings, method, bar, checkpoint, cbs):
 
 # %% ../../nbs/experiments/01_training.ipynb #776730e0
 def train_run(settings:RunSettings, # What to train
-              bar:bool=True, # Show fastai's progress bar and table?
+              bar:bool|RunBar=True, # Show fastai's progress bar and table? Or a bar that other runs share
               test:bool=True, # Read the test set at the end? Without it, the result describes the validation images
               checkpoint:Path|None=None, # File written after each epoch, from which an interrupted run resumes
               cbs:Callback|Iterable|None=None, # More callbacks
-              worlds:bool=False # Measure accuracy under all test distributions of SADE, adapted to each if possible?
+              worlds:bool=False, # Measure accuracy under all test distributions of SADE, adapted to each if possible?
+              model:Path|None=None # Folder to save the model of the best epoch in: see `save_classifier`
              ) -> tuple[dict, ShotReport]: # The result, and the report that it was made from
     "Train once, and read the test set once."
-    with _keep_cudnn_flags(): return _train_run(settings, bar, test, checkpoint, cbs, worlds)
+    use_device(os.environ.get('LTRL_DEVICE'))
+    with _keep_cudnn_flags(): return _train_run(settings, bar, test, checkpoint, cbs, worlds, model)
 
-def _train_run(settings, bar, test, checkpoint, cbs, worlds):
+def _train_run(settings, bar, test, checkpoint, cbs, worlds, model):
     start = time.time()
     method = settings.regularized_method()
     learn = settings.learner()
     data = listing_summary(data_listing(learn.dls))
     if not test: learn.dls.loaders = learn.dls.loaders[:2] # no stage sees the test set
-    histories,earlier_seconds = _fit(learn, settings, method, bar, checkpoint, cbs)
+    keep = KeepBest() if model and not method.then else None # later stages change the network
+    shared_bar = bar if isinstance(bar, RunBar) else None
+    histories,earlier_seconds = _fit(learn, settings, method, bar, checkpoint, L(cbs)+L(keep)+L(shared_bar))
     res,report = _evaluation(learn, settings, method, histories, worlds)
+    if model: res['model'] = _save_trained(learn, settings, keep, res, model)
     return {
         **_description(learn, settings), **res,
         'seconds': round(time.time()-start+earlier_seconds, 1), 'data': data,
         'versions': versions(), 'command': command(),
         'settings': {k: v for k,v in dataclasses.asdict(settings).items() if k not in ('reflective','data')},
     },report
+
+def _save_trained(learn, settings, keep, res, folder):
+    "Save the model of the best epoch, or of the end of all stages; give its epoch and its accuracy"
+    epoch,last = settings.epochs,None
+    accuracy = {k: v for k,v in dict(validation=res['valid_accuracy'], test=res.get('accuracy')).items() if v}
+    is_earlier = keep is not None and keep.weights is not None and keep.best_epoch+1<settings.epochs
+    if is_earlier:
+        epoch,last = keep.best_epoch+1,weights_of(learn)
+        get_model(learn.model).load_state_dict(keep.weights)
+        loaders = dict(validation=learn.dls.valid, test=learn.dls.test)
+        report_of = partial(ShotReport.from_learner, learn, many=settings.many, few=settings.few)
+        accuracy = {k: _rounded_values(report_of(dl=loaders[k]).accuracy) for k in accuracy}
+    with learn.no_bar(): logits,targets = learn.get_preds(act=noop)
+    saved = {k: v for k,v in dataclasses.asdict(settings).items() if k!='data'}
+    save_classifier(
+        learn, folder, build=settings.build_facts(learn), last=last,
+        calibration=fit_calibration(logits, targets, learn.dls.class_counts), accuracy=accuracy, epoch=epoch,
+        epochs=settings.epochs, name=f'{settings.data_name}: {label_of(settings)}', many=settings.many,
+        few=settings.few, settings=to_builtin(saved), versions=versions(), command=command())
+    if is_earlier: get_model(learn.model).load_state_dict(last)
+    return dict(epoch=epoch, accuracy=accuracy)
 
 def _description(learn, settings):
     "The settings that tables show, at the beginning of a result"

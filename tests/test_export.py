@@ -188,7 +188,8 @@ def test_a_file_that_predicts_otherwise_is_not_kept(format, plain, tmp_path, mon
     monkeypatch.setattr(module, 'serving_net', slightly_wrong)
     file = tmp_path/f'a{suffixes[format]}'
     file.write_text('an older file')
-    with pytest.raises(ValueError, match='predicts otherwise.*Try another format'): export_model(plain, file, force=True)
+    with pytest.raises(ValueError, match='predicts otherwise.*Try another format'):
+        export_model(plain, file, force=True)
     assert [o.name for o in tmp_path.iterdir()] == [file.name] and file.read_text() == 'an older file'
 
 

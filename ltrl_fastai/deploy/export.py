@@ -74,11 +74,11 @@ class ServingNet(nn.Module):
 
 # %% ../../nbs/deploy/05_export.ipynb #a9b4100e
 def serving_net(learn:Learner, # A trained learner of image files; it is not changed
-                prior:str|Collection|None=None, # Class frequencies of the probabilities: see `Calibration.probabilities`
+                prior:str|Collection|None=None, # Class frequencies: see `Calibration.probabilities`
                 logits:bool=False, # Return the learner's logits instead of probabilities?
                 half:bool=False # Weights in half precision?
                ) -> ServingNet: # On the CPU, in evaluation mode
-    "Put the network and all that the learner does to its predictions into a module; raises `ValueError` for a bad prior."
+    "Put the network and what the learner does to its predictions into a module; raises `ValueError` for a bad prior."
     calibration = _calibration_of(learn, prior, logits)
     normalize = first(o for o in learn.dls.valid.after_batch.fs if isinstance(o, Normalize))
     if normalize is None: raise ValueError(
@@ -98,8 +98,8 @@ def _calibration_of(learn, prior, logits):
     if prior is not None and logits: raise ValueError(
         "prior: logits are those of the network, whatever the prior is. Leave out the prior, or ask for probabilities.")
     if prior is not None and found is None: raise ValueError(
-        "prior: this model is not calibrated, so it is not known which class frequencies its logits stand for. Leave it "
-        "out, or calibrate the model first: `learn.calibration = fit_calibration(logits, targets, class_counts)`.")
+        "prior: this model is not calibrated, so it is not known which class frequencies its logits stand for. Leave "
+        "it out, or calibrate the model first: `learn.calibration = fit_calibration(logits, targets, class_counts)`.")
     if found is None or logits: return Calibration(1., 0., (1,)*n_classes, (1,)*n_classes)
     return found
 
@@ -112,8 +112,8 @@ def _describe(learn, facts, format, half, prior, logits):
     size,crop = facts['input']['size'],_crop_of(facts['input'])
     part = 'Take the whole image, whatever its shape' if crop is None else (
         'Cut out the central square whose side is 7/8 of the shorter side of the image')
-    rule = (f"{part}, and resize it to {size} x {size} pixels (Pillow's BILINEAR, which averages over all pixels when it "
-            "shrinks).")
+    rule = (f"{part}, and resize it to {size} x {size} pixels (Pillow's BILINEAR, which averages over all pixels when "
+            "it shrinks).")
     calibration = vars(learn).get('calibration')
     return dict(
         name=facts.get('name'), format=format, half=half, classes=facts['classes'],
@@ -142,7 +142,7 @@ def read_exported(file:str|Path # A file that `export_model` wrote
     format = _format_of(file)
     try: described = _readers[format](file)
     except ImportError: raise
-    except Exception as e: raise ValueError(f"{file}: can't be read as {format} ({type(e).__name__}: {str(e):.200}).") from e
+    except Exception as e: raise ValueError(f"{file}: can't be read as {format} ({_reason(e)}).") from e
     if not described: raise ValueError(f"{file}: it has no description, so it was not written by `ltrl export`.")
     return described
 
@@ -337,8 +337,8 @@ def _remedy(half):
 # %% ../../nbs/deploy/05_export.ipynb #ac690476
 def export_model(learn:Learner, # A trained learner of image files, such as `load_classifier` returns; it is not changed
                  file:str|Path, # The file to write: .onnx, .pt2 or .pt
-                 format:str|None=None, # 'onnx', 'torch' (`torch.export`) or 'torchscript'; default: by the name of the file
-                 half:bool=False, # Weights in half precision? The file is half as large, and input and output stay the same
+                 format:str|None=None, # 'onnx', 'torch' (`torch.export`) or 'torchscript'; default: as the name ends
+                 half:bool=False, # Weights in half precision? The file is half as large; input and output stay the same
                  prior:str|Collection|None=None, # 'train', 'balanced' or `(C,)` frequencies; default: as trained
                  logits:bool=False, # Return the learner's logits instead of probabilities?
                  opset:int|None=None, # Version of the operators of ONNX; default: PyTorch's
@@ -350,8 +350,8 @@ def export_model(learn:Learner, # A trained learner of image files, such as `loa
     _check_free(file, force)
     facts = vars(learn).get('facts') or _facts_of(learn)
     if facts['input']['kind']!='image files': raise ValueError(
-        "export: expected a model of image files. This one takes items of its loaders, whose preprocessing is not known. "
-        "Train on a folder or a CSV file of images.")
+        "export: expected a model of image files. This one takes items of its loaders, whose preprocessing is not "
+        "known. Train on a folder or a CSV file of images.")
     if format=='onnx': _import_onnx()
     net = serving_net(learn, prior, logits, half)
     described = _describe(learn, facts, format, half, prior, logits)

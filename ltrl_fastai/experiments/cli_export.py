@@ -62,8 +62,9 @@ def _print_exported(file, described):
     "Say what was written, what goes in and out, and how well it agrees"
     size,outputs = described['input']['size'],described['output']['name']
     weights = 'half' if described['half'] else 'single'
-    typer.echo(f"{described['format']}, {weights} precision, {file.stat().st_size/1e6:.1f} MB: images of {size} x {size} "
-               f"pixels to {_described_output(described)} of {len(described['classes'])} classes")
+    megabytes = file.stat().st_size/1e6
+    typer.echo(f"{described['format']}, {weights} precision, {megabytes:.1f} MB: images of {size} x {size} pixels "
+               f"to {_described_output(described)} of {len(described['classes'])} classes")
     typer.echo(f"Checked on the CPU: {outputs} differ from those of the model by up to "
                f"{described['largest_difference']:.1g} (allowed: {described['tolerance']:.1g}).")
     typer.echo(f"\nWritten: {file}, {file}.json")

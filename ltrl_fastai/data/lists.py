@@ -153,6 +153,11 @@ class ImageFileDataLoaders(LongTailDataLoaders):
     image_size = 224 # Side in pixels
     small = False # Are images of this size already? See `photo_tfms`
     resize = 'crop' # See `photo_tfms`
+    def new_empty(self) -> 'ImageFileDataLoaders':
+        "Return loaders without items, as `learn.export` saves them, with the same preprocessing."
+        res = super().new_empty()
+        for name in ('image_size','small','resize'): setattr(res, name, getattr(self, name))
+        return res
     def listing(self) -> list: # Texts
         "Split, path, class and size in bytes of every image, which identify a data set without decoding it."
         res = []
@@ -219,7 +224,7 @@ def image_dataloaders(lists:dict, # Located `ImageList` by split: 'train', 'vali
     res.resize = resize
     res.notes = list(notes)
     res.skipped = list(skipped)
-    res.imbalance_factor = round(float(counts.max()/counts.min()), 4)
+    res.imbalance_factor = round(float(counts.max()/max(counts.min(), 1)), 4)
     for o in notes: warnings.warn(o, DataNote, stacklevel=3)
     return res
 

@@ -11,6 +11,7 @@ warnings.filterwarnings('ignore', category=FutureWarning, module='torch')
 
 from fastai.vision.all import nn, set_seed  # noqa: E402
 from ltrl_fastai.all import digits_lt  # noqa: E402
+from quick_workers import quick_workers  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -27,6 +28,12 @@ def pytest_collection_modifyitems(config, items):
     slow = [o for o in items if o.get_closest_marker('slow')]
     config.hook.pytest_deselected(items=slow)
     items[:] = [o for o in items if not o.get_closest_marker('slow')]
+
+
+@pytest.fixture(autouse=True, scope='session')
+def _quick_workers():
+    "Comparisons of this process start their workers at once; those of `ltrl` as a process start them as users do"
+    with quick_workers(): yield
 
 
 @pytest.fixture

@@ -20,6 +20,20 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: left out unless --all is given or the test is named')
+    worker = getattr(config, 'workerinput', {}).get('workerid')
+    if worker: keep_to_one_core(int(worker.removeprefix('gw')))
+    elif not config.getoption('numprocesses', None): keep_to_one_core(0)
+
+
+def keep_to_one_core(worker):
+    """Keep this process, and those that it starts, to a core of its own.
+
+    `ltrl compare --jobs 1` would compute with a thread for each core. Such threads wait for each other, busily, while
+    the tests of another worker use their core: a step then takes up to a hundred times as long.
+    """
+    if not hasattr(os, 'sched_setaffinity'): return
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[worker % len(cores)]})
 
 
 def pytest_collection_modifyitems(config, items):

@@ -14,6 +14,11 @@ from ltrl_fastai.all import digits_lt  # noqa: E402
 from quick_workers import quick_workers  # noqa: E402
 
 
+# Two workers share the files: a long one at the end would leave the other worker without work
+long_files = ['test_notebooks.py', 'test_methods.py', 'test_faults_identity.py', 'test_ranks.py', 'test_site.py',
+              'test_cli.py', 'test_first_run.py', 'test_compare.py', 'test_package.py']
+
+
 def pytest_addoption(parser):
     parser.addoption('--all', action='store_true', help='run the slow tests too')
 
@@ -37,7 +42,8 @@ def keep_to_one_core(worker):
 
 
 def pytest_collection_modifyitems(config, items):
-    "Leave slow tests out, unless all are wanted or a test is named: `tests/test_x.py::test_y`"
+    "Long files first; leave slow tests out, unless all are wanted or a test is named: `tests/test_x.py::test_y`"
+    items.sort(key=lambda o: long_files.index(o.path.name) if o.path.name in long_files else len(long_files))
     if config.getoption('--all') or any('::' in o for o in config.args): return
     slow = [o for o in items if o.get_closest_marker('slow')]
     config.hook.pytest_deselected(items=slow)

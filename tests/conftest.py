@@ -11,6 +11,12 @@ warnings.filterwarnings('ignore', category=FutureWarning, module='torch')
 
 from fastai.vision.all import nn, set_seed  # noqa: E402
 from ltrl_fastai.all import digits_lt  # noqa: E402
+from quick_workers import quick_workers  # noqa: E402
+
+
+# Two workers share the files: a long one at the end would leave the other worker without work
+long_files = ['test_notebooks.py', 'test_methods.py', 'test_faults_identity.py', 'test_ranks.py', 'test_site.py',
+              'test_cli.py', 'test_first_run.py', 'test_compare.py', 'test_package.py']
 
 
 def pytest_addoption(parser):
@@ -19,14 +25,35 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: left out unless --all is given or the test is named')
+    worker = getattr(config, 'workerinput', {}).get('workerid')
+    if worker: keep_to_one_core(int(worker.removeprefix('gw')))
+    elif not config.getoption('numprocesses', None): keep_to_one_core(0)
+
+
+def keep_to_one_core(worker):
+    """Keep this process, and those that it starts, to a core of its own.
+
+    `ltrl compare --jobs 1` would compute with a thread for each core. Such threads wait for each other, busily, while
+    the tests of another worker use their core: a step then takes up to a hundred times as long.
+    """
+    if not hasattr(os, 'sched_setaffinity'): return
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[worker % len(cores)]})
 
 
 def pytest_collection_modifyitems(config, items):
-    "Leave slow tests out, unless all are wanted or a test is named: `tests/test_x.py::test_y`"
+    "Long files first; leave slow tests out, unless all are wanted or a test is named: `tests/test_x.py::test_y`"
+    items.sort(key=lambda o: long_files.index(o.path.name) if o.path.name in long_files else len(long_files))
     if config.getoption('--all') or any('::' in o for o in config.args): return
     slow = [o for o in items if o.get_closest_marker('slow')]
     config.hook.pytest_deselected(items=slow)
     items[:] = [o for o in items if not o.get_closest_marker('slow')]
+
+
+@pytest.fixture(autouse=True, scope='session')
+def _quick_workers():
+    "Comparisons of this process start their workers at once; those of `ltrl` as a process start them as users do"
+    with quick_workers(): yield
 
 
 @pytest.fixture

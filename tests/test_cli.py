@@ -1,20 +1,17 @@
 "`ltrl train` as a user has it: a process, its files, its numbers, its errors."
 import functools
 import json
-import os
 import re
+import signal
 import subprocess
-import sys
-from pathlib import Path
+import time
 
 import pytest
-
-ltrl = str(Path(sys.executable).parent/'ltrl')
-env = {**os.environ, 'MPLBACKEND': 'Agg', 'COLUMNS': '200'}
+from command_line import ltrl_here, ltrl_process, start_ltrl
 
 
-def run(*args, cwd, check=True):
-    r = subprocess.run([ltrl, *args], cwd=cwd, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+def run(*args, cwd, check=True, start=ltrl_here):
+    r = start(*args, cwd=cwd)
     assert not check or r.returncode == 0, r.stdout+r.stderr
     return r
 
@@ -23,7 +20,7 @@ def run(*args, cwd, check=True):
 def both(tmp_path_factory):
     "One pair of runs, on digits, shortened"
     cwd = tmp_path_factory.mktemp('both')
-    return run('train', '--dataset', 'digits-lt', '--epochs', '3', cwd=cwd), cwd
+    return run('train', '--dataset', 'digits-lt', '--epochs', '3', cwd=cwd, start=ltrl_process), cwd
 
 
 @pytest.mark.slow
@@ -108,16 +105,15 @@ def test_a_data_set_that_is_not_there(tmp_path):
         assert r.returncode == 2 and 'Traceback' not in r.stderr, r.stderr
         assert 'cifar-100-python' in r.stderr and 'untar_data' in r.stderr
     nowhere = 'http://127.0.0.1:9'
-    offline = {**env, 'FASTAI_HOME': str(tmp_path/'home'), 'http_proxy': nowhere, 'https_proxy': nowhere}
-    args = [ltrl, 'train', '--dataset', 'cifar10-lt']
-    r = subprocess.run(args, cwd=tmp_path, capture_output=True, text=True, env=offline)
+    offline = {'FASTAI_HOME': str(tmp_path/'home'), 'http_proxy': nowhere, 'https_proxy': nowhere}
+    r = ltrl_process('train', '--dataset', 'cifar10-lt', cwd=tmp_path, **offline)
     assert r.returncode == 2 and 'was not found at' in r.stderr and 'To get it' in r.stderr, r.stdout+r.stderr
 
 
 @pytest.mark.slow
 def test_killed_in_the_middle_leaves_no_half_result(tmp_path):
-    args = [ltrl, 'train', '--dataset', 'digits-lt', '--epochs', '500', '--no-rl', '--out', 'a']
-    p = subprocess.Popen(args, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+    args = ('train', '--dataset', 'digits-lt', '--epochs', '500', '--no-rl', '--out', 'a')
+    p = start_ltrl(*args, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     for line in p.stdout:
         if line.split()[:1] == ['1']: break
     p.kill()
@@ -130,14 +126,14 @@ def test_killed_in_the_middle_leaves_no_half_result(tmp_path):
 
 @pytest.mark.slow
 def test_a_finished_run_is_kept_when_the_next_is_killed(tmp_path):
-    args = [ltrl, 'train', '--dataset', 'digits-lt', '--epochs', '20', '--out', 'a']
-    p = subprocess.Popen(args, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+    args = ('train', '--dataset', 'digits-lt', '--epochs', '12', '--out', 'a')
+    p = start_ltrl(*args, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     for line in p.stdout:
-        if 'bsce, 20 epochs' in line: break  # the second run begins
+        if 'bsce, 12 epochs' in line: break  # the second run begins
     p.kill()
     p.wait()
     res = json.loads((tmp_path/'a/result.json').read_text())
-    assert len(res['history']['train_loss']) == 20 and res['reflective'] and 'baseline' not in res
+    assert len(res['history']['train_loss']) == 12 and res['reflective'] and 'baseline' not in res
 
 
 def test_help_names_the_options():
@@ -166,9 +162,8 @@ def test_real_cifar_if_it_is_there(tmp_path):
 @pytest.mark.slow
 def test_an_interrupted_run_is_resumed(both, tmp_path):
     "kill -9 after a checkpoint; the same numbers as without, and never silently lost or mixed up"
-    import time
     args, log = ('train', '--dataset', 'digits-lt', '--epochs', '3', '--out', 'a'), tmp_path/'a'
-    p = subprocess.Popen([ltrl, *args], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    p = start_ltrl(*args, cwd=tmp_path)
     until = time.time()+120
     while not (log/'.fit-0.pt').exists() and p.poll() is None and time.time() < until: time.sleep(.01)
     p.kill()
@@ -189,13 +184,10 @@ def test_an_interrupted_run_is_resumed(both, tmp_path):
 
 @pytest.mark.slow
 def test_an_interrupt_says_how_to_go_on(tmp_path):
-    import signal
-    import time
     # where tests run in the background, children inherit that interrupts are ignored
     heed_interrupts = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    args = [ltrl, 'train', '--dataset', 'digits-lt', '--rl', '--epochs', '200', '--out', 'a']
-    p = subprocess.Popen(args, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                         preexec_fn=heed_interrupts)
+    args = ('train', '--dataset', 'digits-lt', '--rl', '--epochs', '200', '--out', 'a')
+    p = start_ltrl(*args, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
     try:
         end = time.time()+300
         while not (tmp_path/'a/.fit-0.pt').exists():

@@ -1,22 +1,17 @@
 "`ltrl compare` and `ltrl report` on the command line: killed, repeated, changed, misused."
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import ltrl_here, ltrl_process, start_ltrl
 from ltrl_fastai.experiments.training import RunSettings, train_run
 
-ltrl = str(Path(sys.executable).parent/'ltrl')
-env = {**os.environ, 'MPLBACKEND': 'Agg', 'COLUMNS': '200'}
 
-
-def run(*args, cwd, code=0):
-    r = subprocess.run([ltrl, *args], cwd=cwd, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+def run(*args, cwd, code=0, start=ltrl_here):
+    r = start(*args, cwd=cwd)
     assert r.returncode == code, r.stdout+r.stderr
     assert 'Traceback' not in r.stderr and 'Warning' not in r.stderr, r.stderr
     return r.stdout+r.stderr
@@ -32,7 +27,7 @@ def numbers(res):
 def done(tmp_path_factory):
     "Four runs of three epochs"
     cwd = tmp_path_factory.mktemp('compare')
-    return run('compare', '--set', 'epochs=3', '--seeds', '2', '--out', 'a', cwd=cwd), cwd
+    return run('compare', '--set', 'epochs=3', '--seeds', '2', '--out', 'a', cwd=cwd, start=ltrl_process), cwd
 
 
 @pytest.mark.slow
@@ -80,10 +75,9 @@ def test_a_result_of_other_code_is_computed_again_with_a_reason(done):
 
 @pytest.mark.slow
 def test_a_killed_comparison_resumes_to_the_same_numbers(tmp_path):
-    args = ['compare', '--set', 'epochs=30', '--seeds', '1', '--jobs', '1', '--out']
+    args = ['compare', '--set', 'epochs=15', '--seeds', '1', '--jobs', '1', '--out']
     def second_run(): return list((tmp_path/'a').glob('.unfinished/*-rl-*.pt'))
-    p = subprocess.Popen(
-        [ltrl, *args, 'a'], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    p = start_ltrl(*args, 'a', cwd=tmp_path)
     try:
         end = time.time()+900
         while not second_run():

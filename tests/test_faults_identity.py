@@ -1,9 +1,7 @@
 "Runs and results identify their data and classes; empty texts are refused; two processes never share a folder."
 import json
-import os
 import re
 import subprocess
-import sys
 import threading
 import time
 from functools import partial
@@ -14,6 +12,7 @@ import pandas as pd
 import pytest
 import scipy.sparse
 import torch
+from command_line import ltrl_here, start_ltrl
 from fastai.tabular.all import Categorify, CategoryBlock, TabularDataLoaders, tabular_learner
 from fastai.vision.all import (
     SGD, Callback, DataBlock, DataLoaders, ImageBlock, Learner, get_image_files, nn, parent_label, set_seed)
@@ -27,12 +26,10 @@ from ltrl_fastai.experiments.summary import class_table, load_results
 from ltrl_fastai.experiments.training import RunSettings, locked_folder, train_run
 from PIL import Image
 
-ltrl = str(Path(sys.executable).parent/'ltrl')
-env = {**os.environ, 'MPLBACKEND': 'Agg', 'COLUMNS': '200'}
 
 
 def run(*args, cwd, code=0):
-    r = subprocess.run([ltrl, *args], cwd=cwd, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    r = ltrl_here(*args, cwd=cwd)
     assert r.returncode == code and 'Traceback' not in r.stderr, r.stdout+r.stderr
     return r.stdout+r.stderr
 
@@ -348,15 +345,15 @@ def in_process(*args):
 def interrupted(root, cwd, *args):
     "`ltrl train` on these images, killed after a checkpoint"
     options = ['--epochs', '60', '--bs', '4', '--net', 'resnet8', '--out', 'a']
-    command = [ltrl, 'train', '--dataset', str(root), *options, *args]
-    p = subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = ['train', '--dataset', str(root), *options, *args]
+    p = start_ltrl(*command, cwd=cwd)
     end = time.time()+200
     while not (cwd/'a/.fit-0.pt').exists():
         assert p.poll() is None and time.time() < end
         time.sleep(.02)
     p.kill()
     p.wait()
-    return command[1:]
+    return command
 
 
 @pytest.mark.slow
@@ -512,7 +509,7 @@ def test_fault_18_empty_texts_in_python(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
     args = ('train', '--dataset', 'digits-lt', '--epochs', '400', '--no-rl', '--out', 'a')
-    first = subprocess.Popen([ltrl, *args], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = start_ltrl(*args, cwd=tmp_path)
     try:
         end = time.time()+200
         while not (tmp_path/'a/.fit-0.pt').exists():
@@ -532,10 +529,8 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
 @pytest.mark.slow
 def test_two_processes_with_one_plan(tmp_path):
     "No run is computed twice: one process reports the other, and the results are complete"
-    args = [ltrl, 'compare', '--set', 'epochs=2', '--seeds', '2', '--jobs', '1', '--out', 'a']
-    def start():
-        return subprocess.Popen(
-            args, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    args = ('compare', '--set', 'epochs=2', '--seeds', '2', '--jobs', '1', '--out', 'a')
+    def start(): return start_ltrl(*args, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     both = [start(), start()]
     said = [o.communicate()[0] for o in both]
     assert sorted(o.returncode for o in both) == [0, 2], said

@@ -1,11 +1,9 @@
 "`ltrl train` without options: its data come with the package, and it ends with a gain and its interval."
 import importlib.util
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from command_line import ltrl_here, start_ltrl
 from ltrl_fastai.data.benchmarks import fastai_path
+from ltrl_fastai.data.frozen import Lite0, default_features
 from ltrl_fastai.data.imbalance import class_counts, imbalanced_counts
 from ltrl_fastai.data.shipped import photos_lt, shipped_photos
 from ltrl_fastai.evaluation.metrics import interval
@@ -22,13 +22,11 @@ from ltrl_fastai.experiments.training import RunSettings
 from fastai.data.external import URLs
 
 root = Path(__file__).parent.parent
-ltrl = str(Path(sys.executable).parent/'ltrl')
-env = {**os.environ, 'MPLBACKEND': 'Agg', 'COLUMNS': '200'}
 groups = ('many', 'medium', 'few', 'all')
 
 
 def run(*args, cwd, code=0):
-    r = subprocess.run([ltrl, *args], cwd=cwd, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    r = ltrl_here(*args, cwd=cwd)
     assert r.returncode == code and 'Traceback' not in r.stderr, r.stdout+r.stderr
     return r.stdout+r.stderr
 
@@ -93,14 +91,26 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match='part of this package'): RunSettings('photos-lt', data='.')
 
 
-def test_reproduced_from_the_images():
+class MissingFeatures(Exception):
+    "Features are not in the cache"
+
+
+def cached_features(tool, monkeypatch):
+    "Features of CIFAR-100, or None if they have to be computed, which takes minutes"
+    def refuse(extractor, images): raise MissingFeatures
+    if not (fastai_path(URLs.CIFAR_100)/'train').is_dir() or not default_features().is_dir(): return None
+    monkeypatch.setattr(Lite0, '__call__', refuse)
+    try: return tool.full_features()
+    except MissingFeatures: return None
+
+
+def test_reproduced_from_the_images(monkeypatch):
     "Without CIFAR-100 or its features, the tool is tested on other features instead"
     spec = importlib.util.spec_from_file_location('tool', root/'tools/make_shipped_features.py')
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    folder = fastai_path(URLs.CIFAR_100)
-    if (folder/'train').is_dir() and (folder.parent/'ltrl-features').is_dir():
-        data = tool.full_features()
+    data = cached_features(tool, monkeypatch)
+    if data is not None:
         made = tool.made(*data)
         photos = shipped_photos()
         for k in ('train', 'test'):
@@ -199,7 +209,7 @@ def test_one_seed_has_the_numbers_of_its_pair(first_run, tmp_path):
 
 def killed(cwd, *args, when):
     "Start the command, and kill -9 its process as soon as `when()` is true"
-    p = subprocess.Popen([ltrl, *args], cwd=cwd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    p = start_ltrl(*args, cwd=cwd)
     end = time.time()+400
     while not when():
         assert p.poll() is None and time.time() < end
@@ -232,9 +242,8 @@ def test_killed_and_resumed(first_run, tmp_path):
 def test_an_interrupt_says_how_to_resume(tmp_path):
     def handle_interrupts():  # tests in the background ignore them, and children would inherit that
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    p = subprocess.Popen(
-        [ltrl, 'train', '--epochs', '300', '--out', 'a'], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True, preexec_fn=handle_interrupts)
+    args = ('train', '--epochs', '300', '--out', 'a')
+    p = start_ltrl(*args, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=handle_interrupts)
     try:
         end = time.time()+400
         while not any((tmp_path/'a/.unfinished').glob('*.pt')):

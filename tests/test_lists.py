@@ -3,8 +3,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -18,6 +16,7 @@ from typer.testing import CliRunner
 
 from ltrl_fastai.all import (
     CifarResNet, class_counts, imagenet_lt, inaturalist18, own_images, places_lt, shot_groups)
+from command_line import ltrl_here, ltrl_process
 from parts import all_three
 from ltrl_fastai.data.catalogue import catalogue
 from ltrl_fastai.data.imbalance import without_augmentation
@@ -617,13 +616,9 @@ def test_the_identity_of_data_depends_on_its_lists(tmp_path):
 
 # The command line
 
-ltrl = str(Path(sys.executable).parent/'ltrl')
-env = {**os.environ, 'MPLBACKEND': 'Agg', 'COLUMNS': '200'}
-
 
 def run(*args, cwd, check=True, **more):
-    r = subprocess.run([ltrl, *map(str, args)], cwd=cwd, env={**env, **more}, capture_output=True, text=True,
-                       stdin=subprocess.DEVNULL)
+    r = ltrl_process(*args, cwd=cwd, **more) if more else ltrl_here(*args, cwd=cwd)
     assert not check or r.returncode == 0, r.stdout+r.stderr
     assert 'Traceback' not in r.stderr and 'Warning' not in r.stderr, r.stderr
     return r.stdout+r.stderr

@@ -1,15 +1,12 @@
 "Recipes hold every number of the slides and can be trained; `ltrl recipes`, `ltrl run` and `ltrl report` for users."
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from command_line import ltrl_here, start_ltrl
 from ltrl_fastai.experiments.cli import app
 from ltrl_fastai.experiments.plan import hash_of
 from ltrl_fastai.experiments.recipes import Recipe, caveat, compare_reported, matching, recipe, recipes
@@ -19,13 +16,11 @@ from ltrl_fastai.methods.nets import create_net
 from ltrl_fastai.reflective.learning import ReflectiveLearning
 from typer.testing import CliRunner
 
-ltrl = str(Path(sys.executable).parent/'ltrl')
-env = {**os.environ, 'MPLBACKEND': 'Agg', 'COLUMNS': '200'}
 tiny = [o for s in ('dataset=digits-lt', 'net=resnet8', 'imbalance_factor=20', 'bs=32') for o in ('--set', s)]
 
 
 def run(*args, cwd, code=0):
-    r = subprocess.run([ltrl, *args], cwd=cwd, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    r = ltrl_here(*args, cwd=cwd)
     assert r.returncode == code, r.stdout+r.stderr
     assert 'Traceback' not in r.stderr and 'Warning' not in r.stderr, r.stderr
     return r.stdout+r.stderr
@@ -262,7 +257,7 @@ def test_a_killed_run_goes_on(tmp_path):
     "kill -9 after a checkpoint, then --resume: the same numbers as without"
     args = ('run', 'table1/BSCE+RL/100', *tiny, '--budget', '.1', '--out', 'a')
     run(*args[:-1], 'whole', cwd=tmp_path)
-    p = subprocess.Popen([ltrl, *args], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    p = start_ltrl(*args, cwd=tmp_path)
     until = time.time()+120
     while not (tmp_path/'a/.fit-0.pt').exists() and p.poll() is None and time.time() < until: time.sleep(.01)
     p.kill()

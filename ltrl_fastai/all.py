@@ -8,7 +8,14 @@ from ltrl_fastai.reflective.samples import WithIds, SampleIds
 from ltrl_fastai.core.ranks import Ranks, allow_cpu_ranks
 from ltrl_fastai.experiments.checkpoint import Checkpoint
 from ltrl_fastai.methods.optimizer import nesterov_step, benchmark_sgd, body_and_head, BodyRate
-from ltrl_fastai.methods.finetuning import finetuned_net, HeadFirst
+from ltrl_fastai.methods.finetuning import finetuned_net, FrozenStats, HeadFirst
+from ltrl_fastai.deploy.best import KeepBest, weights_of
+from ltrl_fastai.deploy.suspects import LabelAgreement, LabelRecord, label_doubt, suspects
+from ltrl_fastai.deploy.calibration import Calibration, fit_calibration, read_prior
+from ltrl_fastai.deploy.model_files import load_classifier, save_classifier
+from ltrl_fastai.deploy.predict import Prediction, image_files, predict_files, prediction_columns, prediction_row
+from ltrl_fastai.deploy.evaluate import Evaluation, Measured, evaluate, evaluate_logits
+from ltrl_fastai.deploy.export import ServingNet, export_model, read_exported, serving_net
 from ltrl_fastai.data.imbalance import (long_tail_indices, long_tail_subset, LongTailSplitter, dataset_targets,
     without_augmentation, class_counts, imbalanced_counts)
 from ltrl_fastai.data.benchmarks import (DataNote, LongTailDataLoaders, long_tailed, digits_lt, load_cifar, cifar100_lt,
@@ -19,6 +26,9 @@ from ltrl_fastai.data.frozen import frozen_features, Lite0, TorchFeatures, cifar
 from ltrl_fastai.data.lists import (TrainCrop, ImageAugment, photo_tfms, ImageFileDataLoaders, image_dataloaders,
     imagenet_lt, places_lt, inaturalist18)
 from ltrl_fastai.data.own import own_images
+from ltrl_fastai.data.audit import Audit, inspect_images
+from ltrl_fastai.data.audit_page import audit_html, audit_text
+from ltrl_fastai.data.labelled import labelled_images, match_classes
 from ltrl_fastai.data.images import UnreadableImage, open_image, broken_images
 from ltrl_fastai.data.fast import (TensorItems, ImageTensors, FeatureTensors, TensorDL, pad_crop, random_flip, cutout,
     BatchAug, small_image_tfms, tensor_dataloaders)
@@ -50,10 +60,14 @@ from ltrl_fastai.evaluation.report import ShotReport
 from ltrl_fastai.evaluation.pictures import (picture_ink, picture_palette, picture_params, picture_style, draw_classes,
     draw_by_class, draw_per_class, draw_shots, draw_report, draw_similarity, draw_drift, draw_drift_by_class,
     draw_conflicts, draw_terms)
+from ltrl_fastai.evaluation.mistakes import (calibration_error, draw_confusion, draw_losses, draw_reliability,
+    reliability)
 from ltrl_fastai.evaluation.shift import (worlds, shifted_accuracy, shifted_table, shifted_indices, shifted_loaders,
     adapted_table)
 from ltrl_fastai.evaluation.diagnosis import Diagnosis, feature_similarity, shot_means, diagnosis_of
 from ltrl_fastai.experiments.recipes import Recipe, recipe, recipes
+from ltrl_fastai.experiments.recommend import Recommendation, recommend, recommendations
+from ltrl_fastai.experiments.html_report import write_report
 from ltrl_fastai.methods.method import MethodLoss, Stage, Method, renew_optimizer
 from ltrl_fastai.reflective.terms import CallbackWithHelpers, LossTerms, CallbackWithMemory
 from ltrl_fastai.reflective.memory import TeacherMemory, FeatureBank
@@ -67,8 +81,9 @@ __all__ = [
     'presets', 'ReflectiveLearning', 'review_risks', 'KnowledgeReview', 'class_predictions', 'shared_predictions',
     'KnowledgeSummary', 'KnowledgeCorrection', 'unevenness', 'GeneralizationGap', 'WithIds', 'SampleIds', 'Ranks',
     'allow_cpu_ranks', 'Checkpoint', 'nesterov_step', 'benchmark_sgd', 'body_and_head', 'BodyRate', 'finetuned_net',
-    'HeadFirst',
-    # Load data
+    'FrozenStats', 'HeadFirst', 'KeepBest', 'LabelAgreement',
+    # Load data, and look for faults in it
+    'Audit', 'inspect_images', 'audit_text', 'audit_html',
     'long_tail_indices', 'long_tail_subset', 'LongTailSplitter', 'dataset_targets', 'without_augmentation',
     'class_counts', 'imbalanced_counts', 'DataNote', 'LongTailDataLoaders', 'long_tailed', 'digits_lt',
     'load_cifar', 'cifar100_lt', 'cifar10_lt', 'shipped_photos', 'photos_lt', 'grocery', 'magnetic',
@@ -92,19 +107,26 @@ __all__ = [
     'mislas_stage', 'smoothing_by_class', 'LabelAwareSmoothing', 'balancing_stage', 'published_balancing',
     'MaxNorm', 'WeightDecay', 'BinaryBalancedLoss', 'class_balanced', 'balancing_callbacks', 'oltr_stage',
     'MemoryHead', 'OLTRLoss', 'with_memory',
+    # Use a model: save it, load it, predict, evaluate, export
+    'save_classifier', 'load_classifier', 'Calibration', 'fit_calibration', 'read_prior', 'Prediction',
+    'image_files', 'predict_files', 'prediction_columns', 'prediction_row', 'Evaluation', 'Measured', 'evaluate',
+    'evaluate_logits', 'labelled_images', 'match_classes', 'export_model', 'read_exported',
     # Look at results
     'shot_groups', 'group_accuracy', 'group_interval', 'ShotAccuracy', 'shot_accuracies', 'ShotReport',
     'picture_ink', 'picture_palette', 'picture_params', 'picture_style', 'draw_classes', 'draw_by_class',
     'draw_per_class', 'draw_shots', 'draw_report', 'draw_similarity', 'draw_drift', 'draw_drift_by_class',
     'draw_conflicts', 'draw_terms', 'worlds', 'shifted_accuracy', 'shifted_table', 'shifted_indices',
     'shifted_loaders', 'adapted_table', 'Diagnosis', 'feature_similarity', 'shot_means', 'diagnosis_of',
-    # Compare: recipes of the slides' tables
-    'Recipe', 'recipe', 'recipes',
+    'calibration_error', 'reliability', 'draw_confusion', 'draw_losses', 'draw_reliability', 'suspects',
+    'write_report',
+    # Compare: a recommendation, and recipes of the slides' tables
+    'Recommendation', 'recommend', 'recommendations', 'Recipe', 'recipe', 'recipes',
     # Extend: parts for methods and callbacks of your own
     'MethodLoss', 'Stage', 'Method', 'renew_optimizer', 'CallbackWithHelpers', 'LossTerms', 'CallbackWithMemory',
     'TeacherMemory', 'FeatureBank', 'DenseStore', 'DiskStore', 'make_store', 'batch_class_counts', 'review_loss',
     'review_mask', 'class_centers', 'class_similarity', 'soft_labels', 'soft_cross_entropy', 'conflict_coefficient',
-    'project_conflict', 'check_counts', 'check_class_counts',
+    'project_conflict', 'check_counts', 'check_class_counts', 'weights_of', 'LabelRecord', 'label_doubt',
+    'ServingNet', 'serving_net',
 ]
 
 # Names of the previous version, kept for one release

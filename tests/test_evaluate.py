@@ -512,7 +512,7 @@ def test_command_with_files(copied, tmp_path):
     (['--many', '5', '--few', '9'], 'expected at least `few`'),
     (['--prior', 'trian'], "expected 'train', 'balanced' or a CSV file"),
     (['--split', 'valid'], "has no 'valid', but test, train"),
-    (['--device', 'quantum'], "--device: 'quantum' can't be used here"),
+    (['--device', 'quantum'], "--device: expected cpu, cuda"),
     (['--out', 'README.txt'], 'is a file, where a folder was expected')])
 def test_errors(digits_model, tmp_path, monkeypatch, args, words):
     monkeypatch.chdir(tmp_path)
@@ -541,5 +541,5 @@ def test_too_little_memory(digits_model, tmp_path, monkeypatch, error):
     def fails(*args, **kwargs): raise error
     monkeypatch.setattr('ltrl_fastai.deploy.evaluate.evaluate', fails)
     images, model = digits_model
-    assert 'Add --bs 16.' in ltrl(model, images, '--out', tmp_path/'out', code=2)
+    assert '--bs 16.' in ltrl(model, images, '--out', tmp_path/'out', code=2)
     assert 'Add --device cpu.' in ltrl(model, images, '--out', tmp_path/'out', '--bs', 1, code=2)

@@ -5,7 +5,6 @@ import subprocess
 import threading
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pandas as pd

@@ -450,7 +450,7 @@ def test_rows_so_far_are_kept(digits_model, some, tmp_path, monkeypatch, error, 
     content = json.loads((tmp_path/'a.partial.json').read_text())
     assert [o['file'] for o in content['predictions']] == some[:2] and content['complete'] is False
     assert (tmp_path/'a.csv').read_text() == 'an earlier result' and not (tmp_path/'a.json').exists()
-    if isinstance(error, torch.OutOfMemoryError): assert 'smaller --bs' in said
+    if isinstance(error, torch.OutOfMemoryError): assert 'fewer: --bs' in said
     monkeypatch.undo()
     ltrl(digits_model[1], *some, '--out', tmp_path/'a.csv')
     assert (tmp_path/'a.csv').read_text() == plain and not (tmp_path/'a.partial.csv').exists()

@@ -15,7 +15,7 @@ from ..core.files import atomic_write, write_json
 from ..data.benchmarks import abbreviated
 from ..data.images import UnreadableImage
 from ..data.labelled import labelled_images
-from .calibration import Calibration, read_prior
+from .calibration import Calibration, chosen_prior
 from .model_files import _facts_of
 from ..evaluation.metrics import group_accuracy, group_interval, shot_groups
 from ..evaluation.mistakes import (
@@ -441,8 +441,8 @@ def evaluate(learn:Learner, # From `load_classifier`
              path:str|Path, # A folder of class folders, a data set with splits, or a CSV file: see `labelled_images`
              split:str|None=None, # 'test', 'valid' or 'train'; default: test, or valid if there is no test
              prior:str|Path|Collection|None=None, # 'train', 'balanced', frequencies, or a CSV file; default: as trained
-             many:int=100, # Classes with more training images are 'many'
-             few:int=20, # Classes with fewer are 'few'
+             many:int|None=None, # Classes with more training images are 'many'; default: as in training, else 100
+             few:int|None=None, # Classes with fewer are 'few'; default: as in training, else 20
              bs:int=64, # Batch size
              num_workers:int|None=None, # Processes that load images; default: fastai's, or 0 below 1,000 images
              resamples:int=1000, # Bootstrap draws for intervals
@@ -452,16 +452,16 @@ def evaluate(learn:Learner, # From `load_classifier`
     "Evaluate a model; raises `ValueError`, `FileNotFoundError` or `UnreadableImage` that says what to do."
     facts = vars(learn).get('facts') or _facts_of(learn)
     vocab = facts['classes']
+    if many is None: many = facts.get('many', 100)
+    if few is None: few = facts.get('few', 20)
     shot_groups(facts['class_counts'] or [1], many, few) # many and few may contradict each other
-    chosen_prior = prior
-    if isinstance(prior, Path) or isinstance(prior, str) and prior not in ('train','balanced'):
-        chosen_prior = read_prior(prior, vocab)
+    prior = chosen_prior(prior, vocab)
     found = labelled_images(path, vocab, split, **kwargs)
     files = found.images.files
     logits = _logits(learn, files, bs, num_workers, bar)
     return evaluate_logits(
         logits, tensor(found.images.labels), vocab, facts['class_counts'], vars(learn).get('calibration'),
-        prior=chosen_prior, files=files, many=many, few=few, resamples=resamples,
+        prior=prior, files=files, many=many, few=few, resamples=resamples,
         notes=[*_training_note(facts, path, found.split), *found.notes], model=facts.get('name'), data=str(path),
         split=found.split, skipped=[str(o) for o in found.skipped])
 

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import Annotated
 import typer
-from .cli_common import (app, check_output, fail, option, prepare_training, set_image_check)
+from ltrl_fastai.experiments.cli_common import (app, check_output, checked_device, fail, option, out_of_memory, prepare_training,
+    set_image_check)
 
 # %% ../../nbs/experiments/24_cli_evaluate.ipynb #75ba7fd7
 @app.command()
@@ -26,8 +27,10 @@ def evaluate(
     prior:Annotated[str|None, option(
         "Class frequencies to expect: train, balanced, or a CSV file of classes and frequencies. Shifts probabilities, "
         "and weights images. Default: probabilities as trained, and images as they are.")]=None,
-    many:Annotated[int, option("Classes with more training images are many-shot.")]=100,
-    few:Annotated[int, option("Classes with fewer training images are few-shot.")]=20,
+    many:Annotated[int|None, option(
+        "Classes with more training images are many-shot. Default: as in training, 100 if nothing was said.")]=None,
+    few:Annotated[int|None, option(
+        "Classes with fewer training images are few-shot. Default: as in training, 20 if nothing was said.")]=None,
     ignore_unknown:Annotated[bool, option(
         "Leave out images of classes that the model does not know. Default: stop with an error.",
         '--ignore-unknown')]=False,
@@ -83,12 +86,12 @@ def evaluate(
         check_output(out)
         asked = dict(model=_full_path(_inner(model.expanduser())), data=_full_path(data), **options, **columns)
         _check_folder(out, asked, force)
-        learn = load_classifier(model, trust=trust, device=_usable(device))
+        learn = load_classifier(model, trust=trust, device=checked_device(device))
         result = measure(learn, data, **{**options, 'prior': prior}, **columns, bs=bs, num_workers=workers,
                          skip_broken=skip_broken, bar=sys.stdout.isatty())
-    except torch.cuda.OutOfMemoryError: fail(_smaller(bs))
+    except torch.cuda.OutOfMemoryError: fail(out_of_memory(bs))
     except (ValueError, TypeError, OSError, ImportError) as e: fail(_innermost(e))
-    except RuntimeError as e: fail(_smaller(bs) if 'out of memory' in str(e) else _innermost(e))
+    except RuntimeError as e: fail(out_of_memory(bs) if 'out of memory' in str(e) else _innermost(e))
     except KeyboardInterrupt:
         typer.echo("\nInterrupted. Nothing was written.", err=True)
         raise typer.Exit(130) from None
@@ -135,20 +138,6 @@ def _check_folder(out, asked, force):
     other = [k for k,v in asked.items() if known.get(k)!=v]
     if other: raise ValueError(
         f"--out: {out} holds an evaluation of other {', '.join(other)}. {remedy}")
-
-def _usable(device):
-    "The device, after a tensor was put there; raises `ValueError` if that fails"
-    import torch
-    if device is None: return None
-    try: torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e: raise ValueError(
-        f"--device: {device!r} can't be used here ({str(e).splitlines()[0]}). Leave it out, or give cpu.") from e
-    return device
-
-def _smaller(bs):
-    "What to do if memory is not enough"
-    if bs==1: return "--bs: the memory of the GPU is not enough for a single image. Add --device cpu."
-    return f"--bs: the memory of the GPU is not enough for {bs} images at a time. Add --bs {max(1, bs//4)}."
 
 def _innermost(e):
     "The message of an error, without the traceback that a loading process adds"

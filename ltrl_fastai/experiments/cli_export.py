@@ -47,13 +47,13 @@ def export(
     ONNX needs `pip install 'ltrl_fastai[export]'`.
     """
     prepare_training()
-    from ltrl_fastai.deploy.calibration import read_prior
+    from ltrl_fastai.deploy.calibration import chosen_prior
     from ltrl_fastai.deploy.export import default_file, export_model
     from ltrl_fastai.deploy.model_files import load_classifier
     try:
         learn = load_classifier(model, trust=trust, device='cpu')
         file = out or default_file(model, format or 'onnx')
-        frequencies = prior if prior in (None,'train','balanced') else read_prior(prior, learn.dls.vocab)
+        frequencies = chosen_prior(prior, learn.dls.vocab)
         described = export_model(learn, file, format, half=half, prior=frequencies, logits=logits, force=force)
     except (ValueError, TypeError, OSError, ImportError) as e: fail(e)
     _print_exported(file, described)

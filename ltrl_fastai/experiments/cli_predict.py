@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 import typer
-from .cli_common import app, fail, option, prepare_training
+from .cli_common import app, checked_device, fail, option, out_of_memory, prepare_training
 
 # %% ../../nbs/experiments/25_cli_predict.ipynb #ad680bcf
 class _CsvRows:
@@ -114,6 +114,7 @@ def predict(
     prepare_training()
     import torch
     from ltrl_fastai.core.checks import check_number
+    from ltrl_fastai.deploy.calibration import chosen_prior
     from ltrl_fastai.deploy.model_files import load_classifier
     from ltrl_fastai.deploy.predict import image_files, predict_files, prediction_columns, prediction_row
     with contextlib.ExitStack() as stack:
@@ -123,12 +124,12 @@ def predict(
             check_number('--bs', bs, 'a number of images', least=1)
             if workers is not None: check_number('--workers', workers, 'a number of processes', least=0)
             files = image_files(paths)
-            learn = load_classifier(model, trust=trust, device=_device(device))
+            learn = load_classifier(model, trust=trust, device=checked_device(device))
             classes = learn.facts['classes']
             columns = prediction_columns(classes, top_k, all_classes)
-            predictions = predict_files(learn, files, prior=_prior(prior, classes), tta=tta, bs=bs, workers=workers)
+            predictions = predict_files(learn, files, prior=chosen_prior(prior, classes), tta=tta, bs=bs, workers=workers)
             stream = stack.enter_context(_opened(out))
-        except torch.OutOfMemoryError: fail(_out_of_memory(bs))
+        except torch.OutOfMemoryError: fail(out_of_memory(bs))
         except (ValueError, TypeError, OSError) as e: fail(_named_as_options(e))
         except KeyboardInterrupt: _interrupted("No file was predicted.")
         _say_start(learn, files, prior)
@@ -143,40 +144,18 @@ def predict(
             writer.finish(unreadable, complete=True)
         except BrokenPipeError: raise # the reader of standard output has gone: Click ends quietly
         except KeyboardInterrupt: _interrupted(_finished_early(writer, unreadable, out))
-        except torch.OutOfMemoryError: fail(f"{_out_of_memory(bs)} {_finished_early(writer, unreadable, out)}")
+        except torch.OutOfMemoryError: fail(f"{out_of_memory(bs)} {_finished_early(writer, unreadable, out)}")
         except (OSError, RuntimeError, ValueError) as e:
             fail(f"{_explained(e)} {_finished_early(writer, unreadable, out)}")
     _finish(out, len(files), unreadable)
 
 # %% ../../nbs/experiments/25_cli_predict.ipynb #9ee2c2dc
-def _device(name):
-    "A device that is there, by name; None for the default. Raises `ValueError` otherwise"
-    import torch
-    if name is None: return None
-    try: device = torch.device(name)
-    except RuntimeError: raise ValueError(f"--device: expected cpu, cuda, cuda:1 or mps, got {name!r}.") from None
-    n_devices = torch.cuda.device_count()
-    if device.type=='cuda' and (device.index or 0)>=n_devices:
-        found = 'no CUDA device' if n_devices==0 else f'{n_devices} CUDA devices, numbered from 0'
-        raise ValueError(f"--device: got {name}, and there is {found} here.")
-    if device.type=='mps' and not torch.backends.mps.is_available():
-        raise ValueError("--device: got mps, and there is no Apple GPU here.")
-    return device
-
-def _prior(text, classes):
-    "The argument `prior` of `predict_files`"
-    from ltrl_fastai.deploy.calibration import read_prior
-    return text if text in (None,'train','balanced') else read_prior(text, classes)
-
 def _named_as_options(error):
     "The message of an error about an argument, with the option in place of the argument"
     name,colon,rest = str(error).partition(':')
     options = {o: f"--{o.replace('_','-')}" for o in ('prior','tta','bs','workers','top_k')}
     if name in options and colon: return f"{options[name]}:{rest}"
     return f"MODEL:{rest}" if name=='learn' and colon else error
-
-def _out_of_memory(bs): return (
-    f"The GPU ran out of memory with batches of {bs} images. Give a smaller --bs, or --device cpu.")
 
 def _explained(error):
     "The message of an error in the middle of predicting"

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Annotated
 import typer
-from .cli_common import (app, check_output, fail, option, prepare_training, save_figure,
-    set_device, set_image_check, set_workers, split_list)
+from .cli_common import (app, check_output, fail, option, out_of_memory, prepare_training,
+    save_figure, set_device, set_image_check, set_workers, split_list)
 
 # %% ../../nbs/experiments/20_cli_train.ipynb #f0c35b56
 _Resume = Annotated[bool, option(
@@ -72,6 +72,8 @@ def train(
     device:Annotated[str|None, option("cpu, cuda, cuda:1 or mps. Default: a GPU if there is one.")]=None,
     workers:Annotated[int|None, option(
         "Processes that load images. Default: one per core, 16 at most; none for fewer than 1,000 images.")]=None,
+    flip:Annotated[bool|None, option(
+        "Mirror images at random in training. Default: yes, but not digits-lt.", '--flip/--no-flip')]=None,
     policy:Annotated[str|None, option(
         "Augmentation in addition to crop and flip: randaugment or autoaugment. Default: none.")]=None,
     cut:Annotated[int|None, option(
@@ -141,9 +143,9 @@ def train(
         chosen = _seeds(dataset, seed, seeds, rl, worlds)
         common = dict(
             dataset=dataset, imbalance_factor=imbalance_factor, method=method, net=net, epochs=epochs, lr=lr, bs=bs,
-            policy=policy, cut=cut, n_max=n_max, n_valid=n_valid, size=size, seed=chosen[0], data_seed=data_seed,
-            data=str(data) if data else None, skip_broken=skip_broken, weights=str(weights) if weights else None,
-            pretrained=False if from_scratch else None, amp=amp, many=many, few=few)
+            flip=flip, policy=policy, cut=cut, n_max=n_max, n_valid=n_valid, size=size, seed=chosen[0],
+            data_seed=data_seed, data=str(data) if data else None, skip_broken=skip_broken,
+            weights=str(weights) if weights else None, pretrained=False if from_scratch else None, amp=amp, many=many, few=few)
         todo = [RunSettings(**common, reflective=o) for o in sides]
         _check_views(todo[0])
         out = out or Path('ltrl-runs')/_folder_name(todo[0], chosen, both=rl is None)
@@ -250,8 +252,7 @@ def _train(settings, checkpoint, worlds=False, model=None, cbs=None, bar=True):
         fail(f"{e} On the command line, --force instead of --resume starts anew.")
     except FloatingPointError as e: fail(e)
     except torch.OutOfMemoryError: fail(
-        f"The GPU ran out of memory with batches of {settings.bs}. Take smaller ones, --bs {max(settings.bs//2, 1)}, "
-        "smaller images (--size), or --amp. With --force the command starts anew.")
+        f"{out_of_memory(settings.bs)} Smaller images (--size) and --amp help too. --force starts anew.")
     except OSError as e: fail(f"{e}. The same command with --resume goes on after the last whole epoch.")
     except KeyboardInterrupt: _interrupted(checkpoint)
 

@@ -27,7 +27,7 @@ def both(tmp_path_factory):
 def test_one_pair_of_runs(both):
     r, cwd = both
     out = next((cwd/'ltrl-runs').iterdir())
-    assert sorted(o.name for o in out.iterdir()) == ['per_class.png', 'result.json']
+    assert sorted(o.name for o in out.iterdir()) == ['model', 'per_class.png', 'result.json']
     assert (out/'per_class.png').read_bytes()[:4] == b'\x89PNG'
     assert re.search(r'Many \(1\) +Medium \(5\) +Few \(4\) +All \(10\)', r.stdout)
     assert 'gain' in r.stdout
@@ -121,7 +121,7 @@ def test_killed_in_the_middle_leaves_no_half_result(tmp_path):
     checkpoints = ('.fit-0.pt', '..fit-0.pt')  # one that is whole, and perhaps one that was being written
     assert not [o.name for o in (tmp_path/'a').iterdir() if not o.name.startswith(checkpoints)]
     run('train', '--dataset', 'digits-lt', '--epochs', '1', '--no-rl', '--out', 'a', '--force', cwd=tmp_path)
-    assert sorted(o.name for o in (tmp_path/'a').iterdir()) == ['per_class.png', 'result.json']
+    assert sorted(o.name for o in (tmp_path/'a').iterdir()) == ['model', 'per_class.png', 'result.json']
 
 
 @pytest.mark.slow

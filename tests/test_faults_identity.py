@@ -522,7 +522,7 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
         first.wait()
     # at once: a killed process locks nothing
     run('train', '--dataset', 'digits-lt', '--epochs', '1', '--no-rl', '--out', 'a', '--force', cwd=tmp_path)
-    assert sorted(o.name for o in (tmp_path/'a').iterdir()) == ['per_class.png', 'result.json']
+    assert sorted(o.name for o in (tmp_path/'a').iterdir()) == ['model', 'per_class.png', 'result.json']
 
 
 @pytest.mark.slow

@@ -262,7 +262,7 @@ def test_force_replaces_a_result_of_another_kind(tmp_path):
     assert 'result of other settings' in run('train', *quick, '--seed', '4', cwd=tmp_path, code=2)
     assert 'result of other settings' in run('train', *quick, '--seeds', '4-6', cwd=tmp_path, code=2)
     run('train', *quick, '--seed', '4', '--force', cwd=tmp_path)
-    assert sorted(o.name for o in (tmp_path/'a').iterdir()) == ['per_class.png', 'result.json']
+    assert sorted(o.name for o in (tmp_path/'a').iterdir()) == ['model', 'per_class.png', 'result.json']
     assert len(load_results(tmp_path/'a')) == 2
     said = run('train', *quick, '--seeds', '4,7', '--no-rl', '--force', cwd=tmp_path)
     assert 'seeds 4, 7' in said and '95% interval' not in said

@@ -63,7 +63,7 @@ def test_stages_are_resumed_where_they_were(method, fit, epoch, tmp_path):
 def test_no_checkpoint_is_left(tmp_path):
     run('train', '--dataset', 'digits-lt', '--method', 'ride-assigned', '--epochs', '2', '--rl', '--out', 'out',
         cwd=tmp_path)
-    assert sorted(o.name for o in (tmp_path/'out').iterdir()) == ['per_class.png', 'result.json']
+    assert sorted(o.name for o in (tmp_path/'out').iterdir()) == ['model', 'per_class.png', 'result.json']
     res = json.loads((tmp_path/'out'/'result.json').read_text())
     assert res['method'] == 'ride-assigned'
     assert len(res['stages']) == 1

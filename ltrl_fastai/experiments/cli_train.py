@@ -452,7 +452,8 @@ def _next(settings, rl, out):
 def _next_after_seeds(settings, out):
     "What to try after several seeds"
     if settings.dataset!='photos-lt':
-        return f"Next: other parts, `--kc`, `--no-ks`, `--no-kr`; `ltrl report {out}` shows this again."
+        return (f"Several seeds measure, and leave no model: `--seed 0` instead of `--seeds` leaves one.\nNext: other "
+                f"parts, `--kc`, `--no-ks`, `--no-kr`; `ltrl report {out}` shows this again.")
     return ("Next: your own images, `ltrl train --dataset path/to/folder`; another method, `ltrl train --method "
             "ldam-drw` (`ltrl methods` lists them); in Python, `learn.add_cbs(ReflectiveLearning())`.")
 

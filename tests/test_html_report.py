@@ -302,10 +302,10 @@ def check_comparison(folder):
 
 
 def test_comparisons_as_a_page(tmp_path):
-    for name in ('three-epochs', 'tuned-text'): shutil.copytree(root/'results'/name, tmp_path/name)
-    for name in ('three-epochs', 'tuned-text'): check_comparison(tmp_path/name)
+    for name in ('bed-magnetic', 'tuned-text'): shutil.copytree(root/'results'/name, tmp_path/name)
+    for name in ('bed-magnetic', 'tuned-text'): check_comparison(tmp_path/name)
     both = page_of(tmp_path)
-    assert {str(tmp_path/o) for o in ('three-epochs', 'tuned-text')} <= {*map(str.strip, both.texts)}
+    assert {str(tmp_path/o) for o in ('bed-magnetic', 'tuned-text')} <= {*map(str.strip, both.texts)}
 
 
 def test_on_the_command_line(changed, tmp_path):

@@ -199,3 +199,9 @@ def test_an_interrupt_says_how_to_go_on(tmp_path):
     assert 'Interrupted. The same command with --resume goes on' in said
     assert 'Traceback' not in said
     assert (tmp_path/'a/.fit-0.pt').exists()
+
+
+@pytest.mark.parametrize('command', ['train', 'compare'])
+def test_a_data_set_given_as_an_argument(command, tmp_path):
+    r = run(command, 'photos', '--out', 'here', cwd=tmp_path, check=False)
+    assert r.returncode == 2 and 'photos' in r.stderr and '--dataset PATH' in r.stderr

@@ -1,4 +1,5 @@
 "Pages on runs: complete, self-contained, escaped, accessible, and readable in a browser; without what is missing."
+import dataclasses
 import json
 import re
 import shutil
@@ -9,7 +10,7 @@ import pandas as pd
 import pytest
 from fastai.vision.all import noop, torch
 from ltrl_fastai.core.files import write_json
-from ltrl_fastai.experiments.html_report import write_report
+from ltrl_fastai.experiments.html_report import _open_data, write_report
 from ltrl_fastai.deploy.model_files import load_classifier
 from ltrl_fastai.experiments.cli import app
 from ltrl_fastai.experiments.settings import RunSettings
@@ -221,6 +222,13 @@ def test_other_data_are_not_taken_for_those_of_the_training(run, tmp_path, chang
     shutil.copytree(run/'model', folder/'model')
     page = page_of(folder)
     assert 'no longer those of the training' in page.text and 'predicted by the saved model' not in page.text
+
+
+def test_data_of_a_pretrained_net_are_opened(run):
+    result = json.loads((run/'result.json').read_text())
+    settings = RunSettings(result['dataset'], net='resnet18', pretrained=True, frozen_stats=True, size=16)
+    dls, reason = _open_data({**result, 'settings': dataclasses.asdict(settings)})
+    assert dls is not None, reason
 
 
 def test_without_a_test_set(run, tmp_path):

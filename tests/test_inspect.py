@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 from ltrl_fastai.data import audit as audit_module
 from ltrl_fastai.data.audit import difference_hash, inspect_images, near_pairs, read_facts, shot_bounds
 from ltrl_fastai.data.audit_page import audit_html, audit_text
+from ltrl_fastai.data.own import own_images
 from ltrl_fastai.evaluation.metrics import shot_groups
 from ltrl_fastai.experiments.cli import app
 from typer.testing import CliRunner
@@ -85,6 +87,23 @@ def test_bounds_that_are_given():
     assert 'of two sizes' in shot_bounds([5, 5, 3])[2] and 'the same size' in shot_bounds([5, 5])[2]
     for many, few in ((5, 10), (5, 0), (-1, None)):
         with pytest.raises(ValueError, match='expected `few`'): shot_bounds(counts, many, few)
+
+
+@pytest.mark.parametrize('has_valid', [False, True])
+def test_groups_are_those_of_the_training(tmp_path, has_valid):
+    "The classes that `ltrl train` calls Many, Medium and Few with the bounds that are proposed"
+    sizes = {f'train/{name}': n for name, n in dict(a=30, b=13, c=11, d=10, e=6, f=2).items()}
+    if has_valid: sizes.update({'valid/a': 2, 'valid/b': 2})
+    root = folders(tmp_path, sizes)
+    audit = inspect_images(root, duplicates=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        dls = own_images(root, size=16, check=False)
+    counts = np.bincount([int(o) for o in dls.train_ds.targets])
+    assert audit.train_sizes == counts.tolist()
+    groups = {k: m.nonzero().squeeze(1).tolist() for k, m in shot_groups(counts, audit.many, audit.few).items()}
+    del groups['all']
+    assert audit.groups == groups and all(groups.values())
 
 
 # Duplicates

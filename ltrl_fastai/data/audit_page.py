@@ -31,7 +31,8 @@ def _class_rows(audit):
     group_of = _group_of(audit)
     train = audit.counts.get('train') or [0]*len(audit.vocab)
     order = sorted(range(len(audit.vocab)), key=lambda i: (-train[i], audit.vocab[i]))
-    return [dict(name=_printable(audit.vocab[i]), group=group_of.get(i, ''), train=train[i],
+    sizes = audit.train_sizes or train
+    return [dict(name=_printable(audit.vocab[i]), group=group_of.get(i, ''), train=train[i], to_train_on=sizes[i],
                  counts=[numbers[i] for numbers in audit.counts.values()]) for i in order]
 
 def _headline(audit):
@@ -43,6 +44,10 @@ def _headline(audit):
 
 def _factor_text(factor): return f'{factor:,.1f}'.removesuffix('.0')
 
+def _after_the_draw(audit):
+    "What is left of the training images, in words; empty if there is a validation split"
+    return '' if 'valid' in audit.counts else ' (after a fifth is drawn for validation)'
+
 def _balance(audit):
     "The imbalance factor and the groups of classes in sentences; none without training images"
     factor = audit.imbalance_factor
@@ -53,8 +58,8 @@ def _balance(audit):
     return [f"Imbalance factor {_factor_text(factor)}: {largest['train']:,} training images of {largest['name']}, "
             f"{smallest['train']:,} of {smallest['name']}.",
             f"Many, Medium, Few: {sizes['many']}, {sizes['medium']} and {sizes['few']} classes, with more than "
-            f"{audit.many:,} training images, {audit.few:,} to {audit.many:,}, and fewer than {audit.few:,} "
-            f"({audit.bounds})."]
+            f"{audit.many:,} training images{_after_the_draw(audit)}, {audit.few:,} to {audit.many:,}, and fewer than "
+            f"{audit.few:,} ({audit.bounds})."]
 
 def _pixels(audit):
     "Sizes and modes of the images in a sentence; none if no image can be read"
@@ -184,16 +189,17 @@ _template = """<!DOCTYPE html>
 {% endfor %}</div>
 {% for sentence in sentences %}<p>{{ sentence }}</p>
 {% endfor %}{% if rows %}<figure class="chart">
-<svg viewBox="0 0 960 235" role="img" aria-label="Training images of each class, the largest first">
+<svg viewBox="0 0 960 235" role="img" \
+aria-label="Training images of each class{{ after_the_draw }}, the largest first">
 {% for y, label in ticks %}<line class="axis" x1="50" x2="950" y1="{{ y }}" y2="{{ y }}"/>
 <text x="44" y="{{ y+4 }}" text-anchor="end">{{ label }}</text>
 {% endfor %}{% for bar in bars %}<rect class="{{ bar.group }}" x="{{ bar.x }}" y="{{ bar.y }}" width="{{ bar.width }}" \
-height="{{ bar.height }}"><title>{{ bar.name }}: {{ bar.train }}</title></rect>
+height="{{ bar.height }}"><title>{{ bar.name }}: {{ bar.to_train_on }}</title></rect>
 {% endfor %}{% for bar in named_bars %}<text x="{{ bar.x+bar.width/2 }}" y="228" text-anchor="middle">\
 {{ bar.name|truncate(14) }}</text>
 {% endfor %}{% for y in bounds %}<line class="bound" x1="50" x2="950" y1="{{ y }}" y2="{{ y }}"/>
 {% endfor %}</svg>
-<figcaption>Training images of each class, the largest first.
+<figcaption>Training images of each class{{ after_the_draw }}, the largest first.
 <span class="key">{% for group, about in key %}<i class="{{ group }}"></i>{{ about }}{% endfor %}</span>
 </figcaption>
 </figure>
@@ -272,12 +278,12 @@ def _ticks_up_to(largest):
 def _chart_values(rows, audit):
     "Bars, ticks and bounds of the chart in its coordinates"
     top,bottom,left,right = 10,210,50,950
-    ticks = _ticks_up_to(max((o['train'] for o in rows), default=0) or 1)
+    ticks = _ticks_up_to(max((o['to_train_on'] for o in rows), default=0) or 1)
     def y(n): return round(bottom-(bottom-top)*n/ticks[-1], 2)
     step = (right-left)/max(len(rows), 1)
     width = min(step*.85 if step>3 else step, 60)
-    bars = [dict(o, x=round(left+i*step+(step-width)/2, 2), width=round(width, 2), y=y(o['train']),
-                 height=round(bottom-y(o['train']), 2)) for i,o in enumerate(rows)]
+    bars = [dict(o, x=round(left+i*step+(step-width)/2, 2), width=round(width, 2), y=y(o['to_train_on']),
+                 height=round(bottom-y(o['to_train_on']), 2)) for i,o in enumerate(rows)]
     return dict(bars=bars, named_bars=bars if len(bars)<=8 else [], ticks=[(y(n), f'{n:,}') for n in ticks],
                 bounds=[y(n) for n in (audit.many, audit.few) if n<ticks[-1]])
 
@@ -306,4 +312,5 @@ def audit_html(audit:Audit # See `inspect_images`
         headline=_printable(_headline(audit)),
         sentences=[_printable(o) for o in _balance(audit)+_pixels(audit)], verdict=_verdict(audit),
         findings=[_finding_values(o, audit.root) for o in audit.findings], rows=rows, key=key,
-        splits=[_split_titles[k] for k in audit.counts], **_chart_values(rows, audit))
+        splits=[_split_titles[k] for k in audit.counts], after_the_draw=_after_the_draw(audit),
+        **_chart_values(rows, audit))

@@ -10,17 +10,16 @@ import json
 from pathlib import Path
 from typing import Annotated
 import typer
-import typer.core
 from ..methods.facts import auto_methods
-from ltrl_fastai.experiments.cli_common import (app, check_output, fail, option, prepare_training, set_image_check,
-    split_list)
+from ltrl_fastai.experiments.cli_common import (DataCommand, app, check_output, fail, option, prepare_training,
+    set_image_check, split_list)
 
 # %% ../../nbs/experiments/21_cli_compare.ipynb #54ef40e9
 _train_options = 'epochs lr bs net policy cut size n_max n_valid data_seed preset'.split()
 
 _auto_text = ', '.join(f'{name} ({why})' for name,why in auto_methods.items())
 
-class _CompareCommand(typer.core.TyperCommand):
+class _CompareCommand(DataCommand):
     "Say how `ltrl compare` spells the options of `ltrl train`"
     def parse_args(self, ctx, args):
         try: return super().parse_args(ctx, args)

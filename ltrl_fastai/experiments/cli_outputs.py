@@ -34,11 +34,12 @@ def describe_model(model:dict, # From `choose_model`
     scores = model['all_scores']
     best = model['accuracy'].get('validation', {}).get('all')
     details = f"epoch {model['epoch']} of {epochs}"
-    if best is not None: details += f', {best:.1f} on validation images'
+    digits = 1 if len({f'{o:.1f}' for o in scores if o is not None})==len(scores) else 2 # to show a difference
+    if best is not None: details += f', {best:.{digits}f} % on validation images'
     if len(scores)==1: return f"Model: {Path(out)/'model'} ({details})"
     side = 'with' if model['reflective'] else 'without'
     others = sorted((o for o in scores if o is not None), reverse=True)[1:]
-    if others: details += f', against {others[0]:.1f}'
+    if others: details += f', against {others[0]:.{digits}f} %'
     return f"Model: {Path(out)/'model'}, trained {side} Reflective Learning ({details})"
 
 # %% ../../nbs/experiments/28_cli_outputs.ipynb #9995e24f

@@ -162,10 +162,12 @@ def _explained(error):
     is_worker = 'DataLoader worker' in str(error)
     return f"{error} Give fewer --workers, or --workers 0." if is_worker else str(error)
 
+def _counted(n, word): return f"{n:,} {word}{'' if n==1 else 's'}"
+
 def _say_start(learn, files, prior):
     "Say what is predicted by what, and what its probabilities are"
     name = learn.facts.get('name') or 'The model'
-    typer.echo(f"{name}: {len(learn.facts['classes']):,} classes, {len(files):,} files", err=True)
+    typer.echo(f"{name}: {len(learn.facts['classes']):,} classes, {_counted(len(files), 'file')}", err=True)
     if learn.calibration is None: typer.echo(
         "Note: the probabilities of this model are not calibrated on validation images.", err=True)
 
@@ -192,8 +194,8 @@ def _finish(out, n_files, unreadable):
     "Give the output its name, list what could not be read, and exit with status 1 if there is any"
     if out is not None:
         _partial(out).replace(out)
-        typer.echo(f"Written: {out}, {n_files-len(unreadable):,} rows", err=True)
+        typer.echo(f"Written: {out}, {_counted(n_files-len(unreadable), 'row')}", err=True)
     if not unreadable: return
-    typer.echo(f"{len(unreadable):,} of {n_files:,} files could not be read:", err=True)
+    typer.echo(f"{len(unreadable):,} of {_counted(n_files, 'file')} could not be read:", err=True)
     for file,reason in unreadable.items(): typer.echo(f"  {file}: {reason}", err=True)
     raise typer.Exit(1)

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Annotated
 import typer
-from .cli_common import (app, check_output, fail, option, out_of_memory, prepare_training,
-    save_figure, set_device, set_image_check, set_workers, split_list)
+from .cli_common import (DataCommand, app, check_output, fail, option, out_of_memory,
+    prepare_training, save_figure, set_device, set_image_check, set_workers, split_list)
 
 # %% ../../nbs/experiments/20_cli_train.ipynb #f0c35b56
 _Resume = Annotated[bool, option(
@@ -23,7 +23,7 @@ _Resume = Annotated[bool, option(
 _Force = Annotated[bool, option(
     "Replace what is in the output folder: the result of other settings, or an interrupted run.", '--force')]
 
-@app.command()
+@app.command(cls=DataCommand)
 def train(
     # what to train
     dataset:Annotated[str, option(
@@ -269,7 +269,7 @@ def _print_result(results, settings, out, on, worlds):
     first,*others = [report for _,report in reversed(results)]
     save_figure(draw_report(first, *others), out/'per_class.png')
     typer.echo(f"\nAccuracy on {_where_scored(settings, on)}, in percent (number of classes), one seed:")
-    typer.echo(first.table(*others).to_string())
+    typer.echo(first.table(*others).to_string(float_format=lambda v: f'{v+0:.2f}')) # no negative zero
     if worlds:
         table = _worlds_table([(report.label, res) for res,report in reversed(results)])
         typer.echo(f"\nAccuracy on other test distributions, by imbalance factor, in percent:\n{table}")

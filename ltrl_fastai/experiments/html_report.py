@@ -171,7 +171,8 @@ def _quiet_data():
 def _open_data(result):
     "The loaders of a run, or None and the reason"
     known = {o.name for o in dataclasses.fields(RunSettings)}
-    fields = {k: v for k,v in result['settings'].items() if k in known and k not in ('amp','weights','pretrained')}
+    of_the_net = ('amp','weights','pretrained','frozen_stats') # change no image
+    fields = {k: v for k,v in result['settings'].items() if k in known and k not in of_the_net}
     try:
         with _quiet_data():
             dls = RunSettings(**fields, pretrained=False).dls() # without looking for weights
@@ -289,7 +290,7 @@ def _data_section(result):
     picture = _drawn(lambda ax: draw_classes(tensor(counts), names, ax, **bounds), 'counts', (9.3,3.3))
     splits = {name: o['n'] for name,o in (result.get('data') or {}).items() if isinstance(o, dict)}
     largest,smallest = int(np.argmax(counts)),int(np.argmin(counts))
-    return dict(picture=picture, splits=splits, n_train=sum(counts), factor=result['imbalance_factor'],
+    return dict(picture=picture, splits=splits, n_train=sum(counts), factor=round(result['imbalance_factor'], 1),
                 largest=(classes[largest], counts[largest]), smallest=(classes[smallest], counts[smallest]),
                 skipped=result.get('skipped', []))
 
@@ -453,7 +454,7 @@ def _headline(result):
         remark = f'{interval} (95 %)' if interval else 'one seed is not conclusive'
         facts.append(('Gain by Reflective Learning', f"{_percent(result['gain']['all'], '+.1f')} points", remark))
     facts.append(('Classes', f"{len(result['classes']):,}", f"{sum(result['class_counts']):,} training images"))
-    facts.append(('Imbalance', f"{result['imbalance_factor']:g} : 1", 'largest over smallest class'))
+    facts.append(('Imbalance', f"{round(result['imbalance_factor'], 1):g} : 1", 'largest over smallest class'))
     return facts
 
 def _run_page(folder):

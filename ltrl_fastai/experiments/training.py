@@ -171,6 +171,9 @@ def _save_trained(learn, settings, keep, res, folder):
         report_of = partial(ShotReport.from_learner, learn, many=settings.many, few=settings.few)
         accuracy = {k: _rounded_values(report_of(dl=loaders[k]).accuracy) for k in accuracy}
     with learn.no_bar(): logits,targets = learn.get_preds(act=noop)
+    if not logits.isfinite().all(): raise FloatingPointError(
+        "The outputs of the trained network are not finite on validation images: training has diverged. "
+        f"Lower the learning rate (lr={settings.lr}).")
     saved = {k: v for k,v in dataclasses.asdict(settings).items() if k!='data'}
     save_classifier(
         learn, folder, build=settings.build_facts(learn), last=last,

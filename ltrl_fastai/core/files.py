@@ -44,7 +44,8 @@ def _disk_reason(error):
     while cause is not None:
         if isinstance(cause, OSError): return cause.strerror or str(cause)
         cause = cause.__cause__ or cause.__context__
-    if 'inline_container' in str(error): return 'PyTorch could not write all of it, as on a full disk'
+    is_of_writer = any(o in str(error) for o in ('inline_container','iostream error'))
+    if is_of_writer: return 'PyTorch could not write all of it, as on a full disk'
     return str(error) if '(os error' in str(error) else None
 
 def write_text(text:str, # What to write

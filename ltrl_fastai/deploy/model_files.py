@@ -139,7 +139,8 @@ def _from_weights(path, trust):
             "trust=True).")
         return _unpickled(pickle, trust)
     weights = path if path.suffix=='.safetensors' else folder/'model.safetensors'
-    learn = _built_learner(facts)
+    try: learn = _built_learner(facts)
+    except KeyError as e: raise ValueError(f"{folder/'model.json'}: {e.args[0]}") from e # an unknown method
     _load_weights(learn.model, weights)
     return _with_facts(learn, facts)
 

@@ -76,5 +76,10 @@ def _wandb_logger(folder, label):
     import wandb
     from fastai.callback.wandb import WandbCallback
     if wandb.run is not None: wandb.finish() # of the run before
+    class WithoutConfig(WandbCallback): # fastai 2.8.12 can't format it with the current fastcore
+        def before_fit(self):
+            self.learn.gather_args = dict
+            try: super().before_fit()
+            finally: del self.learn.gather_args
     wandb.init(project='ltrl', name=f'{folder.parent.parent.name} {label}', dir=str(folder))
-    return WandbCallback(log=None, log_preds=False, log_model=False)
+    return WithoutConfig(log=None, log_preds=False, log_model=False)

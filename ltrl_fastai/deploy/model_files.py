@@ -140,7 +140,8 @@ def _from_weights(path, trust):
         return _unpickled(pickle, trust)
     weights = path if path.suffix=='.safetensors' else folder/'model.safetensors'
     try: learn = _built_learner(facts)
-    except KeyError as e: raise ValueError(f"{folder/'model.json'}: {e.args[0]}") from e # an unknown method
+    except (KeyError, TypeError, RuntimeError) as e: raise ValueError( # an unknown method, an impossible number
+        f"{folder/'model.json'}: no network can be built from it: {e.args[0] if e.args else e}") from e
     _load_weights(learn.model, weights)
     return _with_facts(learn, facts)
 

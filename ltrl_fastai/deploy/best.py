@@ -18,8 +18,8 @@ def weights_of(learn:Learner # A learner
 class KeepBest(Callback):
     "Keep the weights of the best epoch in memory; raises `LookupError` if the table has no such column."
     order,run_valid = Recorder.order+2,False # after the Recorder has written the row of the epoch
-    _stateattrs = ('weights',) # they are not exported
-    weights = None # Of the best epoch so far: see `weights_of`
+    _stateattrs = ('best_weights',) # they are not exported
+    best_weights = None # Of the best epoch so far: see `weights_of`
     best = -math.inf # Its value of `monitor`
     best_epoch = None # Its index, from 0
     def __init__(self, monitor:str='all' # Column of the table; the highest value is best
@@ -27,7 +27,7 @@ class KeepBest(Callback):
 
     def before_train(self):
         if self.epoch>0: return # also if a checkpoint has just resumed the fit
-        self.weights = self.best_epoch = None
+        self.best_weights = self.best_epoch = None
         self.best = -math.inf
     def after_epoch(self):
         names = list(self.recorder.metric_names)[1:-1]
@@ -38,15 +38,15 @@ class KeepBest(Callback):
         if not value>=self.best: return # NaN is no better either
         self.best = value
         self.best_epoch = self.epoch
-        self.weights = weights_of(self.learn)
+        self.best_weights = weights_of(self.learn)
 
     def state_dict(self) -> dict:
         "State for `Checkpoint`: the best weights so far, and their epoch."
-        return dict(best=self.best, best_epoch=self.best_epoch, weights=self.weights)
+        return dict(best=self.best, best_epoch=self.best_epoch, weights=self.best_weights)
     def load_state_dict(self, state:dict, # From `state_dict`
                         learn:Learner # The learner of this callback
                        ):
         "Continue an interrupted fit."
         self.best = state['best']
         self.best_epoch = state['best_epoch']
-        self.weights = state['weights']
+        self.best_weights = state['weights']

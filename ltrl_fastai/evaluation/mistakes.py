@@ -57,7 +57,7 @@ def _confusion_axes(ax, names):
     "Names of all classes if they fit, else their ranks"
     n = len(names)
     for axis in (ax.xaxis, ax.yaxis):
-        if 20<n<=_named: axis.set_ticks(range(n), names, fontsize=6)
+        if 20<n<=_named: axis.set_ticks(range(n), names, fontsize=6, parse_math=False)
         else: _class_axis(axis, n, names)
     if n<=_named and n*max(map(len, names))>50: ax.xaxis.set_tick_params(rotation=90)
 
@@ -152,5 +152,5 @@ def draw_losses(files:list, # Image files
             image.thumbnail((240,240))
             smoothing = 'nearest' if max(image.size)<100 else 'antialiased'
             ax.imshow(image, interpolation=smoothing)
-            ax.set_title(f'{_short(t)}\n→ {_short(o)} {p:.2f}\nloss {l:.1f}', fontsize=8)
+            ax.set_title(f'{_short(t)}\n→ {_short(o)} {p:.2f}\nloss {l:.1f}', fontsize=8, parse_math=False)
         return fig

@@ -102,7 +102,7 @@ def _shot_borders(ax, groups, color=picture_ink, both=False):
 def _class_axis(axis, n, names=None):
     "Label up to 20 classes by name, and more by rank"
     if n<=20 and names is not None:
-        axis.set_ticks(range(n), names)
+        axis.set_ticks(range(n), names, parse_math=False) # a name may hold dollar signs
         if axis.axis_name=='x' and n*max(map(len, names))>60: axis.set_tick_params(rotation=90)
     else:
         axis.set_major_locator(MaxNLocator(6, integer=True))

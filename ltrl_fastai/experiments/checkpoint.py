@@ -13,7 +13,7 @@ from fastai.callback.progress import CSVLogger, ShowGraphCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.callback.training import GradientAccumulation
-from ..core.files import atomic_write
+from ..core.files import atomic_write, named_disk_errors
 from ..core.ranks import Ranks
 from ..evaluation.metrics import _beginner_of_fit
 from .identity import data_changes, data_listing
@@ -277,13 +277,14 @@ class Checkpoint(Callback):
         "Write `state`, and check that it can be read"
         try:
             with open(file, 'wb') as f:
-                torch.save(state, f)
+                with named_disk_errors(self.current): torch.save(state, f)
                 f.flush()
                 os.fsync(f.fileno())
             torch.load(file, map_location='cpu', weights_only=True)
+        except OSError: raise # such as a full disk
         except Exception as e:
             unsavable = find_unsavable(state)
-            if unsavable is None: raise # another cause, such as a full disk
+            if unsavable is None: raise
             path,value,error = unsavable
             kind,reason = f'{type(value).__module__}.{type(value).__qualname__}',str(error).partition('\n')[0]
             raise TypeError(

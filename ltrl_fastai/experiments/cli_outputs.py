@@ -20,10 +20,10 @@ def choose_model(results:list, # Results of `train_run`, each with `model`, whic
     models = [res.pop('model') for res in results]
     scores = [o['accuracy'].get('validation', {}).get('all') for o in models]
     best = max(range(len(models)), key=lambda i: (-1 if scores[i] is None else scores[i], -i))
-    target = Path(out)/'model'
-    if target.exists(): shutil.rmtree(target)
+    target,old = Path(out)/'model',Path(out)/'.model-old'
+    if target.exists(): target.rename(old)
     Path(folders[best]).rename(target)
-    for o in folders: shutil.rmtree(o, ignore_errors=True)
+    for o in (old, *folders): shutil.rmtree(o, ignore_errors=True)
     return dict(folder='model', reflective=with_rl[best], **models[best], all_scores=scores)
 
 def describe_model(model:dict, # From `choose_model`
@@ -77,5 +77,10 @@ def _wandb_logger(folder, label):
     import wandb
     from fastai.callback.wandb import WandbCallback
     if wandb.run is not None: wandb.finish() # of the run before
+    class WithoutConfig(WandbCallback): # fastai 2.8.12 can't format it with the current fastcore
+        def before_fit(self):
+            self.learn.gather_args = dict
+            try: super().before_fit()
+            finally: del self.learn.gather_args
     wandb.init(project='ltrl', name=f'{folder.parent.parent.name} {label}', dir=str(folder))
-    return WandbCallback(log=None, log_preds=False, log_model=False)
+    return WithoutConfig(log=None, log_preds=False, log_model=False)

@@ -197,6 +197,8 @@ def _seeds(dataset, seed, seeds, rl, worlds):
 def _train_once(todo, out, rl, worlds, resume, force, loggers):
     "Train each of the settings once, write and print the result, and save the better model"
     from ltrl_fastai.core.files import write_json
+    from ltrl_fastai.deploy.model_files import check_replaceable
+    from ltrl_fastai.evaluation.pictures import draw_report
     from ltrl_fastai.experiments.checkpoint import Checkpoint
     from ltrl_fastai.experiments.cli_outputs import choose_model, describe_model, logger_cbs
     from ltrl_fastai.experiments.identity import data_listing
@@ -207,6 +209,7 @@ def _train_once(todo, out, rl, worlds, resume, force, loggers):
             identity = _identity(todo)
             checkpoints = [Checkpoint(out/f'.fit-{i}.pt') for i in range(2)]
             stack.enter_context(locked_folder(out))
+            check_replaceable(out/'model')
             wanted = ['worlds'] if worlds else []
             complete = _prepare_folder(out, checkpoints, identity, lambda: data_listing(first.dls()), resume=resume,
                                        force=force, wanted=wanted)
@@ -228,9 +231,10 @@ def _train_once(todo, out, rl, worlds, resume, force, loggers):
         with_rl = [o.reflective is not None for o in todo]
         model = choose_model([o for o,_ in results], models, with_rl, out)
         res['model'] = {k: v for k,v in model.items() if k!='all_scores'}
+        save_figure(draw_report(*[report for _,report in reversed(results)]), out/'per_class.png')
         write_json(res, out/'result.json')
-        for o in checkpoints: o.remove()
-        _print_result(results, settings, out, on, worlds)
+        for o in checkpoints: o.remove() # now the result is complete
+        _print_result(results, settings, on, worlds)
         typer.echo(f"\nWritten: {out/'result.json'}, {out/'per_class.png'}")
         typer.echo(f"{describe_model(model, out, settings.epochs)}\n{_next(settings, rl, out)}")
 
@@ -263,11 +267,9 @@ def _add_baseline(res, base, on, worlds):
     res['baseline'] = dict(reflective=None, **{k: base[k] for k in keys})
     res['gain'] = {k: None if v is None else round(v-base[on][k], 6) for k,v in res[on].items()}
 
-def _print_result(results, settings, out, on, worlds):
-    "Plot all classes, and print accuracies"
-    from ltrl_fastai.evaluation.pictures import draw_report
+def _print_result(results, settings, on, worlds):
+    "Print accuracies"
     first,*others = [report for _,report in reversed(results)]
-    save_figure(draw_report(first, *others), out/'per_class.png')
     typer.echo(f"\nAccuracy on {_where_scored(settings, on)}, in percent (number of classes), one seed:")
     typer.echo(first.table(*others).to_string(float_format=lambda v: f'{v+0:.2f}')) # no negative zero
     if worlds:
@@ -305,8 +307,8 @@ def _train_seeds(ways, seeds, out, resume, force):
         typer.echo(f"{_describe(settings, both=len(ways)>1)}, {_seeds_text(seeds)}: {len(plan)} runs, {jobs} at a time"
                    f"{_going_on(kept)}")
         results = _run_all(plan, out, jobs, kept[0])
-        write_json(dict(**seeds_result(results), command=command(), identity=identity), out/'result.json')
         save_figure(draw_seeds(results), out/'per_class.png')
+        write_json(dict(**seeds_result(results), command=command(), identity=identity), out/'result.json')
         where = _where_scored(settings, scored_on(results))
         typer.echo(f"\nAccuracy on {where}, in percent (number of classes), mean of {len(seeds)} seeds:")
         typer.echo(gain_table(results).to_string())
@@ -389,7 +391,11 @@ def _prepare_folder(out, kept, identity, listing, resume, force, wanted=(), othe
     `listing` gives the listing of the data."""
     others = [_SeveralRuns(out)] if others is None else others
     complete = resume and not _begun(kept) and (out/'result.json').exists()
-    _check_result(out, identity, listing, force=force and not complete)
+    try:
+        if complete or not force: _check_result(out, identity, listing)
+    except ValueError:
+        if not force: raise
+        complete = False
     complete = complete and set(wanted)<=set(json.loads((out/'result.json').read_text()))
     if force and not resume:
         for o in (*kept, *others): o.remove()
@@ -399,13 +405,20 @@ def _prepare_folder(out, kept, identity, listing, resume, force, wanted=(), othe
             "Choose another folder, or add --force, without --resume, to start anew.")
     if _begun(kept) and not resume: raise ValueError(
         f"--out: {out} holds an interrupted run. Add --resume to go on with it, or --force to start anew.")
+    _remove_leftovers(out)
     return complete
 
-def _check_result(out, identity, listing, force):
+def _remove_leftovers(out):
+    "Remove what a killed process was writing: models that were not chosen yet, and temporary files"
+    for o in out.glob('.model-*'): shutil.rmtree(o)
+    for pattern in ('.result.[0-9]*.json','.per_class.[0-9]*.png'):
+        for o in out.glob(pattern): o.unlink()
+
+def _check_result(out, identity, listing):
     "Raise `ValueError` if the output folder holds a result of other settings or other data"
     from ltrl_fastai.experiments.identity import summary_changes
     file,remedy = out/'result.json',"Choose another folder, or add --force to replace it."
-    if force or not file.exists(): return
+    if not file.exists(): return
     try: result = json.loads(file.read_text())
     except ValueError: result = None
     if not isinstance(result, dict): raise ValueError(f"--out: {file} is not a result of `ltrl train`. {remedy}")
@@ -516,9 +529,9 @@ def run(
         for note in notes: typer.echo(f"Note: {note}")
         res,report = _train(settings, checkpoint)
         res.update(recipe=mark, identity=identity)
+        save_figure(draw_report(report), out/'per_class.png')
         write_json(res, out/'result.json')
         checkpoint.remove()
-        save_figure(draw_report(report), out/'per_class.png')
         where = 'the test set' if 'accuracy' in res else 'validation images'
         typer.echo(f"\nAccuracy on {where}, in percent, one seed:")
         typer.echo(compare_reported(report.accuracy, r.reported).to_string())

@@ -163,14 +163,17 @@ def _save_trained(learn, settings, keep, res, folder):
     "Save the model of the best epoch, or of the end of all stages; give its epoch and its accuracy"
     epoch,last = settings.epochs,None
     accuracy = {k: v for k,v in dict(validation=res['valid_accuracy'], test=res.get('accuracy')).items() if v}
-    is_earlier = keep is not None and keep.weights is not None and keep.best_epoch+1<settings.epochs
+    is_earlier = keep is not None and keep.best_weights is not None and keep.best_epoch+1<settings.epochs
     if is_earlier:
         epoch,last = keep.best_epoch+1,weights_of(learn)
-        get_model(learn.model).load_state_dict(keep.weights)
+        get_model(learn.model).load_state_dict(keep.best_weights)
         loaders = dict(validation=learn.dls.valid, test=learn.dls.test)
         report_of = partial(ShotReport.from_learner, learn, many=settings.many, few=settings.few)
         accuracy = {k: _rounded_values(report_of(dl=loaders[k]).accuracy) for k in accuracy}
     with learn.no_bar(): logits,targets = learn.get_preds(act=noop)
+    if not logits.isfinite().all(): raise FloatingPointError(
+        "The outputs of the trained network are not finite on validation images: training has diverged. "
+        f"Lower the learning rate (lr={settings.lr}).")
     saved = {k: v for k,v in dataclasses.asdict(settings).items() if k!='data'}
     save_classifier(
         learn, folder, build=settings.build_facts(learn), last=last,

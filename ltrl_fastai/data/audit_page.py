@@ -95,7 +95,7 @@ def audit_text(audit:Audit, # See `inspect_images`
                colour:bool=False, # Add the colours of a terminal?
                bar:str='=' # Character of the bars
               ) -> str:
-    "An audit as text for a terminal."
+    "Write an audit as text for a terminal."
     from rich.console import Console
     from rich.padding import Padding
     from rich.text import Text
@@ -277,7 +277,7 @@ def _with_code(text):
 
 def audit_html(audit:Audit # See `inspect_images`
               ) -> str:
-    "An audit as one HTML page that loads nothing else."
+    "Write an audit as one HTML page that loads nothing else."
     rows = _class_rows(audit) if audit.counts else []
     largest = max((o['train'] for o in rows), default=0) or 1
     for row in rows: row['share'] = round(100*row['train']/largest, 2)

@@ -328,7 +328,7 @@ _labels = dict(calibrated='calibrated', softmax='plain softmax')
 def summary(self:Evaluation,
             n:int=20 # Classes and confused pairs to list, at most
            ) -> str:
-    "Tables of all measures, for people to read."
+    "Return tables of all measures as text."
     parts = [self._accuracy_text(), self._averages_text(), self._probabilities_text(), self._classes_text(n)]
     pairs = self.confused[:min(n, 10)]
     if len(pairs):

@@ -134,7 +134,7 @@ def _described_prior(prior, logits):
 
 def read_exported(file:str|Path # A file that `export_model` wrote
                  ) -> dict: # Its description: classes, input, output, prior, ...
-    "Read what an exported file says about itself; raises `ValueError` if it says nothing, `FileNotFoundError`."
+    "Read the description in an exported file; raises `FileNotFoundError`, or `ValueError` if it has none."
     file = Path(file)
     if not file.is_file(): raise FileNotFoundError(f"{file}: expected an exported model, but there is no such file.")
     format = _format_of(file)

@@ -161,12 +161,12 @@ def _input_of(dls):
 
 # %% ../../nbs/deploy/02_model_files.ipynb #33330711
 def save_classifier(learn:Learner, # A trained learner
-               folder:str|Path, # Written, or replaced
-               build:dict|None=None, # What to build it from: see `RunSettings.build_facts`; None for a pickle alone
-               last:dict|None=None, # Weights of the last epoch, if the learner has those of another: see `weights_of`
-               calibration:Calibration|None=None, # See `fit_calibration`
-               **about # Other entries of model.json, of plain types: accuracy, epoch, settings, ...
-              ) -> Path: # The folder
+                    folder:str|Path, # Written, or replaced
+                    build:dict|None=None, # How to build the net: see `RunSettings.build_facts`; None: pickle only
+                    last:dict|None=None, # Weights of the last epoch if another one is best: see `weights_of`
+                    calibration:Calibration|None=None, # See `fit_calibration`
+                    **about # Other entries of model.json, of plain types: accuracy, epoch, settings, ...
+                   ) -> Path: # The folder
     "Save a model with all that is needed to use it, after loading it once; raises `ValueError` if it can't be loaded."
     folder = Path(folder)
     counts = vars(learn).get('class_counts')

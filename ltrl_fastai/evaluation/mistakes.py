@@ -32,7 +32,7 @@ def draw_confusion(confusion:np.ndarray, # `(C, C)` images by true and by predic
                    ax:plt.Axes|None=None, # Axes to draw on; default: a new figure, large enough for the names
                    many:int=100, few:int=20 # See `shot_groups`
                   ) -> plt.Axes: # With a description in `ltrl_alt`
-    "Heat map of true and predicted classes; raises `ValueError` if `confusion` is not `(C, C)`."
+    "Draw a heat map of true and predicted classes; raises `ValueError` if `confusion` is not `(C, C)`."
     m = np.asarray(confusion, np.float32)
     n = len(m)
     if m.shape!=(n,n): raise ValueError(f"confusion: expected as many rows as columns, got {m.shape}.")
@@ -148,7 +148,7 @@ def draw_losses(files:list, # Image files
                 loss:Collection, # Negative log likelihood of the true class
                 columns:int=5 # Images in a row
                ) -> plt.Figure:
-    "Thumbnails with true class, predicted class, its probability, and the loss."
+    "Draw images with their true class, predicted class, its probability, and the loss."
     rows = max(1, math.ceil(len(files)/columns))
     with picture_style():
         fig,axs = plt.subplots(rows, columns, figsize=(1.9*columns, 2.35*rows), layout='constrained', squeeze=False)

@@ -73,15 +73,16 @@ def split_list(name:str, # The option, for the message
     return res
 
 # %% ../../nbs/experiments/19_cli_common.ipynb #4c8eb0b2
-ModelArgument = Annotated[Path, typer.Argument(
+ModelArgument = Annotated[Path, typer.Argument( # A saved model
     help="Folder of a model, as `ltrl train` writes it, or a file in it, such as last.safetensors.")]
-TrustOption = Annotated[bool, option(
+TrustOption = Annotated[bool, option( # Unpickle a model?
     "Unpickle a model that can't be loaded otherwise. Unpickling can run any code: do it only if you trust the author "
     "of the model.", '--trust')]
-DeviceOption = Annotated[str|None, option("Device: cpu, cuda, cuda:1 or mps. Default: a GPU if there is one.")]
-CheckOption = Annotated[bool, option(
+DeviceOption = Annotated[str|None, option( # Checked by `checked_device` or `set_device`
+    "Device: cpu, cuda, cuda:1 or mps. Default: a GPU if there is one.")]
+CheckOption = Annotated[bool, option( # Read all images beforehand? See `set_image_check`
     "Read all images of your own beforehand, to find broken ones.", '--check/--no-check')]
-SkipBrokenOption = Annotated[bool, option(
+SkipBrokenOption = Annotated[bool, option( # Leave out images that can't be read?
     "Leave out images that can't be read, and list them in the result. Default: stop with an error.",
     '--skip-broken')]
 

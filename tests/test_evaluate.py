@@ -207,7 +207,7 @@ def test_probabilities_are_those_of_the_calibration(draw, calibration):
     plain = quick(z, y)
     assert list(plain.probabilities) == ['softmax'] and any('no calibration' in o for o in plain.notes)
     assert numbers(plain)['softmax nll'] == numbers(quick(z, y, calibration=calibration))['softmax nll']
-    with pytest.raises(ValueError, match='it has no calibration'): quick(z, y, prior='train')
+    with pytest.raises(ValueError, match='not calibrated'): quick(z, y, prior='train')
 
 
 def test_intervals_hold_the_number_and_shrink_with_images(draw, calibration):
@@ -507,8 +507,8 @@ def test_command_with_files(copied, tmp_path):
 
 
 @pytest.mark.parametrize('args, words', [
-    (['--bs', '0'], '--bs: expected at least 1'),
-    (['--workers', '-1'], '--workers: expected 0 or more'),
+    (['--bs', '0'], '--bs: expected a number of images at least 1'),
+    (['--workers', '-1'], '--workers: expected a number of processes at least 0'),
     (['--many', '5', '--few', '9'], 'expected at least `few`'),
     (['--prior', 'trian'], "expected 'train', 'balanced' or a CSV file"),
     (['--split', 'valid'], "has no 'valid', but test, train"),

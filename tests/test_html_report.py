@@ -204,7 +204,10 @@ def test_without_a_model(changed):
 
 
 def test_without_data(run, changed):
-    folder = changed(lambda res: res['settings'].update(dataset='moved/away'))
+    def move(res):
+        res['settings']['dataset'] = 'moved/away'
+        del res['per_class_images']  # as in results of earlier versions
+    folder = changed(move)
     shutil.copytree(run/'model', folder/'model')
     page = page_of(folder)
     check_self_contained(page)
@@ -246,12 +249,12 @@ def test_without_a_test_set(run, tmp_path):
 def test_a_class_without_images(changed):
     def empty(res):
         for o in (res, res['baseline']): o['per_class'][2] = None
-        res['class_counts'][2] = 0
+        res['class_counts'][2] = res['per_class_images'][2] = 0
         res['settings']['dataset'] = 'away/from/here'
     folder = changed(empty)
     name = json.loads((folder/'result.json').read_text())['classes'][2]
     page = page_of(folder)
-    assert page.table('Class')[-1] == [name, '0', '-', '-', '-']
+    assert page.table('Class')[-1] == [name, '0', '0', '-', '-', '-']
     check_accessible(page)
 
 
@@ -286,7 +289,7 @@ def test_many_classes_fit_into_a_page(changed):
     n = 8142
     def grow(res):
         res.update(classes=[f'species {i}' for i in range(n)], class_counts=[1+1000//(i+1) for i in range(n)],
-                   per_class=[i % 101. for i in range(n)])
+                   per_class=[i % 101. for i in range(n)], per_class_images=[20]*n)
         res['baseline']['per_class'] = [None if i == 5 else 50. for i in range(n)]
         res['settings']['dataset'] = 'away/from/here'
     page = page_of(changed(grow))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from ltrl_fastai.data import audit as audit_module
-from ltrl_fastai.data.audit import difference_hash, inspect_images, near_pairs, read_facts, shot_bounds
+from ltrl_fastai.data.audit import difference_hash, image_facts, inspect_images, near_pairs, shot_bounds
 from ltrl_fastai.data.audit_page import audit_html, audit_text
 from ltrl_fastai.data.own import own_images
 from ltrl_fastai.evaluation.metrics import shot_groups
@@ -171,7 +171,7 @@ def test_duplicates_are_those_of_a_comparison_of_each_pair(copies):
     "All pairs of files, compared by bytes, by pixels and by hash"
     files = sorted(o for o in copies.rglob('*') if o.is_file())
     pixels = [np.asarray(Image.open(o).convert('RGB')) for o in files]
-    hashes = np.stack([read_facts(o).bits for o in files])
+    hashes = np.stack([image_facts(o).bits for o in files])
     exact = {frozenset((i, j)) for i in range(len(files)) for j in range(i) if np.array_equal(pixels[i], pixels[j])}
     near = {frozenset(o[:2]) for o in naive_pairs(hashes)}-exact
     def named(pairs): return {frozenset(str(files[i].relative_to(copies)) for i in o) for o in pairs}
@@ -562,7 +562,7 @@ def test_an_old_terminal(tmp_path):
 
 def test_interrupt(tmp_path, monkeypatch):
     def interrupted(file): raise KeyboardInterrupt
-    monkeypatch.setattr(audit_module, 'read_facts', interrupted)
+    monkeypatch.setattr(audit_module, 'image_facts', interrupted)
     r = runner.invoke(app, ['inspect', str(whole(tmp_path/'pets')), '--out', str(tmp_path/'a.html')])
     assert r.exit_code == 130 and r.output == '\nInterrupted. Nothing was written.\n'
     assert not (tmp_path/'a.html').exists()

@@ -6,15 +6,13 @@
 __all__ = ['audit_text', 'audit_html']
 
 # %% ../../nbs/data/14_audit_page.ipynb #8c6b9fe4
-import base64
 import io
 import os
 import jinja2
 import markupsafe
-from .audit import Audit, mode_words, severities
+from .audit import Audit, mode_words, severities, split_words
 
 # %% ../../nbs/data/14_audit_page.ipynb #d09d9b70
-_split_titles = dict(train='training', valid='validation', test='test')
 _severity_styles = dict(error='bold red', warning='bold yellow', note='bold cyan')
 _shown_classes = 24 # More classes are abbreviated in the text
 
@@ -37,7 +35,7 @@ def _class_rows(audit):
 
 def _headline(audit):
     "Number of images, classes and splits in a sentence"
-    splits = ', '.join(f'{sum(n):,} {_split_titles[k]}' for k,n in audit.counts.items())
+    splits = ', '.join(f'{sum(n):,} {split_words[k]}' for k,n in audit.counts.items())
     n_images = f"{audit.n_images:,} image{'' if audit.n_images==1 else 's'}"
     n_classes = f"{len(audit.vocab):,} class{'' if len(audit.vocab)==1 else 'es'}"
     return f"{n_images} of {n_classes}" + (f": {splits}" if splits else '')
@@ -87,7 +85,7 @@ def _class_table(audit, bar):
     table = Table(box=None, pad_edge=False, header_style='bold')
     table.add_column('class', overflow='ellipsis', no_wrap=True, max_width=40)
     table.add_column('group')
-    for split in audit.counts: table.add_column(_split_titles[split], justify='right')
+    for split in audit.counts: table.add_column(split_words[split], justify='right')
     table.add_column('')
     largest = max((o['train'] for o in rows), default=0) or 1
     for i,row in enumerate(rows):
@@ -102,7 +100,7 @@ def audit_text(audit:Audit, # See `inspect_images`
                colour:bool=False, # Add the colours of a terminal?
                bar:str='=' # Character of the bars
               ) -> str:
-    "An audit as text for a terminal."
+    "Write an audit as text for a terminal."
     from rich.console import Console
     from rich.padding import Padding
     from rich.text import Text
@@ -241,30 +239,21 @@ width="{{ row.share }}" height="10"/></svg></td>
 """
 
 # %% ../../nbs/data/14_audit_page.ipynb #4b6bc8a8
-_most_groups = 12 # Groups of duplicates that are shown as pictures, of each finding
-_most_images = 4 # Images that are shown of a group
-_most_files = 500 # Names of files that are listed, of each finding
-
-def _thumbnail(file):
-    "A small JPEG as a data URI; empty if the file can't be read any more"
-    from ltrl_fastai.data.images import UnreadableImage, open_image
-    try: im = open_image(file)
-    except (UnreadableImage, FileNotFoundError): return ''
-    im.thumbnail((160, 160))
-    content = io.BytesIO()
-    im.save(content, 'JPEG', quality=75)
-    return f'data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}'
+_most_groups = 12 # groups of duplicates that are shown as pictures, of each finding
+_most_images = 4 # images that are shown of a group
+_most_files = 500 # names of files that are listed, of each finding
 
 def _finding_values(finding, root):
     "A finding as the template needs it"
+    from ltrl_fastai.data.images import thumbnail
     pairs = []
     for places in finding.groups[:_most_groups]:
         splits,names = {o.split for o in places},{o.name for o in places}
         images = []
         for place in places[:_most_images]:
-            differs = [_split_titles[place.split]]*(len(splits)>1)+[place.name]*(len(names)>1)
+            differs = [split_words[place.split]]*(len(splits)>1)+[place.name]*(len(names)>1)
             images.append(dict(path=_printable(place.path), about=_printable(', '.join(differs)),
-                               data=_thumbnail(os.path.join(root, place.path))))
+                               data=thumbnail(os.path.join(root, place.path), side=160)))
         pairs.append(images)
     return dict(severity=finding.severity, text=_printable(finding.text), advice=_printable(finding.advice),
                 pairs=pairs, n_groups=len(finding.groups), n_files=len(finding.files),
@@ -294,7 +283,7 @@ def _with_code(text):
 
 def audit_html(audit:Audit # See `inspect_images`
               ) -> str:
-    "An audit as one HTML page that loads nothing else."
+    "Write an audit as one HTML page that loads nothing else."
     rows = _class_rows(audit) if audit.counts else []
     largest = max((o['train'] for o in rows), default=0) or 1
     for row in rows: row['share'] = round(100*row['train']/largest, 2)
@@ -312,5 +301,5 @@ def audit_html(audit:Audit # See `inspect_images`
         headline=_printable(_headline(audit)),
         sentences=[_printable(o) for o in _balance(audit)+_pixels(audit)], verdict=_verdict(audit),
         findings=[_finding_values(o, audit.root) for o in audit.findings], rows=rows, key=key,
-        splits=[_split_titles[k] for k in audit.counts], after_the_draw=_after_the_draw(audit),
+        splits=[split_words[k] for k in audit.counts], after_the_draw=_after_the_draw(audit),
         **_chart_values(rows, audit))

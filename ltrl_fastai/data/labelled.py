@@ -82,8 +82,9 @@ def _located(file, root, paths, labels, lines=None):
 
 # %% ../../nbs/data/15_labelled.ipynb #5c753386
 def _ends_with(longer, shorter):
-    a,b = longer.split('/'),shorter.split('/')
-    return a[-len(b):]==b
+    "Are the last folders of one path those of another?"
+    parts,last_parts = longer.split('/'),shorter.split('/')
+    return parts[-len(last_parts):]==last_parts
 
 def match_classes(names:list, # Class names of images, or paths of class folders
                   vocab:list # Class names of a model

@@ -125,8 +125,16 @@ def chosen_prior(prior:str|Path|Collection|None, # 'train', 'balanced', frequenc
                  vocab:Collection # Class names
                 ) -> str|Collection|None: # As `Calibration.probabilities` takes it
     "Read the prior if it is a file; raises the errors of `read_prior`."
-    is_word = isinstance(prior, str) and prior in ('train','balanced')
-    return read_prior(prior, vocab) if isinstance(prior, (str,Path)) and not is_word else prior
+    if isinstance(prior, str) and prior in ('train','balanced'): return prior
+    if isinstance(prior, (str,Path)): return read_prior(prior, vocab)
+    return prior
+
+def _check_calibrated(calibration):
+    "Raise `ValueError` if there is no calibration, which every prior needs"
+    if calibration is None: raise ValueError(
+        "prior: this model was not calibrated on validation images, so it is not known which class frequencies its "
+        "probabilities stand for. Leave the prior out, or calibrate the model in Python: "
+        "`learn.calibration = fit_calibration(logits, targets, class_counts)`.")
 
 def _is_number(text):
     try: float(text)

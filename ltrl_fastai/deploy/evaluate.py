@@ -11,11 +11,11 @@ import contextlib
 import dataclasses
 import sklearn.metrics
 from collections.abc import Collection
-from ..core.files import atomic_write, write_json
+from ..core.files import atomic_write, save_figure, write_json
 from ..data.benchmarks import abbreviated
 from ..data.images import UnreadableImage
 from ..data.labelled import labelled_images
-from .calibration import Calibration, chosen_prior
+from .calibration import Calibration, chosen_prior, _check_calibrated
 from .model_files import _facts_of
 from ..evaluation.metrics import group_accuracy, group_interval, shot_groups
 from ..evaluation.mistakes import (
@@ -202,9 +202,7 @@ def evaluate_logits(logits:Tensor, # `(N, C)`
     z,y = logits.as_subclass(Tensor).detach().cpu(),targets.as_subclass(Tensor).flatten().cpu().long()
     vocab,notes = [str(o) for o in vocab],list(notes)
     _check_logits(z, y, vocab)
-    if prior is not None and calibration is None: raise ValueError(
-        "prior: the probabilities of this model can't be shifted to other class frequencies, since it has no "
-        "calibration. Leave the prior out, or save the model with a calibration (see fit_calibration).")
+    if prior is not None: _check_calibrated(calibration)
     if calibration is None:
         notes.append("The model has no calibration, so probabilities are the plain softmax of its logits.")
     if class_counts is None:
@@ -330,7 +328,7 @@ _labels = dict(calibrated='calibrated', softmax='plain softmax')
 def summary(self:Evaluation,
             n:int=20 # Classes and confused pairs to list, at most
            ) -> str:
-    "Tables of all measures, for people to read."
+    "Return tables of all measures as text."
     parts = [self._accuracy_text(), self._averages_text(), self._probabilities_text(), self._classes_text(n)]
     pairs = self.confused[:min(n, 10)]
     if len(pairs):
@@ -423,18 +421,19 @@ def save(self:Evaluation,
     folder = Path(folder)
     with atomic_write(folder/'per_class.csv') as temporary: self.per_class.to_csv(temporary, index=False)
     counts = dict(counts=self.class_counts, many=self.many, few=self.few)
-    _save_picture(draw_confusion(self.confusion, vocab=self.vocab, **counts).figure, folder/'confusion.png')
+    confusion = draw_confusion(self.confusion, vocab=self.vocab, **counts).figure
     tables = {_labels[k]: o['reliability'] for k,o in self.probabilities.items()}
-    _save_picture(draw_reliability(tables), folder/'reliability.png')
+    pictures = dict(confusion=confusion, reliability=draw_reliability(tables))
     if self.files is not None:
         worst = self.worst(n_worst)
-        _save_picture(draw_losses(*(list(worst[k]) for k in worst)), folder/'top_losses.png')
+        pictures['top_losses'] = draw_losses(*(list(worst[k]) for k in worst))
+    for name,fig in pictures.items():
+        save_figure(fig, folder/f'{name}.png')
+        plt.close(fig)
     write_json(self.as_dict(n_worst), folder/'evaluation.json')
     return [folder/o for o in _files if (folder/o).exists()]
 
-def _save_picture(fig, file):
-    with atomic_write(file) as temporary: fig.savefig(temporary, dpi=120)
-    plt.close(fig)
+
 
 # %% ../../nbs/deploy/04_evaluate.ipynb #e4fd3690
 def evaluate(learn:Learner, # From `load_classifier`

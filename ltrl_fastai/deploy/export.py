@@ -18,7 +18,7 @@ from fastai.callback.fp16 import MixedPrecision
 from .. import __version__
 from ..core.checks import one_of
 from ..core.files import atomic_write, write_json
-from .calibration import Calibration
+from .calibration import Calibration, _check_calibrated
 from .model_files import _examples, _facts_of, _model_folder
 from ..methods.posthoc import LogitAdjustment
 from ..methods.ride import GatedExperts
@@ -97,9 +97,7 @@ def _calibration_of(learn, prior, logits):
     found = vars(learn).get('calibration')
     if prior is not None and logits: raise ValueError(
         "prior: logits are those of the network, whatever the prior is. Leave out the prior, or ask for probabilities.")
-    if prior is not None and found is None: raise ValueError(
-        "prior: this model is not calibrated, so it is not known which class frequencies its logits stand for. Leave "
-        "it out, or calibrate the model first: `learn.calibration = fit_calibration(logits, targets, class_counts)`.")
+    if prior is not None: _check_calibrated(found)
     if found is None or logits: return Calibration(1., 0., (1,)*n_classes, (1,)*n_classes)
     return found
 
@@ -136,7 +134,7 @@ def _described_prior(prior, logits):
 
 def read_exported(file:str|Path # A file that `export_model` wrote
                  ) -> dict: # Its description: classes, input, output, prior, ...
-    "Read what an exported file says about itself; raises `ValueError` if it says nothing, `FileNotFoundError`."
+    "Read the description in an exported file; raises `FileNotFoundError`, or `ValueError` if it has none."
     file = Path(file)
     if not file.is_file(): raise FileNotFoundError(f"{file}: expected an exported model, but there is no such file.")
     format = _format_of(file)

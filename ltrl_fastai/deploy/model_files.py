@@ -204,13 +204,13 @@ def check_replaceable(folder:str|Path # Where a model will be saved
                           "it. Choose another folder, or move it away.")
 
 def save_classifier(learn:Learner, # A trained learner
-               folder:str|Path, # Written, or replaced
-               build:dict|None=None, # What to build it from: see `RunSettings.build_facts`; None for a pickle alone
-               last:dict|None=None, # Weights of the last epoch, if the learner has those of another: see `weights_of`
-               calibration:Calibration|None=None, # See `fit_calibration`
-               **about # Other entries of model.json, of plain types: accuracy, epoch, settings, ...
-              ) -> Path: # The folder
-    "Save a model and load it once; raises `ValueError` if that fails, `FileExistsError` if `folder` holds other files."
+                    folder:str|Path, # Written, or replaced
+                    build:dict|None=None, # How to build the net: see `RunSettings.build_facts`; None: pickle only
+                    last:dict|None=None, # Weights of the last epoch if another one is best: see `weights_of`
+                    calibration:Calibration|None=None, # See `fit_calibration`
+                    **about # Other entries of model.json, of plain types: accuracy, epoch, settings, ...
+                   ) -> Path: # The folder
+    "Save a model and load it once; raises `ValueError` if that fails, `FileExistsError` for a folder of other files."
     folder = Path(folder)
     check_replaceable(folder)
     counts = vars(learn).get('class_counts')

@@ -14,6 +14,7 @@ import torch.utils.data
 from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 from ..core.checks import check_number
+from .calibration import _check_calibrated
 from ..data.fast import BatchAug, FeatureTensors, TensorDL, random_flip
 from ..data.images import open_image
 from ..data.lists import ImageFileDataLoaders
@@ -158,9 +159,7 @@ def predict_files(learn:Learner, # See `load_classifier`; any learner that was t
     check_number('bs', bs, 'a number of files', least=1)
     calibration = vars(learn).get('calibration')
     if prior is not None:
-        if calibration is None: raise ValueError(
-            "prior: this model was not calibrated on validation images, so it is not known which class frequencies its "
-            "probabilities suppose. Leave it out; or in Python, set `learn.calibration = fit_calibration(...)`.")
+        _check_calibrated(calibration)
         calibration.log_adjustment(prior) # raises `ValueError` for an unknown prior
     if tta and not _was_mirrored(learn): raise ValueError(
         "tta: this model was trained without mirrored images, and would not know them. Leave it out.")

@@ -7,6 +7,7 @@ __all__ = ['LabelRecord', 'LabelAgreement', 'label_doubt', 'suspects']
 
 # %% ../../nbs/deploy/06_suspects.ipynb #006076ea
 from fastai.basics import *
+from ..core.files import path_below
 from ..core.ranks import Ranks
 from ..core.tensors import device_of
 from ..reflective.samples import SampleIds
@@ -132,11 +133,6 @@ def _file_of(dataset, i):
     if isinstance(item, (tuple,list,L)) and len(item): item = item[0]
     return item if isinstance(item, (str,os.PathLike)) else None
 
-def _relative(file, root):
-    "A path below `root` with slashes; another path as it is"
-    try: return Path(file).relative_to(root).as_posix() if root else str(file)
-    except ValueError: return str(file)
-
 def suspects(record:LabelRecord|LabelAgreement, # A record, or the callback that keeps it
              dls:DataLoaders, # The loaders of the training
              most:int=100, # Largest number of suspects
@@ -160,7 +156,7 @@ def suspects(record:LabelRecord|LabelAgreement, # A record, or the callback that
     for i,o in ranked.iterrows():
         file = _file_of(dataset, i)
         res.append(dict(
-            item=int(i), file=None if file is None else _relative(file, root), label=vocab[int(o.label)],
+            item=int(i), file=None if file is None else path_below(file, root), label=vocab[int(o.label)],
             suggested=vocab[int(o.suggested)], right=round(float(o.right), 4), probability=round(float(o.own), 4),
             suggested_probability=round(float(o.other), 4), doubt=round(float(o.doubt), 4)))
     return res

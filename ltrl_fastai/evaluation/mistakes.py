@@ -32,7 +32,7 @@ def draw_confusion(confusion:np.ndarray, # `(C, C)` images by true and by predic
                    ax:plt.Axes|None=None, # Axes to draw on; default: a new figure, large enough for the names
                    many:int=100, few:int=20 # See `shot_groups`
                   ) -> plt.Axes: # With a description in `ltrl_alt`
-    "Heat map of true and predicted classes; raises `ValueError` if `confusion` is not `(C, C)`."
+    "Draw a heat map of true and predicted classes; raises `ValueError` if `confusion` is not `(C, C)`."
     m = np.asarray(confusion, np.float32)
     n = len(m)
     if m.shape!=(n,n): raise ValueError(f"confusion: expected as many rows as columns, got {m.shape}.")
@@ -104,8 +104,8 @@ def _error_of(table): return (table.share*(table.accuracy-table.confidence).abs(
 # %% ../../nbs/evaluation/05_mistakes.ipynb #acd7e124
 def draw_reliability(tables:dict, # By label, a table from `reliability`
                      figsize:tuple|None=None # Size in inches; default: 3.6 for each label, by 4
-                    ) -> plt.Figure:
-    "Accuracy by confidence with 95% intervals, and below it the share of images, beside each other."
+                    ) -> plt.Figure: # With a description in `ltrl_alt`
+    "Draw accuracy by confidence with 95% intervals, and the share of images below it; a panel for each label."
     n = len(tables)
     with picture_style():
         fig,axs = plt.subplots(2, n, figsize=figsize or (3.6*n,4), height_ratios=(3,1), layout='constrained',
@@ -113,7 +113,13 @@ def draw_reliability(tables:dict, # By label, a table from `reliability`
         for i,(label,table) in enumerate(tables.items()): _reliability_panel(axs[:,i], label, table, i)
         axs[0,0].set_ylabel('accuracy')
         axs[1,0].set_ylabel('share')
+        fig.ltrl_alt = ' '.join(_reliability_text(label, table) for label,table in tables.items())
         return fig
+
+def _reliability_text(label, table):
+    "A panel in words"
+    points = '; '.join(f'{100*o.accuracy:.0f}% of {o.images:.0f} at {o.confidence:.2f}' for o in table.itertuples())
+    return f"Share of correct predictions of images by mean confidence, {label}: {points}."
 
 def _reliability_panel(axs, label, table, i):
     "One label: a point for each bin, the diagonal that it should be on, and the share of its images"
@@ -142,7 +148,7 @@ def draw_losses(files:list, # Image files
                 loss:Collection, # Negative log likelihood of the true class
                 columns:int=5 # Images in a row
                ) -> plt.Figure:
-    "Thumbnails with true class, predicted class, its probability, and the loss."
+    "Draw images with their true class, predicted class, its probability, and the loss."
     rows = max(1, math.ceil(len(files)/columns))
     with picture_style():
         fig,axs = plt.subplots(rows, columns, figsize=(1.9*columns, 2.35*rows), layout='constrained', squeeze=False)

@@ -13,7 +13,7 @@ import platform
 from pathlib import Path
 from typing import Annotated
 import typer
-from .cli_common import app, fail, option, prepare_training, split_list
+from .cli_common import app, check_output_file, fail, option, prepare_training, split_list
 from .cli_inspect import inspect
 from .cli_train import run, train
 from .cli_evaluate import evaluate
@@ -55,7 +55,7 @@ def bench(
     from ltrl_fastai.experiments.training import command, keep_freed_memory, versions
     try:
         chosen = [one_of('--only', o, parts) for o in split_list('--only', only)]
-        if out and out.is_dir(): raise IsADirectoryError(f"--out: {out} is a folder, where a file was expected.")
+        check_output_file('--out', out)
         if device=='cuda' and not torch.cuda.is_available():
             raise ValueError("--device: there is no CUDA device here.")
         kept = keep_freed_memory()

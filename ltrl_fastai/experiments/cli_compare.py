@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Annotated
 import typer
 from ..methods.facts import auto_methods
-from ltrl_fastai.experiments.cli_common import (DataCommand, app, check_output, fail, option, prepare_training,
-    set_image_check, split_list)
+from ltrl_fastai.experiments.cli_common import (
+    app, check_output, CheckOption, DataCommand, fail, interrupted, option, prepare_training, set_image_check,
+    SkipBrokenOption, split_list)
 
 # %% ../../nbs/experiments/21_cli_compare.ipynb #54ef40e9
 _train_options = 'epochs lr bs net policy cut size n_max n_valid data_seed preset'.split()
@@ -69,11 +70,8 @@ def compare(
         "ready-made one.", '--tune')]=False,
     tune_seeds:Annotated[str|None, option(
         "Seeds to choose settings with; none of --seeds. Default: 100-102.")]=None,
-    check:Annotated[bool, option(
-        "Read all images of your own before training, to find broken ones.", '--check/--no-check')]=True,
-    skip_broken:Annotated[bool, option(
-        "Leave out images that can't be read, and list them in the result. Default: stop with an error.",
-        '--skip-broken')]=False,
+    check:CheckOption=True,
+    skip_broken:SkipBrokenOption=False,
     jobs:Annotated[int|None, option("Number of parallel runs. Default: one per core, or one on a GPU.")]=None,
     # input
     data:Annotated[Path|None, option("Path of the data set. Default: fastai's data folder.")]=None,
@@ -169,18 +167,13 @@ def _compare(plan, out, jobs, test, about):
         try: run_plan(plan, out, jobs, test, watch, command(), about)
         except Failed as e: error = e
         except (ValueError, RuntimeError, OSError) as e: fail(e)
-        except KeyboardInterrupt: _interrupted()
+        except KeyboardInterrupt: interrupted("Finished runs are kept; the same command goes on.")
     for o in watch.again: typer.echo(o)
     failed = f", {watch.failed} failed" if watch.failed else ''
     typer.echo(f"{watch.finished} computed, {watch.known} were there already{failed}.\n")
     if error: typer.echo(f"Error: {error}", err=True)
     if watch.known+watch.finished: _print_summary(out)
     if error: raise typer.Exit(1)
-
-def _interrupted():
-    "Say that the same command continues, and exit as an interrupted program does"
-    typer.echo("\nInterrupted. Finished runs are kept; the same command goes on.", err=True)
-    raise typer.Exit(130) from None
 
 def _numbers(name, text):
     "Parse a list of numbers; raises `ValueError` otherwise"
@@ -243,7 +236,7 @@ def _tune(search, out, jobs):
         typer.echo(f"Error: {e} Nothing was chosen, and the test set was not read.", err=True)
         raise typer.Exit(1) from None
     except (ValueError, RuntimeError, OSError) as e: fail(e)
-    except KeyboardInterrupt: _interrupted()
+    except KeyboardInterrupt: interrupted("Finished runs are kept; the same command goes on.")
     for case in res['cases']: _print_choice(case)
     plan,roles = tuned_plan(res, **search.both)
     return plan,dict(tuned=roles)

@@ -11,14 +11,14 @@ import sys
 from pathlib import Path
 from typing import Annotated
 import typer
-from ltrl_fastai.experiments.cli_common import (app, check_output, checked_device, fail, option, out_of_memory, prepare_training,
-    set_image_check)
+from .cli_common import (
+    app, check_loading, check_output, checked_device, CheckOption, DeviceOption, fail, interrupted, ModelArgument,
+    option, out_of_memory, prepare_training, set_image_check, SkipBrokenOption, TrustOption)
 
 # %% ../../nbs/experiments/24_cli_evaluate.ipynb #75ba7fd7
 @app.command()
 def evaluate(
-    model:Annotated[Path, typer.Argument(
-        help="Folder of a model, as `ltrl train` writes it, or a file in it, such as last.safetensors.")],
+    model:ModelArgument,
     data:Annotated[Path, typer.Argument(
         help="Labelled images: a data set with splits, a folder with a folder for each class, or a CSV file.")],
     # what to measure
@@ -39,19 +39,14 @@ def evaluate(
     label_col:Annotated[str|None, option("Column of labels in a CSV file. Default: a usual name, such as label.")]=None,
     split_col:Annotated[str|None, option(
         "Column of splits in a CSV file. Default: a usual name, such as split, or none.")]=None,
-    check:Annotated[bool, option(
-        "Read all images beforehand, to find broken ones.", '--check/--no-check')]=True,
-    skip_broken:Annotated[bool, option(
-        "Leave out images that can't be read, and list them in the result. Default: stop with an error.",
-        '--skip-broken')]=False,
-    trust:Annotated[bool, option(
-        "Unpickle a model that can't be loaded otherwise. It can run any code: do it only if you trust its author.",
-        '--trust')]=False,
+    check:CheckOption=True,
+    skip_broken:SkipBrokenOption=False,
+    trust:TrustOption=False,
     # how to compute it
     bs:Annotated[int, option("Batch size. A smaller one needs less memory.")]=64,
     workers:Annotated[int|None, option(
         "Processes that load images. Default: one for each core, or none for fewer than 1,000 images.")]=None,
-    device:Annotated[str|None, option("Device: cpu, cuda, cuda:1, mps. Default: a GPU if there is one.")]=None,
+    device:DeviceOption=None,
     # output
     out:Annotated[Path|None, option(
         "Output folder. Default: evaluation, beside the folder of the model; if that is not called model, its name "
@@ -81,7 +76,7 @@ def evaluate(
     options = dict(split=split, prior=_full_path(prior), many=many, few=few, ignore_unknown=ignore_unknown)
     columns = dict(path_col=path_col, label_col=label_col, split_col=split_col)
     try:
-        _check_numbers(bs, workers)
+        check_loading(bs, workers)
         out = out or _default_folder(model.expanduser())
         check_output(out)
         asked = dict(model=_full_path(_inner(model.expanduser())), data=_full_path(data), **options, **columns)
@@ -92,9 +87,7 @@ def evaluate(
     except torch.cuda.OutOfMemoryError: fail(out_of_memory(bs))
     except (ValueError, TypeError, OSError, ImportError) as e: fail(_innermost(e))
     except RuntimeError as e: fail(out_of_memory(bs) if 'out of memory' in str(e) else _innermost(e))
-    except KeyboardInterrupt:
-        typer.echo("\nInterrupted. Nothing was written.", err=True)
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt: interrupted("Nothing was written.")
     result.about.update(asked=asked, command=command(), versions=versions())
     typer.echo(_title(result, model, data))
     for note in result.notes: typer.echo(f"Note: {note}")
@@ -107,11 +100,6 @@ def _full_path(text):
     "The absolute path of a file or folder, as text; other words as they are"
     if text is None or str(text) in ('train','balanced'): return text
     return str(Path(text).expanduser().resolve())
-
-def _check_numbers(bs, workers):
-    "Raise `ValueError` for a batch size or number of processes that can't be"
-    if bs<1: raise ValueError(f"--bs: expected at least 1, got {bs}.")
-    if workers is not None and workers<0: raise ValueError(f"--workers: expected 0 or more, got {workers}.")
 
 def _inner(model):
     "The folder of a model, if its parent is given"

@@ -9,13 +9,12 @@ __all__ = ['export']
 from pathlib import Path
 from typing import Annotated
 import typer
-from .cli_common import app, fail, option, prepare_training
+from .cli_common import ModelArgument, TrustOption, app, fail, option, prepare_training
 
 # %% ../../nbs/experiments/26_cli_export.ipynb #84ba85e0
 @app.command()
 def export(
-    model:Annotated[Path, typer.Argument(
-        help="The folder that `ltrl train` wrote, or a file in it: model/last.safetensors, model/model.pkl.")],
+    model:ModelArgument,
     format:Annotated[str|None, option(
         "onnx, torch (torch.export, .pt2) or torchscript (.pt). Default: as --out ends, else onnx.")]=None,
     out:Annotated[Path|None, option(
@@ -27,9 +26,7 @@ def export(
         "Default: as trained, which changes no predicted class.")]=None,
     logits:Annotated[bool, option(
         "Return the logits of the model instead of calibrated probabilities.", '--logits')]=False,
-    trust:Annotated[bool, option(
-        "Unpickle model.pkl if the model can't be loaded otherwise. It can run any code: do it only if you trust its "
-        "author.", '--trust')]=False,
+    trust:TrustOption=False,
     force:Annotated[bool, option("Replace a file that is there.", '--force')]=False,
 ):
     """Write a trained model as one file for other programs.

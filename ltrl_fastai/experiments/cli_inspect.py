@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 import typer
-from .cli_common import app, fail, option, prepare_training
+from .cli_common import app, check_output_file, fail, interrupted, option, prepare_training
 
 # %% ../../nbs/experiments/23_cli_inspect.ipynb #de0cc8b2
 @app.command()
@@ -52,13 +52,11 @@ def inspect(
         try: write_text(audit_html(audit), out)
         except OSError as e: fail(f"--out: {out} can't be written ({e.strerror or e}). Give another file.")
         _say(f"\nWritten: {out}\nNext: {_next(audit, data)}\n")
-    except KeyboardInterrupt:
-        typer.echo("\nInterrupted. Nothing was written.", err=True)
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt: interrupted("Nothing was written.")
 
 def _check_page(out):
     "Raise an error unless `out` can be a new page, or replaces one that this command wrote"
-    if out.is_dir(): raise IsADirectoryError(f"--out: {out} is a folder, where a file was expected.")
+    check_output_file('--out', out)
     if out.suffix.lower() not in ('.html','.htm'):
         raise ValueError(f"--out: expected a file that ends in .html, got {out}.")
     folder = next(o for o in out.absolute().parents if o.exists())

@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 from typing import Annotated
 import typer
-from .cli_common import app, checked_device, fail, option, out_of_memory, prepare_training
+from .cli_common import (
+    app, check_loading, check_output_file, checked_device, DeviceOption, fail, interrupted, ModelArgument, option,
+    out_of_memory, prepare_training, TrustOption)
 
 # %% ../../nbs/experiments/25_cli_predict.ipynb #ad680bcf
 class _CsvRows:
@@ -63,7 +65,7 @@ def _opened(out):
         sys.stdout.reconfigure(newline='', **encoding)
         yield sys.stdout
         return
-    if out.is_dir(): raise IsADirectoryError(f"--out: {out} is a folder, where a file was expected.")
+    check_output_file('--out', out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         stream = open(_partial(out), 'w', newline='', buffering=1, **encoding)
@@ -73,8 +75,7 @@ def _opened(out):
 # %% ../../nbs/experiments/25_cli_predict.ipynb #9c57ac72
 @app.command()
 def predict(
-    model:Annotated[Path, typer.Argument(
-        help="Folder of a model, as `ltrl train` leaves it, or a file in it: last.safetensors, model.pkl.")],
+    model:ModelArgument,
     paths:Annotated[list[str], typer.Argument(
         help="Images, folders (with their subfolders), patterns such as 'photos/*.jpg', or - for a list on standard "
              "input, one path a line.")],
@@ -95,10 +96,8 @@ def predict(
     bs:Annotated[int, option("Images in a batch.")]=64,
     workers:Annotated[int|None, option(
         "Processes that read images. Default: 0 for fewer than 256 images, else the number of cores.")]=None,
-    device:Annotated[str|None, option("cpu, cuda, cuda:1 or mps. Default: the GPU if there is one.")]=None,
-    trust:Annotated[bool, option(
-        "Load a model that needs unpickling, which can run any code. Do it if you trust its author.",
-        '--trust')]=False,
+    device:DeviceOption=None,
+    trust:TrustOption=False,
 ):
     """Predict images with a saved model.
 
@@ -121,8 +120,7 @@ def predict(
         try:
             kind = _format_of(out, format_)
             check_number('--reject-below', reject_below, 'a probability', least=0, most=1)
-            check_number('--bs', bs, 'a number of images', least=1)
-            if workers is not None: check_number('--workers', workers, 'a number of processes', least=0)
+            check_loading(bs, workers)
             files = image_files(paths)
             learn = load_classifier(model, trust=trust, device=checked_device(device))
             classes = learn.facts['classes']
@@ -131,7 +129,7 @@ def predict(
             stream = stack.enter_context(_opened(out))
         except torch.OutOfMemoryError: fail(out_of_memory(bs))
         except (ValueError, TypeError, OSError) as e: fail(_named_as_options(e))
-        except KeyboardInterrupt: _interrupted("No file was predicted.")
+        except KeyboardInterrupt: interrupted("No file was predicted.")
         _say_start(learn, files, prior)
         about = dict(model=str(model), classes=classes, prior=prior)
         writer = _formats[kind](stream, columns, about)
@@ -143,7 +141,7 @@ def predict(
                 else: writer.write(prediction_row(o, **options))
             writer.finish(unreadable, complete=True)
         except BrokenPipeError: raise # the reader of standard output has gone: Click ends quietly
-        except KeyboardInterrupt: _interrupted(_finished_early(writer, unreadable, out))
+        except KeyboardInterrupt: interrupted(_finished_early(writer, unreadable, out))
         except torch.OutOfMemoryError: fail(f"{out_of_memory(bs)} {_finished_early(writer, unreadable, out)}")
         except (OSError, RuntimeError, ValueError) as e:
             fail(f"{_explained(e)} {_finished_early(writer, unreadable, out)}")
@@ -184,11 +182,6 @@ def _finished_early(writer, unreadable, out):
     with contextlib.suppress(OSError): # if the disk is full, that was the error
         writer.finish(unreadable, complete=False)
     return f"The rows so far are {'on standard output' if out is None else f'in {_partial(out)}'}."
-
-def _interrupted(what):
-    "Exit as an interrupted program does"
-    typer.echo(f"\nInterrupted. {what}", err=True)
-    raise typer.Exit(130)
 
 def _finish(out, n_files, unreadable):
     "Give the output its name, list what could not be read, and exit with status 1 if there is any"

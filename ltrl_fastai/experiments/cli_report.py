@@ -9,7 +9,7 @@ __all__ = ['report']
 from pathlib import Path
 from typing import Annotated
 import typer
-from .cli_common import app, fail, option, prepare_training
+from .cli_common import app, check_output_file, fail, option, prepare_training
 
 # %% ../../nbs/experiments/27_cli_report.ipynb #4e9e6a56
 @app.command()
@@ -50,7 +50,7 @@ def _check_options(html, no_html, evidence):
     if html is None: return
     if no_html: raise ValueError("--no-html: --html asks for a page. Leave out one of the two.")
     if evidence: raise ValueError("--html: with --evidence no page is written. Leave out one of the two.")
-    if html.is_dir(): raise IsADirectoryError(f"--html: {html} is a folder, where a file was expected.")
+    check_output_file('--html', html)
 
 def _write_page(folder, html):
     from ltrl_fastai.experiments.html_report import write_report

@@ -14,8 +14,10 @@ import sys
 from pathlib import Path
 from typing import Annotated
 import typer
-from .cli_common import (DataCommand, app, check_output, fail, option, out_of_memory,
-    prepare_training, save_figure, set_device, set_image_check, set_workers, split_list)
+from ..core.files import save_figure
+from .cli_common import (
+    app, check_output, CheckOption, DataCommand, DeviceOption, fail, interrupted, option, out_of_memory,
+    prepare_training, set_device, set_image_check, set_workers, SkipBrokenOption, split_list)
 
 # %% ../../nbs/experiments/20_cli_train.ipynb #f0c35b56
 _Resume = Annotated[bool, option(
@@ -69,7 +71,7 @@ def train(
     bs:Annotated[int|None, option(
         "Batch size. Default: 32 for a pretrained network, 256 for photos-lt, 32 for digits, 128 for CIFAR.")]=None,
     amp:Annotated[bool, option("Train in half precision, faster on a CUDA GPU.", '--amp')]=False,
-    device:Annotated[str|None, option("cpu, cuda, cuda:1 or mps. Default: a GPU if there is one.")]=None,
+    device:DeviceOption=None,
     workers:Annotated[int|None, option(
         "Processes that load images. Default: one per core, 16 at most; none for fewer than 1,000 images.")]=None,
     flip:Annotated[bool|None, option(
@@ -84,11 +86,8 @@ def train(
     n_valid:Annotated[int|None, option(
         "Largest number of validation images per class. Default: 10 for digits, 20 for photos and CIFAR, 1 for "
         "iNaturalist, a fifth of your own images.")]=None,
-    check:Annotated[bool, option(
-        "Read all images of your own before training, to find broken ones.", '--check/--no-check')]=True,
-    skip_broken:Annotated[bool, option(
-        "Leave out images that can't be read, and list them in the result. Default: stop with an error.",
-        '--skip-broken')]=False,
+    check:CheckOption=True,
+    skip_broken:SkipBrokenOption=False,
     many:Annotated[int, option("Classes with more training images count as many-shot.")]=100,
     few:Annotated[int, option("Classes with fewer training images count as few-shot.")]=20,
     worlds:Annotated[bool, option(
@@ -432,8 +431,7 @@ def _say_complete(out): typer.echo(f"Nothing to go on with: {out/'result.json'} 
 def _interrupted(kept):
     "Say how to go on, and exit as an interrupted program does"
     remedy = "The same command with --resume goes on after the last whole epoch."
-    typer.echo("\nInterrupted. " + (remedy if _is_begun(kept) else "No epoch was done."), err=True)
-    raise typer.Exit(130)
+    interrupted(remedy if _is_begun(kept) else "No epoch was done.")
 
 def _describe(settings, both=False):
     "Data, network, method and epochs in words"

@@ -65,7 +65,7 @@ def _given_settings(settings):
 def train_command(settings:dict, # Fields of `RunSettings` by name; the seed is left out
                   data:str|None=None # Path of the data set, if it is not where fastai keeps it
                  ) -> str: # Python code if `ltrl train` has no option for one of them
-    "The command that trains once with these settings."
+    "Return the command that trains once with these settings."
     reflective,given = settings.get('reflective'),_given_settings(settings)
     if data is not None: given['data'] = data
     said,options = _renamed(given),_train_options()
@@ -159,7 +159,7 @@ def _candidates(results):
 def least_lead(accuracies:np.ndarray, # `(candidates, seeds)`
                level:float=.95 # Confidence level
               ) -> float: # In the unit of the accuracies; NaN for a single seed or candidate
-    "The least difference of two means that is significant among all pairs of candidates (Tukey), with seeds as blocks."
+    "Return the least significant difference of two means among all pairs (Tukey), with seeds as blocks."
     k,n = accuracies.shape
     if k<2 or n<2: return math.nan
     of_candidate,of_seed = accuracies.mean(1, keepdims=True),accuracies.mean(0, keepdims=True)
@@ -308,7 +308,7 @@ def _few_images(candidate):
 # %% ../../nbs/experiments/30_recommend.ipynb #c3306c0c
 def recommendation_markdown(o:Recommendation # As `recommend` gives
                            ) -> str:
-    "The recommendation, its gains and cost, and the commands."
+    "Return the recommendation, its gains and cost, and the commands as Markdown."
     is_decided = o.verdict!='one seed'
     paragraphs = [f'### Recommendation for {o.data}', _reason(o)]
     if is_decided: paragraphs.append(_gains_and_cost(o))

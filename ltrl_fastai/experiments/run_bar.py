@@ -16,7 +16,7 @@ from ..methods.method import Method
 def epochs_of(method:Method, # Such as `methods['bsce']`
               epochs:int # Epochs of its first stage
              ) -> int:
-    "Epochs of all stages of a method."
+    "Count the epochs of all stages of a method."
     later = [epochs if stage.epochs is None else min(stage.epochs, epochs) for stage in method.then]
     return epochs+sum(later)
 

@@ -549,7 +549,7 @@ def test_a_named_data_set(tmp_path, monkeypatch):
     assert r.exit_code == 2 and 'The package downloads none of it' in r.output
     folders(tmp_path/'data/magnetic', {'train/free': 4, 'train/crack': 3, 'test/free': 1, 'test/crack': 1})
     r = runner.invoke(app, ['inspect', 'magnetic'])
-    assert r.exit_code == 0 and '9 images of 2 classes' in r.output
+    assert r.exit_code == 0 and '9 images of 2 classes' in ' '.join(r.output.split())
 
 
 def test_an_old_terminal(tmp_path):

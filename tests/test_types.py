@@ -3,10 +3,12 @@ import ast
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 
+from ltrl_fastai.experiments import cli_common
 from public import Public, everything, name_of
 
 root = Path(__file__).parent.parent
@@ -31,7 +33,14 @@ def not_optional(o):
     "Arguments that are None by default, although their type does not allow it"
     def is_none(v): return isinstance(v, ast.Constant) and v.value is None
     none = [arg for arg,v in with_defaults(o) if is_none(v) and arg.annotation is not None]
-    return [name_of(arg) for arg in none if not re.search(r'\bNone\b|^Any$', ast.unparse(arg.annotation))]
+    return [name_of(arg) for arg in none if not allows_none(ast.unparse(arg.annotation))]
+
+
+def allows_none(annotation):
+    "May a value be None? Options that several commands share have a name for their type"
+    shared = getattr(cli_common, annotation, None)
+    if shared is not None: annotation = str(typing.get_args(shared)[0])
+    return bool(re.search(r'\bNone\b|^Any$', annotation))
 
 
 def test_every_argument_has_a_type():

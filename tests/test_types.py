@@ -39,7 +39,7 @@ def not_optional(o):
 def allows_none(annotation):
     "May a value be None? Options that several commands share have a name for their type"
     shared = getattr(cli_common, annotation, None)
-    if shared is not None: annotation = str(typing.get_args(shared)[0])
+    if typing.get_origin(shared) is typing.Annotated: annotation = str(typing.get_args(shared)[0])
     return bool(re.search(r'\bNone\b|^Any$', annotation))
 
 

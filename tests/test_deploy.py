@@ -8,8 +8,11 @@ import shutil
 import signal
 import sys
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
+import torchvision
 from command_line import ltrl_here
 from fastai.vision.all import Callback
 from ltrl_fastai.core.files import named_disk_errors
@@ -236,3 +239,40 @@ def test_pictures_show_names_as_they_are(digits):
     draw_confusion(torch.eye(len(many)).long(), vocab=many).figure.savefig(io.BytesIO())
     file = next(digits.rglob('*.png'))
     draw_losses([file], [names[0]], [names[1]], [.5], [1.]).savefig(io.BytesIO())
+
+
+# Weights of a pretrained net
+
+def photographs(folder):
+    "Three classes of photographs that are too large to be trained from scratch by default"
+    rng = np.random.default_rng(0)
+    for name, n in dict(ant=8, bee=6, cat=5).items():
+        (folder/name).mkdir(parents=True)
+        for i in range(n):
+            pixels = rng.integers(0, 255, (80, 100, 3), dtype=np.uint8)
+            PIL.Image.fromarray(pixels).save(folder/name/f'{i}.png')
+    return folder
+
+
+def test_weights_that_can_not_be_downloaded(tmp_path, monkeypatch):
+    for name in ('http_proxy', 'https_proxy'): monkeypatch.setenv(name, 'http://127.0.0.1:9')
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path/'torch'))
+    photographs(tmp_path/'photos')
+    r = ltrl_here('train', '--dataset', 'photos', '--out', 'a', cwd=tmp_path)
+    assert r.returncode == 2 and 'Traceback' not in r.stderr
+    assert 'could not be downloaded' in r.stderr and str(tmp_path/'torch') in r.stderr
+    assert all(o in r.stderr for o in ('--weights FILE', '--from-scratch', 'efficientnet-lite0'))
+
+
+def test_weights_from_a_file(tmp_path):
+    photographs(tmp_path/'photos')
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path/'resnet18.pth')
+    options = '--net resnet18 --size 32 --bs 8 --epochs 2 --no-rl --workers 0 --out a'.split()
+    r = ltrl_here('train', '--dataset', 'photos', '--weights', 'resnet18.pth', *options, cwd=tmp_path)
+    assert r.returncode == 0, r.stderr
+    assert 'pretrained resnet18' in r.stdout
+    model = load_classifier(tmp_path/'a'/'model', device='cpu')  # needs neither the network nor the file
+    assert model.facts['build']['pretrained'] and model.dls.vocab == ['ant', 'bee', 'cat']
+    r = ltrl_here('train', '--dataset', 'photos', '--weights', 'resnet18.pth', '--net', 'resnet34', '--out', 'b',
+                  cwd=tmp_path)
+    assert r.returncode == 2 and 'weights of another net than resnet34' in r.stderr

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torchvision
 from command_line import ltrl_here
-from fastai.vision.all import Callback
+from fastai.vision.all import Callback, MixedPrecision, noop
 from ltrl_fastai.core.files import named_disk_errors
 from ltrl_fastai.data.beds import write_digits_folder
 from ltrl_fastai.deploy.model_files import load_classifier, save_classifier
@@ -276,3 +276,33 @@ def test_weights_from_a_file(tmp_path):
     r = ltrl_here('train', '--dataset', 'photos', '--weights', 'resnet18.pth', '--net', 'resnet34', '--out', 'b',
                   cwd=tmp_path)
     assert r.returncode == 2 and 'weights of another net than resnet34' in r.stderr
+
+
+# Everything that changes a net or its predictions is saved
+
+@pytest.mark.parametrize('settings', [
+    dict(dropout=.3), dict(mixup=.4), dict(label_smoothing=.1), dict(posthoc=1.), dict(method='logit-adjustment'),
+    dict(method='ride')], ids=str)
+def test_a_model_predicts_the_same_after_loading(digits, tmp_path, settings):
+    settings = RunSettings(str(digits), net='resnet8', bs=16, epochs=1, **settings)
+
+    class Keep(Callback):
+        def after_fit(self): learners.append(self.learn)
+    learners = []
+    train_run(settings, bar=False, model=tmp_path/'model', cbs=Keep())
+    loaded = load_classifier(tmp_path/'model', device='cpu')
+    files = [str(file) for file, _ in learners[0].dls.test.dataset.items]
+    logits = []
+    for learn in (learners[0], loaded):
+        with learn.no_bar(): logits.append(learn.get_preds(dl=learn.dls.test_dl(files, num_workers=0), act=noop)[0])
+    assert torch.allclose(*logits, atol=1e-4)
+
+
+def test_half_precision_of_training_is_not_saved(digits, tmp_path):
+    settings = RunSettings(str(digits), net='resnet8', bs=16, epochs=1)
+    learn = settings.learner().to_fp16()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, .01)
+    save_classifier(learn, tmp_path/'model', build=settings.build_facts(learn))
+    assert learn._grab_cbs(MixedPrecision)  # the learner keeps it
+    loaded = load_classifier(tmp_path/'model'/'model.pkl', trust=True, device='cpu')
+    assert not loaded._grab_cbs(MixedPrecision)

@@ -198,7 +198,8 @@ def test_the_committed_evidence_is_made_from_the_results(tmp_path):
     root = Path(__file__).parent.parent/'results'
     rows = json.loads((root/'evidence.json').read_text())
     assert rows == evidence(root)
-    others = {(o, o) for o in ('frozen-grocery', 'frozen-magnetic', 'text', 'tabular', 'folder', 'digits')}
+    beds = 'frozen-grocery frozen-magnetic finetune-grocery finetune-magnetic text tabular folder digits'.split()
+    others = {(o, o) for o in beds}
     assert {(o['protocol'], o['bed']) for o in rows} == {('P1', 'frozen')} | others
     assert {o['method'] for o in rows} == {'softmax', 'bsce'}
     keys = ('protocol bed imbalance_factor method rl baseline decay seeds many medium few all '

@@ -68,7 +68,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as z: names = set(z.namelist())
     ours = {o for o in names if '.dist-info/' not in o}
     modules = {str(o.relative_to(root)) for o in (root/'ltrl_fastai').rglob('*.py')}
-    assert ours == modules | {'ltrl_fastai/py.typed', 'ltrl_fastai/data/photos_lt.npz'}
+    data = {'py.typed', 'data/photos_lt.npz', 'experiments/report.html.jinja'}
+    assert ours == modules | {f'ltrl_fastai/{o}' for o in data}
     assert any(o.endswith('.dist-info/licenses/LICENSE') for o in names)
 
 

@@ -125,7 +125,8 @@ def predict(
             learn = load_classifier(model, trust=trust, device=checked_device(device))
             classes = learn.facts['classes']
             columns = prediction_columns(classes, top_k, all_classes)
-            predictions = predict_files(learn, files, prior=chosen_prior(prior, classes), tta=tta, bs=bs, workers=workers)
+            predictions = predict_files(
+                learn, files, prior=chosen_prior(prior, classes), tta=tta, bs=bs, workers=workers)
             stream = stack.enter_context(_opened(out))
         except torch.OutOfMemoryError: fail(out_of_memory(bs))
         except (ValueError, TypeError, OSError) as e: fail(_named_as_options(e))

@@ -144,7 +144,8 @@ def train(
             dataset=dataset, imbalance_factor=imbalance_factor, method=method, net=net, epochs=epochs, lr=lr, bs=bs,
             flip=flip, policy=policy, cut=cut, n_max=n_max, n_valid=n_valid, size=size, seed=chosen[0],
             data_seed=data_seed, data=str(data) if data else None, skip_broken=skip_broken,
-            weights=str(weights) if weights else None, pretrained=False if from_scratch else None, amp=amp, many=many, few=few)
+            weights=str(weights) if weights else None, pretrained=False if from_scratch else None, amp=amp,
+            many=many, few=few)
         todo = [RunSettings(**common, reflective=o) for o in sides]
         _check_views(todo[0])
         out = out or Path('ltrl-runs')/_folder_name(todo[0], chosen, both=rl is None)

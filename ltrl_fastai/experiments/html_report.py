@@ -453,7 +453,8 @@ def _comparison(place, results, i):
 # %% ../../nbs/experiments/31_html_report.ipynb #7ee26096
 def _template():
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader('ltrl_fastai', 'experiments'), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.PackageLoader('ltrl_fastai', 'experiments'), autoescape=True, trim_blocks=True,
+        lstrip_blocks=True,
         undefined=jinja2.StrictUndefined)
     return environment.get_template('report.html.jinja')
 

@@ -9,7 +9,7 @@ os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 warnings.filterwarnings('ignore', category=FutureWarning, module='torch')
 
-from fastai.vision.all import nn, set_seed  # noqa: E402
+from fastai.vision.all import defaults, nn, set_seed  # noqa: E402
 from ltrl_fastai.all import digits_lt  # noqa: E402
 from quick_workers import quick_workers  # noqa: E402
 
@@ -54,6 +54,19 @@ def pytest_collection_modifyitems(config, items):
 def _quick_workers():
     "Comparisons of this process start their workers at once; those of `ltrl` as a process start them as users do"
     with quick_workers(): yield
+
+
+@pytest.fixture(autouse=True)
+def _choices_of_a_command():
+    "What a command chooses for its process, such as `--no-check`, ends with the test"
+    names = ('LTRL_CHECK_IMAGES', 'LTRL_DEVICE', 'LTRL_WORKERS')
+    before = {name: os.environ.get(name) for name in names}
+    use_cuda = defaults.use_cuda
+    yield
+    defaults.use_cuda = use_cuda
+    for name, value in before.items():
+        if value is None: os.environ.pop(name, None)
+        else: os.environ[name] = value
 
 
 @pytest.fixture

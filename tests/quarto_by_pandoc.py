@@ -140,7 +140,7 @@ def render(folder, pages, to):
     heads = {p: markdown(folder/p)[0] for p in inputs(folder)}
     names = {p: p.parent/head.get('output-file', p.with_suffix('.html').name) for p, head in heads.items()}
     for p in pages: render_page(folder, p, names, to/names[p])
-    for o in folder.rglob('*'):
+    for o in list(folder.rglob('*')):  # a list, since copies may lie below the same folder
         if o.suffix in ('.svg', '.png', '.css'):
             (to/o.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
             (to/o.relative_to(folder)).write_bytes(o.read_bytes())

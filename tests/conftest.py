@@ -1,5 +1,6 @@
 "Shared by the tests: a quiet, reproducible environment without windows."
 import os
+import sys
 import warnings
 
 import pytest
@@ -67,6 +68,13 @@ def _choices_of_a_command():
     for name, value in before.items():
         if value is None: os.environ.pop(name, None)
         else: os.environ[name] = value
+
+
+@pytest.fixture(autouse=True)
+def _no_figure_is_left():
+    "Matplotlib warns of many open figures, and some tests expect no warning"
+    yield
+    if 'matplotlib.pyplot' in sys.modules: sys.modules['matplotlib.pyplot'].close('all')
 
 
 @pytest.fixture

@@ -574,7 +574,9 @@ def test_interrupt_of_a_process(tmp_path):
     root = folders(tmp_path/'data', dict(cat=300, dog=3))
     os.mkfifo(root/'cat/00.jpg')  # the first file, and reading it waits for a writer
     command = [sys.executable, '-m', 'ltrl_fastai', 'inspect', root]
-    p = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    def hear_interrupts(): signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore them
+    p = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                         preexec_fn=hear_interrupts)
     try:
         with open(root/'cat/00.jpg', 'wb'):
             time.sleep(.2)

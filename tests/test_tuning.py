@@ -500,7 +500,8 @@ def test_the_command_line_tunes_and_reports_three_gains(compared):
         assert text in line and line in said.output
     assert 'Chosen on validation images: bsce' in said.output
     assert {o.name for o in out.iterdir() if o.name[0] != '.'} == {
-        'compare.json', 'runs', 'runs.csv', 'summary.csv', 'summary.md', 'summary.png', 'tuning', 'tuning.json'}
+        'compare.json', 'recommendation.json', 'runs', 'runs.csv', 'summary.csv', 'summary.md', 'summary.png',
+        'tuning', 'tuning.json'}
     assert again.exit_code == 0 and '0 computed' in again.output and len(done) == len(set(done))  # all was there
     report = CliRunner().invoke(cli.app, ['report', str(out.parent)]).output
     assert report.count('(c) best with, over best without') == 1 and '/tuning' not in report

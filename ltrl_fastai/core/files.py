@@ -63,8 +63,10 @@ def write_json(o:Any, # Of plain types; no NaN
 def save_figure(fig:Any, # A Matplotlib figure
                 path:str|Path # The file to replace; its suffix is the format
                ):
-    "Save a figure atomically."
+    "Save a figure atomically, and close it."
+    import matplotlib.pyplot as plt
     with atomic_write(path) as temporary: fig.savefig(temporary, dpi=120)
+    plt.close(fig)
 
 def _to_json(o, indent=''):
     "`o` as JSON: a list or dict without another inside takes one line"

@@ -429,7 +429,6 @@ def save(self:Evaluation,
         pictures['top_losses'] = draw_losses(*(list(worst[k]) for k in worst))
     for name,fig in pictures.items():
         save_figure(fig, folder/f'{name}.png')
-        plt.close(fig)
     write_json(self.as_dict(n_worst), folder/'evaluation.json')
     return [folder/o for o in _files if (folder/o).exists()]
 

@@ -59,6 +59,7 @@ def name_of(o): return getattr(o, '__name__', o)
 
 @pytest.mark.parametrize('arch', [resnet18, mobilenet_v3_small, 'resnet10t'], ids=name_of)
 def test_vision_learner(photos, quick_fit, arch):
+    set_seed(0, reproducible=True)
     loss = BalancedSoftmaxLoss(class_counts(photos))
     learn = vision_learner(photos, arch, pretrained=False, normalize=False, loss_func=loss, metrics=accuracy)
     learn.add_cbs(all_three())

@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 from ltrl_fastai.data.beds import write_digits_folder
 from ltrl_fastai.evaluation.metrics import interval
-from ltrl_fastai.experiments import cli, cli_compare, cli_train, training
+from ltrl_fastai.experiments import cli, cli_compare, training
 from ltrl_fastai.experiments.plan import make_plan, parse_setting, variants
 from ltrl_fastai.experiments.recommend import (
     least_lead, recommend, recommendation_markdown, recommendations, train_command, write_recommendations)
@@ -268,7 +268,8 @@ def trained(monkeypatch):
     "The settings that `ltrl train` would train with, by its command line"
     def settings_of(command):
         found = []
-        monkeypatch.setattr(cli_train, '_train_once', lambda todo, out, **kwargs: found.extend(todo))
+        train = next(o.callback for o in cli.app.registered_commands if o.callback.__name__ == 'train')
+        monkeypatch.setitem(train.__globals__, '_train_once', lambda todo, out, **kwargs: found.extend(todo))
         program, *args = shlex.split(command)
         assert program == 'ltrl'
         res = CliRunner().invoke(cli.app, args)
@@ -304,9 +305,9 @@ def test_settings_without_an_option_are_trained_in_python(fields, monkeypatch):
     command = train_command(dataclasses.asdict(settings))
     if command.startswith('ltrl'): pytest.skip('`ltrl train` has an option for it')
     found = []
-    monkeypatch.setattr(training, 'train_run', found.append)
+    monkeypatch.setattr('ltrl_fastai.experiments.training.train_run', found.append)
     exec(command, {})
-    assert found == [settings]
+    assert [dataclasses.asdict(o) for o in found] == [dataclasses.asdict(settings)]
 
 
 def test_a_seed_of_the_data_is_trained_with_if_all_runs_have_it():

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from ltrl_fastai.experiments.cli import app
+
 root = Path(__file__).parent.parent
 notebooks = sorted(root.glob('nbs/**/*.ipynb'))
 # Chapters that take more than ten seconds: they train several networks, or start several processes
@@ -57,8 +59,16 @@ def test_slow_chapters_exist():
     assert slow <= {nb.relative_to(root/'nbs').with_suffix('').as_posix() for nb in notebooks}
 
 
+@pytest.fixture
+def _commands_as_before():
+    "The cells of a command's chapter add it to the application once more: other tests must not find it there"
+    before = list(app.registered_commands)
+    yield
+    app.registered_commands[:] = before
+
+
 @pytest.mark.parametrize('nb', map(chapter, notebooks))
-def test_notebook(nb):
+def test_notebook(nb, _commands_as_before):
     from nbdev.test import test_nb as run
     folder, handler = os.getcwd(), signal.getsignal(signal.SIGINT)
     try: ok, _ = run(nb, skip_flags=['notest'], basepath=root)

@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 from ltrl_fastai.data.beds import write_digits_folder
 from ltrl_fastai.evaluation.metrics import interval
-from ltrl_fastai.experiments import cli, cli_compare, training
+from ltrl_fastai.experiments import cli, cli_compare, cli_train, training
 from ltrl_fastai.experiments.plan import make_plan, parse_setting, variants
 from ltrl_fastai.experiments.recommend import (
     least_lead, recommend, recommendation_markdown, recommendations, train_command, write_recommendations)
@@ -268,8 +268,7 @@ def trained(monkeypatch):
     "The settings that `ltrl train` would train with, by its command line"
     def settings_of(command):
         found = []
-        train = next(o.callback for o in cli.app.registered_commands if o.callback.__name__ == 'train')
-        monkeypatch.setitem(train.__globals__, '_train_once', lambda todo, out, **kwargs: found.extend(todo))
+        monkeypatch.setattr(cli_train, '_train_once', lambda todo, out, **kwargs: found.extend(todo))
         program, *args = shlex.split(command)
         assert program == 'ltrl'
         res = CliRunner().invoke(cli.app, args)

@@ -363,7 +363,10 @@ def test_priors_of_the_command(digits_model, learn, some, tmp_path):
 
 def test_options_of_the_command(digits_model, learn, some, tmp_path):
     plain, _ = ltrl(digits_model[1], *some)
-    assert ltrl(digits_model[1], *some, '--bs', 1, '--workers', 1)[0] == plain
+    one_by_one, _ = ltrl(digits_model[1], *some, '--bs', 1, '--workers', 1)
+    assert [o['class'] for o in rows_of(one_by_one)] == [o['class'] for o in rows_of(plain)]
+    for one, other in zip(rows_of(one_by_one), rows_of(plain), strict=True):  # the last digit may be rounded otherwise
+        assert float(one['probability']) == pytest.approx(float(other['probability']), abs=2e-6)
     rejected, _ = ltrl(digits_model[1], *some, '--reject-below', 1)
     assert [o['class'] for o in rows_of(rejected)] == ['']*3
     assert [o['probability'] for o in rows_of(rejected)] == [o['probability'] for o in rows_of(plain)]

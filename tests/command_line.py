@@ -13,7 +13,8 @@ import warnings
 from pathlib import Path
 from unittest.mock import patch
 
-from ltrl_fastai.experiments.cli import main
+from fastcore.xtras import working_directory
+from ltrl_fastai.cli.main import main
 
 program = str(Path(sys.executable).parent/'ltrl')
 wide = {'MPLBACKEND': 'Agg', 'COLUMNS': '200'}
@@ -38,7 +39,7 @@ def ltrl_here(*args, cwd):
     args = ['ltrl', *map(str, args)]
     output, errors = io.StringIO(), io.StringIO()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_changed_folder(cwd))
+        stack.enter_context(working_directory(cwd))
         stack.enter_context(patch.dict(os.environ, wide))
         stack.enter_context(patch.object(sys, 'argv', args))
         shown = stack.enter_context(_warnings_of_a_new_process())
@@ -53,15 +54,6 @@ def ltrl_here(*args, cwd):
             code = 1
     texts = [warnings.formatwarning(o.message, o.category, o.filename, o.lineno) for o in shown]
     return subprocess.CompletedProcess(args, code, output.getvalue(), errors.getvalue()+''.join(texts))
-
-
-@contextlib.contextmanager
-def _changed_folder(folder):
-    "What `contextlib.chdir` does from Python 3.11 on"
-    before = os.getcwd()
-    os.chdir(folder)
-    try: yield
-    finally: os.chdir(before)
 
 
 @contextlib.contextmanager

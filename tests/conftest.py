@@ -1,5 +1,6 @@
 "Shared by the tests: a quiet, reproducible environment without windows."
 import os
+import shutil
 import sys
 import warnings
 
@@ -121,3 +122,22 @@ def digits_model(tmp_path_factory):
     build = settings.build_facts(learn)
     model = save_classifier(learn, folder/'model', build=build, calibration=calibration, name='Digits')
     return images, model
+
+
+@pytest.fixture(scope='module')
+def browser():
+    "Chromium without a window; the test is skipped without it"
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+    driver = shutil.which('chromedriver')
+    if not driver:
+        if os.environ.get('CI'): pytest.fail('a browser is needed: install chromium and chromedriver')
+        pytest.skip('no chromedriver: install chromium and chromedriver to see pages in a browser')
+    options = webdriver.ChromeOptions()
+    arguments = ('--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage',
+                 '--window-size=1300,1000')
+    for o in arguments: options.add_argument(o)
+    options.set_capability('goog:loggingPrefs', {'browser': 'ALL', 'performance': 'ALL'})
+    b = webdriver.Chrome(options=options, service=Service(driver))
+    yield b
+    b.quit()

@@ -7,7 +7,7 @@ import torch
 from fastai.basics import SGD, Callback, set_seed
 from ltrl_fastai.all import ReflectiveLearning, allow_cpu_ranks, create_net, digits_lt, methods
 
-names = ['paco', 'bbn', 'ncl', 'crt', 'mislas']
+names = ['paco', 'proco', 'bbn', 'ncl', 'crt', 'mislas', 'class-aware-sampling', 'progressive-sampling']
 
 
 class Targets(Callback):

@@ -79,7 +79,7 @@ class Public:
 
 def is_command(o):
     "Is it a command, whose options have their own help, and whose docstring is the text of `--help`?"
-    return o.name.startswith('ltrl_fastai.experiments.cli')
+    return o.name.startswith('ltrl_fastai.cli.')
 
 
 def name_of(arg): return arg.arg if isinstance(arg, ast.arg) else arg.target.id

@@ -21,7 +21,7 @@ from ltrl_fastai.data.catalogue import catalogue
 from ltrl_fastai.data.frozen import Lite0, TorchFeatures, extractor_of, frozen_loaders
 from ltrl_fastai.data.images import UnreadableImage
 from ltrl_fastai.data.own import own_images
-from ltrl_fastai.experiments.cli import app
+from ltrl_fastai.cli.main import app
 from ltrl_fastai.experiments.plan import make_plan, protocols, variants
 from ltrl_fastai.experiments.runner import Identities, run_plan
 from ltrl_fastai.experiments.summary import evidence

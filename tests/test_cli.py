@@ -1,6 +1,8 @@
 "`ltrl train` as a user has it: a process, its files, its numbers, its errors."
+import errno
 import functools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -8,6 +10,7 @@ import time
 
 import pytest
 from command_line import ltrl_here, ltrl_process, start_ltrl
+from ltrl_fastai.experiments.training import RunSettings, train_run
 
 
 def run(*args, cwd, check=True, start=ltrl_here):
@@ -205,3 +208,82 @@ def test_an_interrupt_says_how_to_go_on(tmp_path):
 def test_a_data_set_given_as_an_argument(command, tmp_path):
     r = run(command, 'photos', '--out', 'here', cwd=tmp_path, check=False)
     assert r.returncode == 2 and 'photos' in r.stderr and '--dataset PATH' in r.stderr
+
+
+@pytest.mark.parametrize('method', ['bsce', 'crt'])
+def test_the_table_of_epochs(method, capsys):
+    "Narrow, from epoch 1 in each stage, and in percent as the result is"
+    settings = RunSettings(epochs=2, n_max=20, method=method, reflective={})
+    res, _ = train_run(settings, bar=True)
+    printed = capsys.readouterr().out.splitlines()
+    lines = [line for line in printed if line.split()[:1] in (['epoch'], ['1'], ['2'])]  # others are notes
+    header, *rows = [line.split() for line in lines[:3]]
+    n_stages = len(res.get('stages', []))+1
+    assert max(map(len, lines)) <= 80 and lines.count(lines[0]) == n_stages == (1 if method == 'bsce' else 2)
+    assert [row[0] for row in rows] == ['1', '2']
+    names = [name for name in header if name != '%']
+    for name in ('all', 'few'):
+        shown = [row[names.index(name)] for row in rows]
+        assert f'{name} %' in lines[0] and shown == [f'{v:.1f}' for v in res['history'][name]]
+
+
+_ways = {
+    'train': ('train', '--dataset', 'digits-lt', '--out'), 'compare': ('compare', '--out'),
+    'run': ('run', 'table1/BSCE+RL/100', '--out'), 'bench': ('bench', '--out'),
+    'inspect': ('inspect', '{images}', '--out'), 'evaluate': ('evaluate', '{model}', '{images}', '--out'),
+    'predict': ('predict', '{model}', '{images}', '--out'), 'export': ('export', '{model}', '--out'),
+    'report': ('report', '{model}', '--html'), 'evidence': ('report', '{model}', '--evidence')}
+
+
+@pytest.mark.parametrize('name', _ways)
+def test_a_file_where_the_output_needs_a_folder(name, digits_model, tmp_path):
+    "Each command says which file is in the way, before it does anything"
+    images, model = digits_model
+    (tmp_path/'notes').write_text('mine')
+    ending = dict(inspect='a.html', bench='a.json', predict='a.csv', export='a.onnx', report='a.html',
+                  evidence='a.json')
+    out = f"notes/{ending.get(name, 'sub')}"
+    r = run(*(o.format(images=images, model=model) for o in _ways[name]), out, cwd=tmp_path, check=False)
+    option = {'report': '--html', 'evidence': '--evidence'}.get(name, '--out')
+    assert r.returncode == 2 and 'Traceback' not in r.stderr, r.stderr
+    assert f"{option}: {out} can't be made, since notes is a file and no folder. Give another place." in r.stderr
+    assert (tmp_path/'notes').read_text() == 'mine' and len([*tmp_path.iterdir()]) == 1
+
+
+@pytest.mark.parametrize('args,reason', [
+    (('--dataset', 'grocery', '--net', 'resnet34', '--weights', 'w.pth'), 'w.pth'), (('--dataset', 'empty'), 'empty')])
+def test_a_training_that_can_not_start_leaves_no_folder(args, reason, tmp_path):
+    (tmp_path/'empty').mkdir()
+    for out in ([], ['--out', 'runs/deep/a']):
+        r = run('train', *args, *out, cwd=tmp_path, check=False)
+        assert r.returncode == 2 and reason in r.stderr, r.stderr
+        assert [o.name for o in tmp_path.iterdir()] == ['empty']
+
+
+def full_disk(*_, **__): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'x')
+
+
+def test_a_full_disk_in_training(tmp_path, monkeypatch):
+    "The reason without fastai's words, and what the next command does"
+    monkeypatch.setattr('ltrl_fastai.experiments.checkpoint.atomic_write', full_disk)
+    args = ('train', '--dataset', 'digits-lt', '--epochs', '1', '--no-rl', '--out', 'a')
+    r = run(*args, cwd=tmp_path, check=False)
+    assert r.returncode == 2 and 'No space left on device' in r.stderr and 'Traceback' not in r.stderr
+    assert 'Exception occured' not in r.stderr and 'the same command starts anew' in r.stderr
+    assert not (tmp_path/'a').exists()
+
+
+@pytest.mark.parametrize('args', [
+    ('train', '--dataset', 'digits-lt', '--out'), ('compare', '--seeds', '1', '--out')])
+def test_a_folder_that_can_not_be_made(args, tmp_path):
+    "The system's reason, with the place and what to do"
+    r = run(*args, tmp_path/('x'*300), cwd=tmp_path, check=False)
+    assert r.returncode == 2 and "can't be made (File name too long). Choose another place." in r.stderr
+    assert 'Errno' not in r.stderr
+
+
+def test_a_wrong_path_names_what_is_expected(tmp_path):
+    (tmp_path/'a.txt').touch()
+    for name, reason in {'a.txt': 'a.txt is no folder and no CSV file', 'no/where': 'no/where is not there'}.items():
+        r = run('train', '--dataset', './'+name, cwd=tmp_path, check=False)
+        assert r.returncode == 2 and reason in r.stderr and '`ltrl datasets` lists' in r.stderr

@@ -1,5 +1,6 @@
 "`ltrl compare` and `ltrl report` on the command line: killed, repeated, changed, misused."
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import ltrl_here, ltrl_process, start_ltrl
+from ltrl_fastai.experiments.plan import make_plan, variants
+from ltrl_fastai.experiments.runner import run_file, work_folder
 from ltrl_fastai.experiments.training import RunSettings, train_run
 
 
@@ -220,3 +223,25 @@ def test_the_committed_evidence_is_made_from_the_results(tmp_path):
 def test_an_option_of_train_is_suggested_as_a_setting(option, tmp_path):
     said = run('compare', option, '3', '--out', 'a', cwd=tmp_path, code=2)
     assert f"--set {option[2:].replace('-', '_')}=..." in said
+
+
+@pytest.mark.parametrize('seeds,runs,begun,said', [
+    ('2', 4, 0, '4 runs, 2 at a time, scored on'), ('1', 2, 1, 'Going on: 1 finished run, 1 interrupted run\n')])
+def test_the_header_of_a_comparison(seeds, runs, begun, said, tmp_path, monkeypatch):
+    "It says what an earlier start has left; --workers reaches the processes"
+    def run_nothing(plan, out, *_):
+        assert len(plan) == runs and os.environ['LTRL_WORKERS'] == '3'
+    monkeypatch.setattr('ltrl_fastai.experiments.runner.run_plan', run_nothing)
+    monkeypatch.setenv('LTRL_WORKERS', '0')  # is put back
+    plan = make_plan(['bsce'], variants('both', [], [], [], False), [0])
+    if begun:
+        for file in (run_file(tmp_path/'a', plan[0]), work_folder(tmp_path/'a')/f'{plan[1].name}-1234.pt'):
+            file.parent.mkdir(parents=True)
+            file.touch()
+    args = ['compare', '--seeds', seeds, '--jobs', '2', '--workers', '3', '--out', 'a']
+    assert said in run(*args, cwd=tmp_path) and run('compare', '--workers', '-1', '--out', 'a', cwd=tmp_path, code=2)
+
+
+def test_the_header_of_one_run(tmp_path, monkeypatch):
+    monkeypatch.setattr('ltrl_fastai.experiments.runner.run_plan', lambda *_: [])
+    assert run('compare', '--seeds', '1', '--rl', 'on', '--out', 'a', cwd=tmp_path).startswith('1 run, scored on')

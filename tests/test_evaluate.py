@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from fastai.vision.all import noop
+from ltrl_fastai.core.files import place_mark
 from ltrl_fastai.data.images import UnreadableImage
 from ltrl_fastai.data.labelled import labelled_images, match_classes
 from ltrl_fastai.deploy.calibration import Calibration
@@ -17,7 +18,7 @@ from ltrl_fastai.deploy.model_files import load_classifier, save_classifier
 from ltrl_fastai.evaluation.mistakes import (
     calibration_error, draw_confusion, draw_losses, draw_reliability, reliability)
 from ltrl_fastai.evaluation.report import ShotReport
-from ltrl_fastai.experiments.cli import app
+from ltrl_fastai.cli.main import app
 from PIL import Image
 from sklearn import metrics
 from typer.testing import CliRunner
@@ -66,7 +67,6 @@ def test_metrics_are_those_of_scikit_learn(draw):
         assert e.per_class[k].tolist() == pytest.approx(values.tolist(), abs=1e-5)
     assert e.plain.value == pytest.approx(100*metrics.accuracy_score(y, predicted))
     assert e.groups['all'].value == pytest.approx(100*metrics.balanced_accuracy_score(y, predicted))
-    assert e.top5['plain'].value == pytest.approx(100*metrics.top_k_accuracy_score(y, p, k=5))
     found = e.probabilities['softmax']
     assert found['nll'].value == pytest.approx(metrics.log_loss(y, p))
     one_hot = np.eye(8)[y]
@@ -250,9 +250,15 @@ def test_what_does_not_fit(draw):
     with pytest.raises(ValueError, match='has diverged'): quick(z*float('nan'), y)
 
 
-def test_two_classes_have_no_top5():
-    e = evaluate_logits(torch.eye(2), torch.tensor([0, 1]), ['a', 'b'], [9, 1], resamples=5)
-    assert e.top5 is None and 'top 5' not in e.summary() and e.as_dict()['top5_accuracy'] is None
+@pytest.mark.parametrize('n', [2, 6, 19, 20, 40])
+def test_few_classes_have_no_top5(n):
+    "Among six classes, five guesses are nearly always right"
+    z = torch.randn(60, n, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(60) % n
+    e = evaluate_logits(z, y, [str(i) for i in range(n)], [9]*n, resamples=5)
+    assert ('top 5' in e.summary()) == (n >= 20)
+    if n < 20: assert e.top5 is None and e.as_dict()['top5_accuracy'] is None
+    else: assert e.top5['plain'].value == pytest.approx(100*metrics.top_k_accuracy_score(y, z, k=5))
 
 
 # A model and images
@@ -394,7 +400,7 @@ def test_other_learners(dls, mlp, digits_model, tmp_path):
     with pytest.raises(ValueError, match='does not take image files'): evaluate(learn, tmp_path/'images')
     images, model = digits_model
     learn = load_classifier(model, device='cpu')
-    learn.facts['settings'] = dict(dataset=str(images/'test'))
+    learn.facts['place'] = place_mark(images/'test')
     notes = evaluate(learn, images/'test', resamples=0).notes
     assert 'most images are training images' in notes[0]
     assert not evaluate(learn, images, resamples=0).notes

@@ -12,7 +12,7 @@ from fastai.vision.all import Callback, Learner, nn, noop
 from ltrl_fastai.deploy import export as module
 from ltrl_fastai.deploy.export import export_model, read_exported
 from ltrl_fastai.deploy.model_files import load_classifier
-from ltrl_fastai.experiments.cli import app
+from ltrl_fastai.cli.main import app
 from ltrl_fastai.experiments.settings import RunSettings
 from ltrl_fastai.methods.posthoc import LogitAdjustment
 from ltrl_fastai.methods.ride import GatedExperts
@@ -308,3 +308,14 @@ def test_pickles_need_trust(digits_model, tmp_path):
     assert refused.exit_code == 2 and '--trust' in refused.output and not list(tmp_path.iterdir())
     r = ltrl(pickle, '--out', tmp_path/'a.pt', '--trust')
     assert r.exit_code == 0 and (tmp_path/'a.pt').exists()
+
+
+@pytest.mark.parametrize('format', ['torch', 'torchscript'])
+def test_a_full_disk(format, digits_model, tmp_path, monkeypatch):
+    "Also where PyTorch would end the process: nothing is left, and the error is raised"
+    def write(*_): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(Path, 'write_bytes', write)
+    learn = load_classifier(digits_model[1], device='cpu')
+    file = tmp_path/f'model{module._suffixes[format]}'
+    with pytest.raises(OSError, match='No space'): export_model(learn, file, format)
+    assert not [*tmp_path.iterdir()]

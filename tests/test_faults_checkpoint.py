@@ -52,6 +52,7 @@ from ltrl_fastai.all import (
     shot_accuracies,
 )
 from ltrl_fastai.methods.decouple import mean_head, ncm, tau_norm, tau_norm_head
+from test_methods import from_scratch
 
 
 def net():
@@ -852,11 +853,11 @@ def exported(learn, dls, path):
         return [o.get_preds(dl=o.dls.test_dl(list(x)))[0] for o in (learn, other)]
 
 
-@pytest.mark.parametrize('name', methods)
+@pytest.mark.parametrize('name', from_scratch)
 def test_fault_05_export_after_every_method(name, dls, tmp_path):
     counts = class_counts(dls)
     method = methods[name]
-    if method.views > 1 or any(s.views > 1 for s in method.then) or name == 'bbn':
+    if method.views > 1 or any(s.views > 1 for s in method.later_stages) or name == 'bbn':
         dls = digits_lt(device='cpu', n_max=40)
     learn = method.learner(dls, create_net('resnet8', 10, n_in=1), opt_func=partial(SGD, mom=0.9), path=tmp_path)
     with learn.no_bar(), learn.no_logging():
@@ -885,7 +886,7 @@ def test_fault_05_a_new_head_is_trained_afterwards(dls, tmp_path):
     "The optimizer has the new parameters"
     learn = quiet(Learner(dls, net(), loss_func=CrossEntropyLossFlat(), opt_func=SGD, path=tmp_path), 1)
     with learn.no_bar(), learn.no_logging():
-        Method('', '', then=(tau_norm,)).fit(learn, 2, 0.01, first=lambda *args: None)
+        Method('', '', later_stages=(tau_norm,)).fit(learn, 2, 0.01, first=lambda *args: None)
     before = learn.model[-1].weight.detach().clone()
     quiet(learn, 1)
     assert not learn.model[-1].weight.equal(before)
@@ -903,7 +904,7 @@ def test_fault_05_two_stages_without_training(dls, tmp_path):
         1,
     )
     with learn.no_bar(), learn.no_logging():
-        Method('', '', then=(tau_norm, ncm)).fit(learn, 1, 0.01, first=lambda *args: None)
+        Method('', '', later_stages=(tau_norm, ncm)).fit(learn, 1, 0.01, first=lambda *args: None)
     a, b = exported(learn, dls, tmp_path)
     assert torch.equal(a, b)
 

@@ -18,9 +18,11 @@ import torch
 from fastai.tabular.all import CategoryBlock, RegressionBlock, TabularPandas
 from fastai.vision.all import Datasets, L, Learner, PILImage, nn
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from typer.testing import CliRunner
 
+from ltrl_fastai.data.audit import inspect_images
 from ltrl_fastai.all import (
     broken_images, cifar100_frozen_lt, cifar10_lt, class_counts, dataset_targets, digits_lt, frozen_features,
     frozen_loaders, imagenet_lt, inaturalist18, load_cifar, long_tailed, open_image, own_images, CifarResNet, Lite0)
@@ -30,7 +32,7 @@ from ltrl_fastai.data.listfiles import read_inat, read_list
 from ltrl_fastai.data.lists import DataNote, list_sets
 from ltrl_fastai.data.own import read_folder
 from ltrl_fastai.data.own import read_csv
-from ltrl_fastai.experiments.cli import app
+from ltrl_fastai.cli.main import app
 
 pytestmark = pytest.mark.filterwarnings('ignore::ltrl_fastai.data.lists.DataNote')
 small = dict(bs=4, size=16, device='cpu')
@@ -1042,3 +1044,45 @@ def test_fault_18_variants():
     with pytest.raises(TypeError, match='not single class indices'): class_counts(Labelled(torch.eye(3)))
     with pytest.raises(ValueError, match='no items to count'): class_counts(Labelled([]))
     assert class_counts(Labelled(np.array([0, 1, 1], dtype=object))).tolist() == [1, 2]
+
+
+ramp12 = np.arange(0, 4096, 16, dtype=np.uint16).reshape(16, 16)+np.arange(16, dtype=np.uint16)  # not a multiple of 16
+
+
+def save_bits(pixels, file, bits=None):
+    "16 bits a pixel, with a chunk or a tag that says how many of them count"
+    chunks, tags = PngInfo(), ImageFileDirectory_v2()
+    if bits: chunks.add(b'sBIT', bytes([bits]))
+    if bits: tags[281] = 2**bits-1
+    Image.fromarray(pixels).save(file, **(dict(pnginfo=chunks) if file.suffix == '.png' else dict(tiffinfo=tags)))
+    return file
+
+
+@pytest.mark.parametrize('ending', ['.png', '.tif'])
+def test_significant_bits_are_scaled(ending, tmp_path):
+    "12 bits in 16 become 8 bits by their range if the file says so; a PNG that is scaled already stays"
+    def read(pixels, bits): return np.asarray(open_image(save_bits(pixels, tmp_path/f'x{ending}', bits)))[..., 0]
+    right = np.round(ramp12/4095*255)
+    assert (read(ramp12, 12) == right).all() and (read(ramp12, None) == np.round(ramp12/257)).all()
+    assert (read(ramp12*8, 12) == np.round(ramp12*8/257)).all()  # more bits than it says: as without it
+    if ending == '.png':
+        for scaled in (ramp12 << 4, (ramp12 << 4)+(ramp12 >> 8)):
+            assert (read(scaled, 12) == np.round(scaled/257)).all()
+            assert (read(scaled >> 8 << 4, 12) <= 16).all()  # a dark image is not stretched
+
+
+def test_dark_images_of_16_bits_are_named(tmp_path):
+    folders(tmp_path, dict(a=4, b=4))
+    save_bits(ramp12, tmp_path/'a/dim.png')
+    save_bits(ramp12, tmp_path/'a/told.png', 12)
+    save_bits(ramp12*16, tmp_path/'b/bright.png')
+    for _ in range(2):  # also when the images are known to be whole
+        notes = [o for o in own_images(tmp_path, **small).notes if 'almost black' in o]
+        assert len(notes) == 1 and 'a/dim.png' in notes[0] and 'told' not in notes[0] and '4,095' in notes[0]
+    findings = {o.kind: o for o in inspect_images(tmp_path).findings}
+    assert findings['dark-16-bit'].files == ['a/dim.png'] and '0 to 4,095' in findings['dark-16-bit'].text
+    assert set(findings['16-bit'].files) == {'a/dim.png', 'a/told.png', 'b/bright.png'}
+    save_bits(ramp12*4, tmp_path/'b/bright.png')  # 14 bits
+    (tmp_path/'a/told.png').unlink()
+    dark = next(o for o in inspect_images(tmp_path).findings if o.kind == 'dark-16-bit')
+    assert set(dark.files) == {'a/dim.png', 'b/bright.png'}

@@ -20,7 +20,7 @@ from ltrl_fastai.all import Checkpoint, ReflectiveLearning, WithIds, digits_lt, 
 from ltrl_fastai.experiments.checkpoint import ForeignCheckpoint
 from ltrl_fastai.experiments.identity import data_changes, data_listing, listing_digest
 from ltrl_fastai.experiments.plan import make_plan, parse_setting, variants
-from ltrl_fastai.experiments.runner import cores, look, read_result, run_file, run_plan
+from ltrl_fastai.experiments.runner import cores, plan_status, read_result, run_file, run_plan
 from ltrl_fastai.experiments.summary import class_table, load_results
 from ltrl_fastai.experiments.training import RunSettings, locked_folder, train_run
 from PIL import Image
@@ -334,7 +334,7 @@ def test_fault_09_tabular_learner(tmp_path):
 
 def in_process(*args):
     "Exit status and output"
-    from ltrl_fastai.experiments.cli import app
+    from ltrl_fastai.cli.main import app
     from typer.testing import CliRunner
     r = CliRunner().invoke(app, list(args))
     assert r.exception is None or isinstance(r.exception, SystemExit), r.exception
@@ -394,7 +394,7 @@ def test_fault_09_compare_computes_again_and_says_what_changed(tmp_path):
     root = photographs(tmp_path/'data')
     plan = partial(make_plan, ['softmax'], variants('off'), [0], dataset=str(root), epochs=1, bs=4, net='resnet8')
     run_plan(plan(), tmp_path/'a', jobs=1)
-    look_again = partial(look, folder=tmp_path/'a', threads=cores())
+    look_again = partial(plan_status, folder=tmp_path/'a', threads=cores())
     assert look_again(plan())[0].done
     for change, text in ((replace, 'first: bee/3.png'), (rename, 'class ant is missing, zebra is new')):
         change(root)
@@ -407,12 +407,13 @@ def test_fault_09_compare_computes_again_and_says_what_changed(tmp_path):
 
 def test_fault_09_data_that_change_while_runs_are_computed(tmp_path):
     "The result is not saved as one of the data at the beginning"
-    from ltrl_fastai.experiments.runner import finish
+    from ltrl_fastai.experiments.runner import compute_run
     root = photographs(tmp_path/'data')
     plan = make_plan(['softmax'], variants('off'), [0], dataset=str(root), epochs=1, bs=4, net='resnet8')
-    todo = look(plan, tmp_path/'a')[0]
+    todo = plan_status(plan, tmp_path/'a')[0]
     replace(root)
-    with pytest.raises(RuntimeError, match='data changed after the comparison had begun'): finish(todo, tmp_path/'a')
+    with pytest.raises(RuntimeError, match='data changed after the comparison had begun'):
+        compute_run(todo, tmp_path/'a')
     assert read_result(run_file(tmp_path/'a', plan[0])) is None
 
 

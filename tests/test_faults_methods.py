@@ -17,8 +17,8 @@ from ltrl_fastai.all import (BinaryBalancedLoss, ClassBalancedLoss, CosineHead, 
                              queued_net, soft_cross_entropy, soft_labels, unaugmented)
 from ltrl_fastai.methods.nets import create_net
 from ltrl_fastai.methods.balancing import decay_in_gradient, MaxNorm, published_balancing
-from ltrl_fastai.methods.ride import Distilled, GatedExperts, GateLoss, assignment, distillation, follow, gate_callbacks
-from test_methods import small_digits
+from ltrl_fastai.methods.ride import Distilled, GatedExperts, GateLoss, assignment, distil, distillation, gate_callbacks
+from test_methods import from_scratch, small_digits
 from test_vectors import close, load
 
 counts = [50, 20, 7, 1]
@@ -83,7 +83,7 @@ def learner_of(name, cbs=None):
     return methods[name].learner(small_digits(), create_net('resnet8', 10, n_in=1), cbs=cbs)
 
 
-@pytest.mark.parametrize('name', methods)
+@pytest.mark.parametrize('name', from_scratch)
 def test_fault_20_summary_of_every_method(name):
     "Before the fit and after all stages"
     learn = learner_of(name)
@@ -92,7 +92,7 @@ def test_fault_20_summary_of_every_method(name):
     assert 'Total params' in str(learn.summary())
 
 
-@pytest.mark.parametrize('name', ['mdcs', 'paco'])
+@pytest.mark.parametrize('name', ['mdcs', 'paco', 'proco', 'glmc'])
 def test_fault_20_the_training_loader_outside_of_training(name):
     "Summary, validation and prediction of training batches use the first view of each image"
     learn = learner_of(name, ReflectiveLearning())
@@ -324,7 +324,7 @@ def test_fault_22_decay_in_the_gradient(opt_func):
 
 def test_fault_22_the_published_stage_has_its_own_loss_and_decay():
     "By default, the second stage has the class-balanced loss and the optimizer's weight decay"
-    method = dataclasses.replace(methods['weight-balancing'], then=(published_balancing,))
+    method = dataclasses.replace(methods['weight-balancing'], later_stages=(published_balancing,))
     learn = learner_of('weight-balancing')
     steps = []
     class StepLog(Callback):
@@ -416,7 +416,7 @@ def test_fault_27_gates():
 
 def test_fault_27_training_of_gates():
     "With class-aware sampling, for 5 epochs at 0.01, in batches of 512 if asked for"
-    stage = methods['ride-assigned'].then[0]
+    stage = methods['ride-assigned'].later_stages[0]
     _, sampling = stage.cbs(counts)
     assert (stage.lr, stage.epochs) == (.01, 5)
     assert isinstance(sampling, ClassAwareSampling)
@@ -448,7 +448,7 @@ def test_fault_27_batches_of_the_gates(bs, expected):
     learn = learner_of('ride-assigned')
     log = Sizes()
     stage = dataclasses.replace(assignment, cbs=partial(gate_callbacks, bs=bs))
-    method = dataclasses.replace(methods['ride-assigned'], then=(stage,))
+    method = dataclasses.replace(methods['ride-assigned'], later_stages=(stage,))
     with learn.no_bar(), learn.no_logging(): method.fit(learn, 1, .01, cbs=lambda i: [log] if i else [])
     assert log.sizes[0] == expected
     assert sum(log.sizes) == 20
@@ -476,8 +476,8 @@ def test_fault_27_distillation_as_published():
     close(default((z, teacher), y), ride(z, y)+sum(kl(z[:, k]) for k in range(3)), 1e-6)
     equal = z[:, :1].expand(-1, 3, -1)
     close(published((equal, teacher), y)-default((equal, teacher), y), 2*ride(equal, y), 1e-6)
-    stage = dataclasses.replace(distillation, prepare=partial(follow, published=True))
-    method = dataclasses.replace(methods['ride-distilled'], then=(stage,))
+    stage = dataclasses.replace(distillation, prepare=partial(distil, published=True))
+    method = dataclasses.replace(methods['ride-distilled'], later_stages=(stage,))
     learn = learner_of('ride-distilled')
     with learn.no_bar(), learn.no_logging(): method.fit(learn, 1, .01)
     assert learn.loss_func.published
@@ -487,9 +487,9 @@ def test_fault_27_distillation_as_published():
 @pytest.mark.parametrize('name', ['crt', 'lws'])
 def test_fault_28_batch_statistics_of_the_second_stage(name, shift_bn):
     "Those of the frozen body are updated as in the authors' code, unless switched off; its weights never change"
-    stage = methods[name].then[0]
+    stage = methods[name].later_stages[0]
     cbs = stage.cbs if shift_bn is None else partial(stage.cbs, shift_bn=shift_bn)
-    method = dataclasses.replace(methods[name], then=(dataclasses.replace(stage, cbs=cbs),))
+    method = dataclasses.replace(methods[name], later_stages=(dataclasses.replace(stage, cbs=cbs),))
     learn = learner_of(name)
     states = []
     def keep(stage): states.append(deepcopy(learn.model.state_dict()))
@@ -622,7 +622,7 @@ def test_fault_22_a_whole_stage_by_pytorch_alone():
     expected = balanced_by_pytorch(feats, targets, torch.arange(24).split(8), deepcopy(net[1]), counts)
     assert (published_balancing.epochs, published_balancing.lr) == (10, .01)
     one_epoch = dataclasses.replace(published_balancing, epochs=1)
-    method = dataclasses.replace(methods['weight-balancing'], then=(one_epoch,))
+    method = dataclasses.replace(methods['weight-balancing'], later_stages=(one_epoch,))
     learn.class_counts = counts
     with learn.no_bar(), learn.no_logging(): method.fit(learn, 1, .01, first=lambda *_: None)
     close(net[1].weight, expected.weight, 1e-5)

@@ -11,7 +11,7 @@ from fastai.vision.all import (SGD, Callback, CrossEntropyLossFlat, DataLoader, 
                                params, set_seed)
 from ltrl_fastai.data.fast import BatchAug, cutout
 from ltrl_fastai.evaluation.metrics import shot_groups
-from ltrl_fastai.experiments.cli import app
+from ltrl_fastai.cli.main import app
 from ltrl_fastai.experiments.plan import Variant, hash_of, make_plan
 from ltrl_fastai.experiments.recipes import matching, published_settings, recipe, recipes
 from ltrl_fastai.experiments.summary import slides_row
@@ -84,7 +84,8 @@ def test_fault_15_steps_are_those_of_pytorch(nesterov, wd):
 
 
 def test_fault_15_nesterov_where_the_authors_have_it():
-    without = set('mixup ldam ldam-drw lade paco crt lws tau-norm ncm oltr mislas weight-balancing'.split())
+    without = set('mixup ldam ldam-drw lade paco crt lws tau-norm ncm oltr mislas weight-balancing bcl proco '
+                  'glmc lift'.split())
     assert {o for o in methods if not RunSettings(method=o).nesterov} == without
     for name in ('bsce', 'ldam-drw'):
         opt, model = opt_of(RunSettings(method=name, **small))
@@ -180,7 +181,7 @@ def test_fault_25_constants_of_a_method():
     assert ride.diversity == .2 and ride.temperature.max() == 1. and of('ride').loss(counts).diversity == .45
     lade = of('lade', lam=.5, alpha=.05).loss(counts).func
     assert (lade.lam, lade.alpha) == (.5, .05)
-    stage, = of('mislas', head=.3, tail=0., factor=.05).then
+    stage, = of('mislas', head=.3, tail=0., factor=.05).later_stages
     assert stage.lr(.1) == pytest.approx(.005) and stage.prepare.keywords == dict(head=.3, tail=0., own=False)
     mistakes = [('sade', dict(tua=1.), "Did you mean 'tau'"), ('softmax', dict(tau=1.), 'none that can be changed')]
     for name, args, said in mistakes:
@@ -401,7 +402,7 @@ def test_fault_25_constants_reach_the_stages():
         ('table7/MiSLAS+RL/ImageNet-LT', .3, .0, .005),
         ('table4/MiSLAS', .3, .0, .005),
     ):
-        (stage,) = of(name).then
+        (stage,) = of(name).later_stages
         learn = SimpleNamespace(model=net_of(), opt=object())
         stage.prepare(learn, [100, 10, 1])
         loss = learn.loss_func
@@ -415,7 +416,7 @@ def test_fault_25_constants_reach_the_stages():
         'table7/Mixup/iNaturalist2018',
     ):
         assert mixing(of(name)) == (pytest.approx(.2),) * 2
-    (stage,) = of('table7/WD+Max+RL/CIFAR100-LT').then
+    (stage,) = of('table7/WD+Max+RL/CIFAR100-LT').later_stages
     learn = SimpleNamespace(model=net_of(), opt=object())
     stage.prepare(learn, [100, 10, 1])
     assert isinstance(learn.loss_func, BinaryBalancedLoss)
@@ -426,7 +427,7 @@ def test_fault_25_constants_reach_the_stages():
         ('table6/cRT', 10),
         ('table2/Decouple-LWS', 5),
     ):
-        (stage,) = of(name).then
+        (stage,) = of(name).later_stages
         assert (stage.epochs, stage.lr) == (epochs, .2), name
 
 
@@ -435,7 +436,7 @@ def test_fault_25_methods_without_a_row():
     def made(method, dataset): return RunSettings(**published_settings(method, dataset)).made_method()
     counts = torch.linspace(100, 2, 40).long()
     for dataset, top in (('cifar100-lt', 30), ('imagenet-lt', 50), ('inaturalist18', 50)):
-        (stage,) = made('ride-assigned', dataset).then
+        (stage,) = made('ride-assigned', dataset).later_stages
         learn = SimpleNamespace(model=expert_net(create_net('resnet8', 40), 3), opt=object())
         stage.prepare(learn, counts)
         assert {o.top for o in learn.model.gates} == {top}
@@ -443,7 +444,7 @@ def test_fault_25_methods_without_a_row():
         assert (stage.lr, stage.epochs) == (.01, 5)
         assert made('ride-assigned', dataset).loss(counts).diversity == (.45 if dataset == 'cifar100-lt' else .2)
     for dataset, lr in (('cifar100-lt', .1), ('imagenet-lt', .025), ('places-lt', .01), ('inaturalist18', .2)):
-        (stage,) = made('sade-aggregated', dataset).then
+        (stage,) = made('sade-aggregated', dataset).later_stages
         assert inspect.signature(stage.adapt).parameters['lr'].default == lr
         assert made('sade-aggregated', dataset).loss(counts).tau == (
             1. if dataset in ('places-lt', 'inaturalist18') else 2.
@@ -577,7 +578,7 @@ def test_fault_25_variants_every_way_to_train_is_trained(name):
     res, _ = train_run(settings, bar=False, test=False)
     assert res['settings']['method_args'] == recipe(name).method_args
     assert all(torch.tensor([o for o in res['history']['train_loss'] if o is not None]).isfinite())
-    assert len(res.get('stages', ())) == len(settings.made_method().then)
+    assert len(res.get('stages', ())) == len(settings.made_method().later_stages)
 
 
 class StopIn(Callback):
@@ -593,7 +594,7 @@ def test_fault_25_variants_a_stopped_run_goes_on(name, tmp_path):
     "With a slower body and constants; in the second stage too"
     settings = recipe(name).settings(**digits, epochs=3, n_max=20, bs=16)
     whole, _ = train_run(settings, bar=False)
-    for stage in range(1+len(settings.made_method().then)):
+    for stage in range(1+len(settings.made_method().later_stages)):
         kept = dict(bar=False, checkpoint=tmp_path/str(stage)/'fit')
         with pytest.raises(KeyboardInterrupt): train_run(settings, cbs=StopIn(stage), **kept)
         again, _ = train_run(settings, **kept)

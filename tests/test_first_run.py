@@ -269,13 +269,20 @@ def test_force_replaces_a_result_of_another_kind(tmp_path):
     assert [o['seed'] for o in load_results(tmp_path/'a')] == [4, 7]
 
 
+def test_results_of_earlier_versions_are_read_by_their_present_names(tmp_path):
+    from ltrl_fastai.cli.train import _measured
+    for key in ('worlds', 'test_distributions'):
+        (tmp_path/'result.json').write_text(json.dumps({'accuracy': {}, key: []}))
+        assert _measured(tmp_path/'result.json') == {'accuracy', 'test_distributions'}
+
+
 def test_which_seeds():
-    from ltrl_fastai.experiments.cli_train import _seeds
+    from ltrl_fastai.cli.train import _seeds
     assert _seeds('photos-lt', None, None, None, False) == [0, 1, 2, 3, 4]
     of_one_seed = [
         ('digits-lt', None, None, False), ('photos-lt', 0, None, False), ('photos-lt', None, True, False),
         ('photos-lt', None, False, False), ('photos-lt', None, None, True)]
-    for dataset, seed, rl, worlds in of_one_seed: assert _seeds(dataset, seed, None, rl, worlds) == [0]
+    for dataset, seed, rl, shifted in of_one_seed: assert _seeds(dataset, seed, None, rl, shifted) == [0]
     assert _seeds('digits-lt', 5, None, None, False) == [5]
     assert _seeds('digits-lt', None, '2-4', None, False) == [2, 3, 4]
     for wrong in ((3, '5', False), (None, 'x', False), (None, '5', True)):
@@ -284,7 +291,7 @@ def test_which_seeds():
 
 mistakes = [
     (('--seed', '1', '--seeds', '2'), 'Leave out one of the two'), (('--seeds', 'x'), "'5' is 0 to 4"),
-    (('--worlds', '--seeds', '2'), 'measures a single run'), (('--size', '8'), 'made of features'),
+    (('--test-distributions', '--seeds', '2'), 'measures a single run'), (('--size', '8'), 'made of features'),
     (('--policy', 'randaugment'), 'digits-lt'), (('--data', '.'), 'part of this package'),
     (('--method', 'paco'), '--dataset digits-lt'), (('--method', 'sade-aggregated'), 'two augmented views')]
 
@@ -292,7 +299,7 @@ mistakes = [
 @pytest.mark.parametrize('args,text', mistakes)
 def test_mistakes_are_reported_before_training(args, text, tmp_path, monkeypatch):
     from typer.testing import CliRunner
-    from ltrl_fastai.experiments.cli import app
+    from ltrl_fastai.cli.main import app
     monkeypatch.chdir(tmp_path)
     r = CliRunner().invoke(app, ['train', *args])
     assert r.exit_code == 2 and text in r.output, r.output

@@ -32,7 +32,7 @@ def assert_same(got, want, dtype):
 def test_every_dtype_agrees_with_float64(device, dtype):
     z, t, y = batch(device, dtype)
     Z, T, Y = z.double().cpu(), t.double().cpu(), y.cpu()
-    for kwargs in ({}, dict(count_scale=True), dict(tau=1., seen=Y < 4)):
+    for kwargs in ({}, dict(count_scale=True), dict(tau=1., has_teacher=Y < 4)):
         on_device = {k: v.to(device) if torch.is_tensor(v) else v for k, v in kwargs.items()}
         loss = review_loss(z, t, y, **on_device)
         assert_same(loss, review_loss(Z, T, Y, **kwargs), dtype)
@@ -65,8 +65,8 @@ def test_rows_without_a_teacher_may_hold_anything(device):
     seen = torch.arange(24, device=device) % 2 == 0
     spoiled = torch.where(seen[:, None], t, float('nan'))
     z.requires_grad_()
-    loss = review_loss(z, spoiled, y, seen=seen)
-    torch.testing.assert_close(loss, review_loss(z, t, y, seen=seen))
+    loss = review_loss(z, spoiled, y, has_teacher=seen)
+    torch.testing.assert_close(loss, review_loss(z, t, y, has_teacher=seen))
     assert torch.autograd.grad(loss, z)[0].isfinite().all()
 
 
@@ -95,7 +95,7 @@ def test_a_step_reads_nothing_back_from_the_device():
         seen = torch.ones(8, dtype=torch.bool, device='cuda')
         ids = torch.arange(8, device='cuda')
         M = torch.rand(5, 5, device='cuda')
-        assert review_loss(z, t, y, seen=seen, count_scale=True).device.type == 'cuda'
+        assert review_loss(z, t, y, has_teacher=seen, count_scale=True).device.type == 'cuda'
         soft_cross_entropy(z, soft_labels(y, M))
         batch_class_counts(y, 5)
         project_conflict(z, t)

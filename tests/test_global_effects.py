@@ -82,7 +82,7 @@ state_before, attributes_before = state(), attributes()
 import ltrl_fastai.all
 import ltrl_fastai.data.catalogue
 import ltrl_fastai.experiments.bench
-import ltrl_fastai.experiments.cli
+import ltrl_fastai.cli.main
 import ltrl_fastai.experiments.progress
 import ltrl_fastai.experiments.runner
 import ltrl_fastai.experiments.summary

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pytest
 from fastai.vision.all import noop, torch
 from ltrl_fastai.core.files import write_json
 from ltrl_fastai.experiments.html_report import _open_data, write_report
+from ltrl_fastai.deploy.evaluate import evaluate
 from ltrl_fastai.deploy.model_files import load_classifier
-from ltrl_fastai.experiments.cli import app
+from ltrl_fastai.cli.main import app
 from ltrl_fastai.experiments.settings import RunSettings
 from ltrl_fastai.experiments.training import train_run
 from sklearn.metrics import confusion_matrix
@@ -144,6 +146,41 @@ def test_a_run(run):
     assert shots['bsce + RL'][-1].startswith(f"{res['accuracy']['all']:.1f}") and ' to ' in shots['bsce + RL'][-1]
     for o in (res['versions']['torch'], 'Reflective Learning', 'label predicted in 25 % of epochs', 'resnet8'):
         assert o in page.text
+
+
+def test_no_path_of_this_machine(run, changed, tmp_path):
+    "Pages and model cards are sent to others: they name the data and its files, and no folder above"
+    images = json.loads((run/'result.json').read_text())['settings']['dataset']
+    def change(res):
+        res['command'] = f'ltrl train --dataset {images} --out {tmp_path}/run'
+        res['settings']['weights'] = '/home/ann/w.pth'
+    def check(text): assert not [o for o in (str(tmp_path), str(Path(images).parent), '/home/ann') if o in text]
+    page = page_of(changed(change))
+    check(page.source)
+    assert f'ltrl train --dataset {Path(images).name} --out run' in page.text and 'w.pth' in page.text
+    def move(res):
+        change(res)
+        res['settings']['dataset'] = f'{tmp_path}/moved'
+    moved = page_of(changed(move))
+    check(moved.source)
+    assert 'could not be opened' in moved.text
+    shutil.copytree(run, tmp_path/'several/a')
+    check(page_of(tmp_path/'several').source)
+
+
+def test_the_files_of_a_model_tell_no_path(digits_model, tmp_path, monkeypatch):
+    images, _ = digits_model
+    monkeypatch.setattr(sys, 'argv', ['ltrl', 'train', '--dataset', str(images)])
+    train_run(RunSettings(str(images), net='resnet8', epochs=1, bs=32), bar=False, model=tmp_path/'model')
+    texts = [file.read_text() for file in (tmp_path/'model').iterdir() if file.suffix in ('.json', '.md')]
+    assert len(texts) >= 2 and not any(str(images.parent) in o for o in texts)
+    assert any(f'ltrl train --dataset {images.name}' in o for o in texts)
+    noted = evaluate(load_classifier(tmp_path/'model'), images/'train', resamples=2).notes
+    assert not noted  # trained on the folder above it
+    shutil.copytree(images/'train', tmp_path/'alone')
+    train_run(RunSettings(str(tmp_path/'alone'), net='resnet8', epochs=1, bs=32), bar=False, model=tmp_path/'other')
+    noted = evaluate(load_classifier(tmp_path/'other'), tmp_path/'alone', resamples=2).notes
+    assert 'was trained on these data' in noted[0]
 
 
 def test_confusions_are_those_of_the_model(run):

@@ -18,7 +18,7 @@ from ltrl_fastai.data.audit import difference_hash, image_facts, inspect_images,
 from ltrl_fastai.data.audit_page import audit_html, audit_text
 from ltrl_fastai.data.own import own_images
 from ltrl_fastai.evaluation.metrics import shot_groups
-from ltrl_fastai.experiments.cli import app
+from ltrl_fastai.cli.main import app
 from typer.testing import CliRunner
 
 rng = np.random.default_rng(0)
@@ -591,24 +591,6 @@ def test_interrupt_of_a_process(tmp_path):
 # In a browser
 
 
-@pytest.fixture(scope='module')
-def browser():
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-    driver = shutil.which('chromedriver')
-    if not driver:
-        if os.environ.get('CI'): pytest.fail('a browser is needed: install chromium and chromedriver')
-        pytest.skip('no chromedriver: install chromium and chromedriver to see the page in a browser')
-    options = webdriver.ChromeOptions()
-    arguments = ('--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage',
-                 '--window-size=1300,1000')
-    for o in arguments: options.add_argument(o)
-    options.set_capability('goog:loggingPrefs', {'browser': 'ALL', 'performance': 'ALL'})
-    b = webdriver.Chrome(options=options, service=Service(driver))
-    yield b
-    b.quit()
-
-
 def luminance(colour):
     "Relative luminance of a CSS colour (WCAG 2)"
     v = [int(o)/255 for o in re.findall(r'\d+', colour)[:3]]
@@ -651,3 +633,18 @@ def test_the_page_in_a_browser(copies, tmp_path, browser, scheme, width):
     bars = browser.execute_script('''return [...document.querySelectorAll("figure.chart rect")].map(
         o => o.getBoundingClientRect()).map(o => [o.width, o.height])''')
     assert len(bars) == 8 and all(w > 3 and h > 3 for w, h in bars)
+
+
+def test_the_page_tells_no_folder_above_the_data(tmp_path):
+    "Also for a list of images that lie elsewhere"
+    photos = tmp_path/'photos'
+    rows = ['path,label']
+    for i, name in enumerate(['owl', 'owl', 'bee', 'bee', 'bee']):
+        save(photograph(min(i, 3)), photos/name/f'{i}.png')
+        rows.append(f'{photos/name}/{i}.png,{name}')
+    (tmp_path/'list').mkdir()
+    (tmp_path/'list/birds.csv').write_text('\n'.join(rows))
+    (photos/'bee/4.png').write_bytes(b'no image')
+    for data in (photos, tmp_path/'list/birds.csv'):
+        page = audit_html(inspect_images(data))
+        assert str(tmp_path) not in page and 'bee/4.png' in page

@@ -1,4 +1,5 @@
 "Reflective Learning in fastai's learners, with its callbacks, mixed precision, loggers and loaders."
+import warnings
 from contextlib import nullcontext
 from functools import partial
 
@@ -544,3 +545,14 @@ def test_targets_out_of_range(quick_fit):
     dls = DataLoaders(*[DataLoader(ds, bs=8)]*2)
     learn = Learner(dls, nn.Linear(4, 3), loss_func=lambda p, y: p.sum(), cbs=all_three())
     with pytest.raises(ValueError, match='from 0 to 2, got 0 to 4'): quick_fit(learn)
+
+
+def test_a_network_with_usual_names_of_attributes():
+    "fastai warns of a callback that sets an attribute which the model has, such as the pixel shift of a pretrained one"
+    dls = digits_lt(device='cpu')
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, dls.c))
+    for name in ('shift', 'scale', 'mean', 'std', 'net'): setattr(net, name, 0.)
+    learn = Learner(dls, net, loss_func=CrossEntropyLossFlat(), cbs=ReflectiveLearning(kr=dict(prior=1.)))
+    with warnings.catch_warnings(), learn.no_bar(), learn.no_logging():
+        warnings.simplefilter('error')
+        learn.fit(2, .1)

@@ -23,7 +23,7 @@ from ltrl_fastai.data.imbalance import without_augmentation
 from ltrl_fastai.data.listfiles import check_images, check_lists, compare_published, read_list
 from ltrl_fastai.data.lists import hold_out
 from ltrl_fastai.data.lists import DataNote, ImageList, class_names, flat_val256, from_easy, list_sets, to_easy
-from ltrl_fastai.experiments.cli import app
+from ltrl_fastai.cli.main import app
 from ltrl_fastai.experiments.runner import data_identity
 from ltrl_fastai.experiments.training import RunSettings, datasets, train_run
 
@@ -639,7 +639,7 @@ def test_methods_on_photographs(method, tmp_path):
 def test_train_on_a_folder(tmp_path):
     own_folder(tmp_path/'mine')
     message = run('train', '--dataset', 'mine', '--net', 'resnet18', '--size', '32', '--epochs', '1', cwd=tmp_path)
-    assert 'Note: No validation image of 1 of 4 classes: yellow.' in message and 'mine, as it is, resnet18' in message
+    assert 'Note: No validation image of 1 of 4 classes: yellow.' in message and 'mine: resnet18, ' in message
     assert 'Accuracy on validation images, since there is no test set' in message
     out, = (tmp_path/'ltrl-runs').iterdir()
     res = json.loads((out/'result.json').read_text())

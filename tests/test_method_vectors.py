@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from test_vectors import close, dtypes, load
 
-from ltrl_fastai.all import (RIDELoss, SADELoss, effective_weights, methods, mirrored, review_loss, soft_cross_entropy,
+from ltrl_fastai.all import (RIDELoss, SADELoss, effective_weights, methods, review_loss, soft_cross_entropy,
+    with_reversed_ranks,
                              soft_labels)
 from ltrl_fastai.methods.ride import Distilled, GateLoss
 
@@ -23,7 +24,7 @@ def test_sade(dtype, tol, tau):
 def test_mirrored_prior(dtype, tol):
     d = load('baselines', dtype)
     prior = d['cls_num_list'].to(dtype)
-    close(mirrored(prior/prior.sum()), d['sade_inverse_prior'], tol)
+    close(with_reversed_ranks(prior/prior.sum()), d['sade_inverse_prior'], tol)
 
 
 @dtypes

@@ -14,13 +14,15 @@ from ltrl_fastai.experiments.training import RunSettings, train_run
 from ltrl_fastai.methods.nets import create_net
 from test_cli import run
 
+from_scratch = [name for name, o in methods.items() if not o.pretrained]
+
 
 def interruptions():
     "(method, index of the interrupted fit, epoch after which it is interrupted) for all methods with a second stage"
     for name, method in methods.items():
-        if not method.then: continue
+        if not method.later_stages: continue
         yield name, 0, 1
-        if method.then[0].epochs != 0: yield from ((name, 1, 0), (name, 1, 1))
+        if method.later_stages[0].epochs != 0: yield from ((name, 1, 0), (name, 1, 1))
 
 
 class Crash(Callback):
@@ -49,7 +51,7 @@ def test_stages_are_resumed_where_they_were(method, fit, epoch, tmp_path):
     "A run interrupted in the first or second stage gives the same numbers as an uninterrupted one"
     settings = RunSettings(method=method, epochs=3, reflective={})
     whole, _ = train_run(settings, bar=False)
-    assert [o['about'] for o in whole['stages']] == [o.about for o in methods[method].then]
+    assert [o['about'] for o in whole['stages']] == [o.about for o in methods[method].later_stages]
     with pytest.raises(KeyboardInterrupt):
         train_run(settings, bar=False, checkpoint=tmp_path/'fit.pt', cbs=[Crash(fit, epoch)])
     assert (tmp_path/'fit.pt').exists()
@@ -115,7 +117,7 @@ def test_a_stage_adapts_to_test_images_or_else_to_validation_images():
     "No stage gets a test set that must not be used"
     sizes = []
     stage = Stage('keep the size', adapt=lambda learn, dl: sizes.append(len(dl.dataset)))
-    methods['adapting'] = Method('softmax, then a stage that adapts', 'this test', then=(stage,))
+    methods['adapting'] = Method('softmax, then a stage that adapts', 'this test', later_stages=(stage,))
     try:
         res, _ = train_run(RunSettings(method='adapting', epochs=1), bar=False, test=False)
         assert 'accuracy' not in res
@@ -126,7 +128,8 @@ def test_a_stage_adapts_to_test_images_or_else_to_validation_images():
 
 def test_other_test_distributions(tmp_path):
     "Each run gets a row with one accuracy per distribution"
-    out = run('train', '--dataset', 'digits-lt', '--epochs', '2', '--worlds', '--out', 'a', cwd=tmp_path).stdout
+    options = ('--dataset', 'digits-lt', '--epochs', '2', '--test-distributions', '--out', 'a')
+    out = run('train', *options, cwd=tmp_path).stdout
     res = json.loads((tmp_path/'a/result.json').read_text())
     assert 'forward' in out
     assert 'backward' in out
@@ -134,18 +137,19 @@ def test_other_test_distributions(tmp_path):
     assert re.search(r'^bsce( +\d+\.\d){11}', out, re.M)
     forward = [('forward', o) for o in (50, 25, 10, 5, 2)]
     backward = [('backward', o) for o in (2, 5, 10, 25, 50)]
-    assert [(o['order'], o['factor']) for o in res['worlds']] == [*forward, ('uniform', 1), *backward]
-    assert len(res['baseline']['worlds']) == 11
+    assert [(o['order'], o['factor']) for o in res['test_distributions']] == [*forward, ('uniform', 1), *backward]
+    assert len(res['baseline']['test_distributions']) == 11
     # the uniform distribution is the balanced test set
-    assert res['worlds'][5]['accuracy'] == pytest.approx(res['accuracy']['all'], abs=1e-3)
+    assert res['test_distributions'][5]['accuracy'] == pytest.approx(res['accuracy']['all'], abs=1e-3)
 
 
 def test_other_test_distributions_of_a_method_that_adapts_to_them():
     "The numbers are the same in a second run, and measuring them changes nothing else"
     settings = RunSettings(method='sade-aggregated', epochs=2)
-    (first, _), (again, _), (without, _) = [train_run(settings, bar=False, worlds=o) for o in (True, True, False)]
+    def trained(test_distributions): return train_run(settings, bar=False, test_distributions=test_distributions)[0]
+    first, again, without = map(trained, (True, True, False))
     same(first, again)
-    assert comparable(first, 'worlds') == comparable(without)
+    assert comparable(first, 'test_distributions') == comparable(without)
 
 
 def test_expert_weights_are_fitted_to_each_test_distribution():
@@ -171,7 +175,7 @@ def test_expert_weights_are_fitted_to_each_test_distribution():
 def test_the_list(tmp_path):
     rows = json.loads(run('methods', '--json', cwd=tmp_path).stdout)
     assert {o['name'] for o in rows} == set(methods)
-    assert all({'name', 'about', 'reference', 'stages', 'views', 'reported'} == set(o) for o in rows)
+    assert all({'name', 'about', 'reference', 'year', 'stages', 'views', 'reported'} == set(o) for o in rows)
     assert all(o['about'] and o['reference'] and o['stages'] >= 1 for o in rows)
     shown = run('methods', cwd=tmp_path).stdout
     assert all(k in shown for k in methods)
@@ -205,7 +209,7 @@ def test_settings_know_methods_that_a_user_adds():
 
     def keep(learn, counts): calls.append((type(learn.model).__name__, counts.tolist()))
     stage = Stage('keep the arguments', keep)
-    methods['own'] = Method('softmax, then a stage', 'this test', then=(stage,))
+    methods['own'] = Method('softmax, then a stage', 'this test', later_stages=(stage,))
     try: res, _ = train_run(RunSettings(method='own', epochs=1, reflective={}), bar=False)
     finally: del methods['own']
     assert calls == [('CifarResNet', res['class_counts'])]
@@ -218,7 +222,7 @@ def test_stages_get_the_counts_that_the_learner_was_made_with():
     counts = torch.arange(10, 0, -1)
     dls = digits_lt(device='cpu')
     stage = Stage('keep the counts', lambda learn, n: got.append(n), lambda n: got.append(n) or [], epochs=1)
-    method = dataclasses.replace(methods['crt'], then=(stage,))
+    method = dataclasses.replace(methods['crt'], later_stages=(stage,))
     learn = method.learner(dls, create_net('resnet8', 10, n_in=1), counts.tolist())
     with learn.no_bar(), learn.no_logging(): method.fit(learn, 1, .01)
     assert len(got) == 2
@@ -255,7 +259,7 @@ def test_a_method_with_one_stage_can_be_fitted_again(name):
     assert of_method <= {type(o) for o in learn.cbs}
 
 
-@pytest.mark.parametrize('name', methods)
+@pytest.mark.parametrize('name', from_scratch)
 def test_a_state_contains_no_pickled_code(name, tmp_path):
     learn = methods[name].learner(digits_lt(device='cpu'), create_net('resnet8', 10, n_in=1), cbs=ReflectiveLearning())
     torch.save(learn.model.state_dict(), tmp_path/'state.pt')
@@ -273,7 +277,7 @@ def small_digits():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('rl', [None, dict(preset='v0.0.1', ks=True, kc=True)], ids=['alone', 'with RL'])
-@pytest.mark.parametrize('name', methods)
+@pytest.mark.parametrize('name', from_scratch)
 def test_a_small_batch_is_overfitted(name, rl):
     "After all stages; Reflective Learning reviews logits `(N, C)` and summarises one feature per class"
     set_seed(0, reproducible=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ltrl_fastai.experiments.cli import app
+from ltrl_fastai.cli.main import app
 
 root = Path(__file__).parent.parent
 notebooks = sorted(root.glob('nbs/**/*.ipynb'))
@@ -21,8 +21,8 @@ slow = {
     'explanations/00_knowledge_review', 'explanations/01_knowledge_summary',
     'explanations/02_knowledge_correction', 'experiments/00_checkpoint', 'experiments/03_runner',
     'experiments/05_summary',
-    'experiments/06_bench', 'experiments/10_tuning', 'experiments/11_seeds', 'experiments/20_cli_train',
-    'experiments/21_cli_compare', 'methods/09_decouple',
+    'experiments/06_bench', 'experiments/10_tuning', 'experiments/11_seeds', 'cli/03_train',
+    'cli/08_compare', 'methods/09_decouple',
     'methods/10_mislas', 'methods/11_balancing', 'methods/12_oltr', 'methods/13_experts', 'methods/14_ride',
     'methods/15_sade', 'methods/16_mdcs', 'methods/17_ncl', 'methods/21_catalogue', 'reflective/02_samples',
     'tutorials/00_first_run', 'tutorials/01_your_own_images', 'tutorials/03_ablations', 'tutorials/04_several_gpus',

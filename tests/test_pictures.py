@@ -2,6 +2,7 @@
 import itertools
 import pickle
 import time
+import warnings
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -13,6 +14,7 @@ from ltrl_fastai.all import (
     BalancedSoftmaxLoss, Diagnosis, KnowledgeCorrection, ReflectiveLearning, ShotReport, class_counts, create_net,
     digits_lt, feature_similarity, methods, shot_accuracies, shot_groups)
 from parts import all_three
+from ltrl_fastai.evaluation import pictures as pictures_module
 from ltrl_fastai.evaluation.metrics import group_interval
 from ltrl_fastai.evaluation.pictures import (
     draw_by_class, draw_classes, draw_conflicts, draw_drift, draw_drift_by_class, draw_per_class, draw_shots,
@@ -201,13 +203,13 @@ def test_similarity_is_knowledge_summarys_or_else_computed(learn, plain):
     assert not np.allclose(heat(learn.plot_similarity(dl=dl)), of_summary)
 
 
-@pytest.mark.parametrize('what,times', [('kl', 1), ('right', 100)])
-def test_drift_by_shot_and_class(learn, plain, what, times):
+@pytest.mark.parametrize('quantity,times', [('kl', 1), ('train_accuracy', 100)])
+def test_drift_by_shot_and_class(learn, plain, quantity, times):
     groups = shot_groups(class_counts(learn.dls))
-    ax = learn.plot_drift(plain, what=what)
+    ax = learn.plot_drift(plain, quantity=quantity)
     expected = []
     for o in (learn, plain):
-        values = times*np.array(getattr(o.diagnosis, what))
+        values = times*np.array(getattr(o.diagnosis, quantity))
         expected += [values[:, groups[k].numpy()].mean(1) for k in ('many', 'medium', 'few')]
     np.testing.assert_allclose([o.get_ydata() for o in ax.lines], expected, rtol=1e-6)
     assert [tuple(o.get_xdata()) for o in ax.lines] == [(1, 2, 3)]*6
@@ -215,8 +217,8 @@ def test_drift_by_shot_and_class(learn, plain, what, times):
     assert ax.lines[0].get_linestyle() != ax.lines[3].get_linestyle()
     assert legend(ax) == ['Many', 'Medium', 'Few', 'with RL', 'without RL']
     order = class_counts(learn.dls).argsort(descending=True, stable=True)
-    by_class = np.array(getattr(learn.diagnosis, what))[:, order]*times
-    drawn = heat(learn.plot_drift(by='class', what=what)).filled(np.nan)
+    by_class = np.array(getattr(learn.diagnosis, quantity))[:, order]*times
+    drawn = heat(learn.plot_drift(by='class', quantity=quantity)).filled(np.nan)
     np.testing.assert_allclose(drawn, by_class, rtol=1e-6)
 
 
@@ -335,7 +337,7 @@ def test_other_methods(name):
     assert learn.plot_terms()[0].lines
     assert learn.plot_classes().patches
     has_drift = len(learn.diagnosis.kl) > 1  # otherwise the last stage was one epoch
-    assert len(learn.plot_drift(what='kl' if has_drift else 'right').lines) == 3
+    assert len(learn.plot_drift(quantity='kl' if has_drift else 'train_accuracy').lines) == 3
 
 
 def test_tensors_that_numpy_does_not_convert():
@@ -478,7 +480,7 @@ def test_errors_before_training_and_after_one_epoch():
         with pytest.raises(ValueError, match=text): plot()
     with learn.no_bar(), learn.no_logging(): learn.fit(1, .1)
     with pytest.raises(ValueError, match='only one was trained'): learn.plot_drift()
-    assert learn.plot_drift(what='right').lines
+    assert learn.plot_drift(quantity='train_accuracy').lines
     assert learn.plot_terms()[0].lines
     learn.remove_cbs(ReflectiveLearning)
     learn.add_cbs(KnowledgeCorrection('global'))
@@ -487,7 +489,7 @@ def test_errors_before_training_and_after_one_epoch():
 
 @pytest.mark.parametrize('call,error,text', [
     (lambda o: o.plot_drift(by='sample'), ValueError, "expected 'shot' or 'class'"),
-    (lambda o: o.plot_drift(what='loss'), ValueError, "expected 'kl' or 'right'"),
+    (lambda o: o.plot_drift(quantity='loss'), ValueError, "expected 'kl' or 'train_accuracy'"),
     (lambda o: o.plot_drift(o, by='class'), ValueError, 'shows one learner'),
     (lambda o: o.plot_per_class(3), TypeError, 'expected a Learner or a ShotReport'),
     (lambda o: o.plot_per_class(o, labels=('a',)), ValueError, 'labels: expected 2'),
@@ -501,10 +503,26 @@ def test_errors_before_training_and_after_one_epoch():
     (lambda o: draw_similarity(torch.rand(3, 2), [1, 2, 3]), ValueError, r'expected \(3, 3\)'),
     (lambda o: draw_classes([1, 2], vocab=['a']), ValueError, 'a name for each of 2'),
     (lambda o: draw_by_class(dict(a=[1.]), [1, 2]), ValueError, 'expected one for each of 2'),
-    (lambda o: draw_drift(dict(a=dict(few=[1.])), 'loss'), ValueError, "expected 'kl' or 'right'"),
+    (lambda o: draw_drift(dict(a=dict(few=[1.])), 'loss'), ValueError, "expected 'kl' or 'train_accuracy'"),
     (lambda o: draw_drift_by_class([[1., 2.]], [1, 2, 3]), ValueError, 'for each of 3 classes'),
     (lambda o: draw_conflicts([{}]), ValueError, 'no epoch has any'),
     (lambda o: draw_terms([]), ValueError, 'no epoch was trained'),
 ])
 def test_mistakes(learn, call, error, text):
     with pytest.raises(error, match=text): call(learn)
+
+
+def test_names_in_scripts_without_a_font(tmp_path, monkeypatch):
+    "They are drawn as codes, without a warning or a box; with a font they are drawn as they are"
+    vocab = ['owl', '\u732b cat', '\U0001f9a9', 'm\u00e9sange', 'x\u732b\u732b']
+    monkeypatch.setattr(pictures_module, '_other_scripts', ())
+    for cached in (pictures_module._fonts, pictures_module._has_glyph): cached.cache_clear()
+    with warnings.catch_warnings(), picture_style():
+        warnings.simplefilter('error')
+        ax = draw_classes([9, 8, 7, 6, 5], vocab)
+        ax.figure.savefig(tmp_path/'a.png')
+    shown = [o.get_text() for o in ax.get_xticklabels()]
+    assert shown == ['owl', '[U+732B] cat', '[U+1F9A9]', 'm\u00e9sange', 'x[U+732B U+732B]']
+    monkeypatch.setattr(pictures_module, '_has_glyph', lambda char: True)
+    assert [pictures_module.drawable(o) for o in vocab] == vocab
+    for cached in (pictures_module._fonts,): cached.cache_clear()

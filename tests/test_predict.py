@@ -15,13 +15,14 @@ from fastai.vision.all import ImageDataLoaders, Learner, PILImage, Resize, noop
 from PIL import Image
 from typer.testing import CliRunner
 
+from command_line import ltrl_here
 from ltrl_fastai.data.benchmarks import digits_lt
 from ltrl_fastai.data.fast import FeatureTensors, tensor_dataloaders
 from ltrl_fastai.data.images import open_image
 from ltrl_fastai.deploy import predict as module
 from ltrl_fastai.deploy.model_files import load_classifier, save_classifier
 from ltrl_fastai.deploy.predict import Prediction, image_files, predict_files, prediction_columns, prediction_row
-from ltrl_fastai.experiments.cli import app
+from ltrl_fastai.cli.main import app
 from ltrl_fastai.experiments.settings import RunSettings
 from ltrl_fastai.methods.nets import create_net
 
@@ -457,3 +458,11 @@ def test_rows_so_far_are_kept(digits_model, some, tmp_path, monkeypatch, error, 
     monkeypatch.undo()
     ltrl(digits_model[1], *some, '--out', tmp_path/'a.csv')
     assert (tmp_path/'a.csv').read_text() == plain and not (tmp_path/'a.partial.csv').exists()
+
+
+def test_a_disk_that_is_full_when_the_output_is_closed(digits_model, files, tmp_path, monkeypatch):
+    "What is left in the buffer can't be written either: one error, no traceback"
+    if not os.path.exists('/dev/full'): pytest.skip('needs /dev/full')
+    monkeypatch.setattr('ltrl_fastai.experiments.cli_predict._partial', lambda out: Path('/dev/full'))
+    r = ltrl_here('predict', digits_model[1], files[0], '--out', 'a.csv', cwd=tmp_path)
+    assert r.returncode == 2 and 'No space left on device' in r.stderr and 'Traceback' not in r.stderr, r.stderr

@@ -5,10 +5,10 @@ import subprocess
 import sys
 
 import pytest
+from ltrl_fastai.cli.main import app
 from ltrl_fastai.data.listfiles import list_sets
-from ltrl_fastai.experiments.cli import app
-from ltrl_fastai.experiments.recipes import recipes
-from ltrl_fastai.methods.catalogue import methods
+from ltrl_fastai.experiments.recipes import later_recipes, recipes
+from ltrl_fastai.methods.facts import method_facts
 
 commands = [o.name or o.callback.__name__ for o in app.registered_commands]
 slow = ('torch', 'torchvision', 'fastai')
@@ -21,7 +21,7 @@ class Refuse:
         if name.partition('.')[0] in {slow}: raise AssertionError(f'{{name}} is imported')
 
 sys.meta_path.insert(0, Refuse())
-from ltrl_fastai.experiments.cli import main
+from ltrl_fastai.cli.main import main
 main()
 """
 
@@ -49,15 +49,19 @@ def test_help_of_all(tmp_path):
 
 def test_methods(tmp_path):
     said = run_without_torch('methods', cwd=tmp_path)
-    assert all(k in said for k in methods)
+    assert all(k in said for k in method_facts)
     facts = json.loads(run_without_torch('methods', '--json', cwd=tmp_path))
-    keys = ('about', 'reference', 'stages', 'views', 'reported')
-    assert facts == [dict(name=name, **{k: getattr(o, k) for k in keys}) for name, o in methods.items()]
+    keys = ('about', 'reference', 'year', 'stages', 'views')
+    for (name, expected), row in zip(method_facts.items(), facts, strict=True):
+        assert row['name'] == name and all(row[k] == getattr(expected, k) for k in keys)
+    bsce = next(row['reported'] for row in facts if row['name'] == 'bsce')
+    assert bsce['cifar100-lt'] == {'all': 46.1, 'source': 'slides, table1, resnet32'}
+    assert {'imagenet-lt', 'places-lt', 'inaturalist18'} <= set(bsce)
 
 
 def test_recipes(tmp_path):
     assert run_without_torch('recipes', cwd=tmp_path).count('\ntable1/') == 69
-    assert len(json.loads(run_without_torch('recipes', '--json', cwd=tmp_path))) == len(recipes)
+    assert len(json.loads(run_without_torch('recipes', '--json', cwd=tmp_path))) == len(recipes)+len(later_recipes)
     assert 'Used here' in run_without_torch('recipes', 'table1/BSCE+RL/100', cwd=tmp_path)
     assert "Did you mean 'table1/RIDE/100'" in run_without_torch('recipes', 'table1/RIED/100', cwd=tmp_path, code=2)
 

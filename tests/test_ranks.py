@@ -118,7 +118,8 @@ def test_methods_have_one_state_on_all_ranks(methods_trained, name):
         assert v.isfinite().all()
         if 'running_' not in k: torch.testing.assert_close(b['state'][k], v, rtol=1e-5, atol=1e-6)
     counts = torch.bincount(torch.tensor(a['seen'][-1]+b['seen'][-1]), minlength=10)
-    if name in ('crt', 'mislas'): assert counts.max()-counts.min() <= 2  # one more makes ranks equally long
+    if name in ('crt', 'mislas') or name.endswith('-sampling'):
+        assert counts.max()-counts.min() <= 2  # one more makes ranks equally long
     if name == 'paco':
         n_seen = sum(len(o) for r in (a, b) for o in r['seen'])
         assert a['state']['at'] == n_seen % len(a['state']['queue'])

@@ -25,7 +25,7 @@ def test_ci_calls_the_readmes_test_command():
 
 def test_options_in_the_readme_exist():
     from typer.testing import CliRunner
-    from ltrl_fastai.experiments.cli import app
+    from ltrl_fastai.cli.main import app
     known = CliRunner().invoke(app, ['train', '--help']).output
     for command in re.findall(r'`(ltrl train [^`]*)`', text):
         for option in re.findall(r'--[a-z-]+', command): assert option in known or option == '--help', option

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 from command_line import ltrl_here, start_ltrl
-from ltrl_fastai.experiments.cli import app
+from ltrl_fastai.cli.main import app
 from ltrl_fastai.experiments.plan import hash_of
 from ltrl_fastai.experiments.recipes import Recipe, caveat, compare_reported, matching, recipe, recipes
 from ltrl_fastai.experiments.summary import slides_row

@@ -10,11 +10,16 @@ from functools import partial
 import numpy as np
 import pytest
 import scipy.stats
+import typer.main
+from ltrl_fastai.cli import compare as compare_command
+from ltrl_fastai.cli import train as train_command_module
+from ltrl_fastai.cli.main import app
 from ltrl_fastai.data.beds import write_digits_folder
 from ltrl_fastai.evaluation.metrics import interval
-from ltrl_fastai.experiments import cli, cli_compare, cli_train, training
+from ltrl_fastai.experiments import training
 from ltrl_fastai.experiments.plan import make_plan, parse_setting, variants
 from ltrl_fastai.experiments.recommend import (
+    _option, _without_option,
     least_lead, recommend, recommendation_markdown, recommendations, train_command, write_recommendations)
 from ltrl_fastai.experiments.settings import RunSettings
 from ltrl_fastai.experiments.training import train_run
@@ -268,14 +273,24 @@ def trained(monkeypatch):
     "The settings that `ltrl train` would train with, by its command line"
     def settings_of(command):
         found = []
-        monkeypatch.setattr(cli_train, '_train_once', lambda todo, out, **kwargs: found.extend(todo))
+        monkeypatch.setattr(train_command_module, '_train_once', lambda todo, out, **kwargs: found.extend(todo))
         program, *args = shlex.split(command)
         assert program == 'ltrl'
-        res = CliRunner().invoke(cli.app, args)
+        res = CliRunner().invoke(app, args)
         assert res.exit_code == 0, res.output
         one, = found
         return one
     return settings_of
+
+
+def test_the_command_spells_the_options_that_there_are():
+    train = next(o for o in typer.main.get_command(app).commands.values() if o.name == 'train')
+    options = {o.name: [*o.opts, *o.secondary_opts] for o in train.params}
+    settings = {f.name for f in dataclasses.fields(RunSettings)}-{'reflective'}
+    assert settings-set(options) == _without_option
+    for name, spelled in options.items():
+        values = [True, False] if len(spelled) > 1 else [True] if spelled == [f'--{name}'] else ['1']
+        assert spelled == [_option(name, value)[0] for value in values]
 
 
 @pytest.mark.parametrize('reflective', [
@@ -332,7 +347,7 @@ def test_it_is_written_as_json(tmp_path):
 
 
 def test_auto_is_explained():
-    said = ' '.join(CliRunner().invoke(cli.app, ['compare', '--help']).output.split())
+    said = ' '.join(CliRunner().invoke(app, ['compare', '--help']).output.split())
     assert all(why in said for why in auto_methods.values())
 
 
@@ -340,18 +355,18 @@ def test_auto_leaves_out_what_the_settings_do_not_fit():
     fixed = [parse_setting('posthoc=auto')]
     ways = variants('both', fixed=fixed)
     def plan_of(names): return make_plan(names, ways, [0])
-    chosen, left_out = cli_compare._fitting_methods(['ride', 'auto'], plan_of)
+    chosen, left_out = compare_command._fitting_methods(['ride', 'auto'], plan_of)
     assert chosen == ['ride', *(o for o in auto_methods if o != 'logit-adjustment')]
     assert 'log prior' in str(left_out['logit-adjustment'])
     for named in (['auto', 'logit-adjustment'], ['logit-adjustment']):
-        with pytest.raises(ValueError, match='posthoc'): cli_compare._fitting_methods(named, plan_of)
+        with pytest.raises(ValueError, match='posthoc'): compare_command._fitting_methods(named, plan_of)
     with pytest.raises(ValueError, match="Did you mean 'digits-lt'"):  # what fits no method is an error
-        cli_compare._fitting_methods(['auto'], lambda names: make_plan(names, ways, [0], dataset='digit-lt'))
+        compare_command._fitting_methods(['auto'], lambda names: make_plan(names, ways, [0], dataset='digit-lt'))
 
 
 @pytest.mark.parametrize('method', auto_methods)
 def test_auto_trains_on_vectors(method):
-    assert max(methods[method].views, *(o.views for o in methods[method].then), 1) == 1
+    assert max(methods[method].views, *(o.views for o in methods[method].later_stages), 1) == 1
     settings = RunSettings('photos-lt', 5., method=method, n_max=5, n_valid=2, epochs=1, reflective={})
     res, _ = train_run(settings, bar=False)
     assert res['valid_accuracy']['all'] >= 0

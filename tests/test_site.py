@@ -258,24 +258,6 @@ def address(site):
     server.shutdown()
 
 
-@pytest.fixture(scope='module')
-def browser():
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-    driver = shutil.which('chromedriver')
-    if not driver:
-        if os.environ.get('CI'): pytest.fail('a browser is needed: install chromium and chromedriver')
-        pytest.skip('no chromedriver: install chromium and chromedriver to see the site in a browser')
-    options = webdriver.ChromeOptions()
-    arguments = ('--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage',
-                 '--window-size=1300,1000')
-    for o in arguments: options.add_argument(o)
-    options.set_capability('goog:loggingPrefs', {'browser': 'ALL', 'performance': 'ALL'})
-    b = webdriver.Chrome(options=options, service=Service(driver))
-    yield b
-    b.quit()
-
-
 @pytest.fixture(autouse=True)
 def reset_screen(request):
     "Reset the size and the colour scheme of the screen after each test"

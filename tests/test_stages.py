@@ -35,7 +35,8 @@ def after_first_stage(learn):
 
 def after_second_stage(learn, stage):
     "The learner, after a second stage alone"
-    with learn.no_bar(), learn.no_logging(): Method('', '', then=(stage,)).fit(learn, 2, .01, first=lambda *args: None)
+    with learn.no_bar(), learn.no_logging():
+        Method('', '', later_stages=(stage,)).fit(learn, 2, .01, first=lambda *args: None)
     return learn
 
 
@@ -302,7 +303,7 @@ def test_a_small_batch_is_overfitted(loss):
 @pytest.fixture
 def staged_methods():
     "Each stage as a method that settings know, `staged-...`"
-    made = {f'staged-{k}': Method(k, 'this test', then=(o,)) for k, o in stages.items()}
+    made = {f'staged-{k}': Method(k, 'this test', later_stages=(o,)) for k, o in stages.items()}
     methods.update(made)
     yield
     for k in made: del methods[k]
@@ -330,7 +331,7 @@ def test_reflective_learning_takes_part_in_the_first_stage(dls, stage):
         def before_train(self):
             present.append(any(type(o).__name__ == 'KnowledgeReview' for o in self.learn.cbs))
     learn = learner(dls, cbs=[all_three(), PresenceLog()])
-    with learn.no_bar(), learn.no_logging(): Method('', '', then=(stage,)).fit(learn, 2, .05)
+    with learn.no_bar(), learn.no_logging(): Method('', '', later_stages=(stage,)).fit(learn, 2, .05)
     n_second = 2 if stage.epochs is None else min(2, stage.epochs)
     assert present == [True]*2+[False]*n_second
     assert learn.knowledge_review in learn.cbs

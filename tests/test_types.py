@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ltrl_fastai.experiments import cli_common
+from ltrl_fastai.cli import common
 from public import Public, everything, name_of
 
 root = Path(__file__).parent.parent
@@ -38,7 +38,7 @@ def not_optional(o):
 
 def allows_none(annotation):
     "May a value be None? Options that several commands share have a name for their type"
-    shared = getattr(cli_common, annotation, None)
+    shared = getattr(common, annotation, None)
     if typing.get_origin(shared) is typing.Annotated: annotation = str(typing.get_args(shared)[0])
     return bool(re.search(r'\bNone\b|^Any$', annotation))
 

@@ -61,7 +61,7 @@ def with_methods(dls: LongTailDataLoaders, net: nn.Module) -> Learner:
     def again(learn: Learner, counts: Tensor) -> None: pass
     def cbs(counts: Tensor) -> list[Callback]: return []
     stage = Stage('again', again, cbs, epochs=None, lr=None)
-    mine = Method('a line', 'a reference', BalancedSoftmaxLoss, then=(stage,))
+    mine = Method('a line', 'a reference', BalancedSoftmaxLoss, later_stages=(stage,))
     return mine.fit(m.learner(dls, net, cbs=ReflectiveLearning()), 30, .1, done=lambda i: None)
 
 
@@ -69,7 +69,7 @@ def maths(z: Tensor, y: Tensor) -> Tensor:
     centers = class_centers(z, y, 3, previous=None)
     assert_type(class_similarity(centers), Tensor)
     assert_type(project_conflict(z, z), Tensor)
-    assert_type(review_loss(z, z, y, tau=2, seen=None), Tensor)
+    assert_type(review_loss(z, z, y, tau=2, has_teacher=None), Tensor)
     return soft_labels(y, class_similarity(centers))
 
 

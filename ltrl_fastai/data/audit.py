@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import PIL.Image
+from ..core.checks import check_data_path
 from .facts import abbreviated
 
 # %% ../../nbs/data/13_audit.ipynb #0375de82
@@ -100,6 +101,7 @@ class ImageFacts:
     height:int=0 # In pixels, as stored
     mode:str='' # Pillow's: 'RGB', 'L' (grey), 'P' (palette), 'CMYK', ...
     has_16_bits:bool=False # More than 8 bits in a channel?
+    levels:tuple|None=None # Lowest and highest of 65,535 levels, of an image of 16 bits
     is_rotated:bool=False # Does an EXIF tag ask viewers to rotate or mirror it?
     is_blank:bool=False # Are all pixels of one colour?
     digest:bytes=b'' # Of the file if it is a JPEG, else of its pixels
@@ -123,12 +125,15 @@ def _is_rotated(im):
 
 def _facts_of(im, content):
     "`ImageFacts` of an image that Pillow has opened"
-    from ltrl_fastai.data.images import _eight_bit
+    from ltrl_fastai.data.images import _eight_bit, _note_raw_mode, level_range, note_bits
+    note_bits(im) # before EXIF data are read, which loads a PNG
+    _note_raw_mode(im)
     width,height = im.size
     facts = ImageFacts(width=width, height=height, mode=im.mode, is_rotated=_is_rotated(im))
-    facts.has_16_bits = '16' in im.mode or ';16' in str(im.tile) or im.mode=='I' and im.format in ('PNG','PPM')
+    facts.has_16_bits = '16' in im.mode or ';16' in im.info['raw_mode'] or im.mode=='I' and im.format in ('PNG','PPM')
     is_draft = im.draft('RGB', (4*_hash_size[0], 4*_hash_size[1])) # a JPEG at a fraction of its resolution
     im.load()
+    facts.levels = level_range(im)
     rgb = _eight_bit(im, im.format)
     facts.digest = _digest(content) if is_draft else _pixels_digest(rgb)
     facts.is_blank = all(high-low<=2 for low,high in rgb.getextrema())
@@ -179,31 +184,45 @@ def _components(n, i, j):
     graph = coo_array((np.ones(len(i), dtype=bool), (i, j)), shape=(n, n))
     return connected_components(graph, directed=False)[1]
 
+def _groups_by_digest(facts):
+    "For each file the number of its group of the same digest; -1 if it can't be read"
+    groups = {}
+    return np.array([-1 if o.fault else groups.setdefault(o.digest, len(groups)) for o in facts], dtype=int)
+
+def _near_images(group_of, facts):
+    "Near pairs of the first images of groups: their indices, and how many bits of their hashes differ"
+    first_of = {}
+    for i,group in enumerate(group_of): first_of.setdefault(int(group), i)
+    hashed = [i for group,i in first_of.items() if group>=0 and facts[i].bits is not None and not facts[i].is_blank]
+    if not hashed: return []
+    near = near_pairs(np.stack([facts[i].bits for i in hashed]))
+    return [(hashed[a], hashed[b], int(distance)) for a,b,distance in zip(*near)]
+
+def _may_be_same(one, other):
+    "Have two images the same size, and nearly the same colours?"
+    if (one.width,one.height)!=(other.width,other.height): return False
+    return np.abs(one.colours.astype(int)-other.colours).mean()<=2
+
+def _same_pixels(pairs, files, facts):
+    "The pairs of images that have the same pixels; decodes those whose size and colours agree"
+    from ltrl_fastai.data.images import in_parallel, open_image
+    candidates = sorted({i for a,b in pairs if _may_be_same(facts[a], facts[b]) for i in (a,b)})
+    digests = dict(zip(candidates, in_parallel(lambda i: _pixels_digest(open_image(files[i])), candidates)))
+    return [(a, b) for a,b in pairs if a in digests and digests[a]==digests.get(b)]
+
 def _same_and_near(files, facts):
     """For each file the number of its group of identical images, -1 if it can't be read; and near pairs of groups.
 
     Images of the same digest are identical. A JPEG may also have the pixels of another kind of file: among near pairs,
     the few whose size and colours agree are decoded in full."""
-    from ltrl_fastai.data.images import in_parallel, open_image
-    groups = {}
-    group_of = np.array([-1 if o.fault else groups.setdefault(o.digest, len(groups)) for o in facts], dtype=int)
-    first_of = {}
-    for i,group in enumerate(group_of): first_of.setdefault(int(group), i)
-    hashed = [i for group,i in first_of.items() if group>=0 and facts[i].bits is not None and not facts[i].is_blank]
-    if not hashed: return group_of,[]
-    a,b,distance = near_pairs(np.stack([facts[i].bits for i in hashed]))
-    pairs = [(hashed[x], hashed[y], int(d)) for x,y,d in zip(a, b, distance)]
-    def may_be_same(i, j):
-        one,other = facts[i],facts[j]
-        if (one.width,one.height)!=(other.width,other.height): return False
-        return np.abs(one.colours.astype(int)-other.colours).mean()<=2
-    candidates = sorted({i for pair in pairs if may_be_same(*pair[:2]) for i in pair[:2]})
-    digests = dict(zip(candidates, in_parallel(lambda i: _pixels_digest(open_image(files[i])), candidates)))
-    same = [(group_of[i], group_of[j]) for i,j,_ in pairs if i in digests and digests[i]==digests.get(j)]
-    merged = _components(len(groups), *(np.array(same, dtype=int).reshape(-1,2).T))
-    group_of[group_of>=0] = merged[group_of[group_of>=0]]
-    near = [(int(group_of[i]), int(group_of[j]), d) for i,j,d in pairs if group_of[i]!=group_of[j]]
-    return group_of,near
+    group_of = _groups_by_digest(facts)
+    near = _near_images(group_of, facts)
+    if not near: return group_of,[]
+    same = np.array(_same_pixels([(i, j) for i,j,_ in near], files, facts), dtype=int).reshape(-1, 2)
+    merged = _components(group_of.max()+1, *group_of[same].T)
+    is_readable = group_of>=0
+    group_of[is_readable] = merged[group_of[is_readable]]
+    return group_of,[(int(group_of[i]), int(group_of[j]), d) for i,j,d in near if group_of[i]!=group_of[j]]
 
 # %% ../../nbs/data/13_audit.ipynb #00812aaa
 severities = 'error','warning','note' # Most severe first
@@ -358,7 +377,7 @@ def _share(paths, n_all):
 
 def _finding_of(paths, kind, severity, text, advice):
     "A list with one finding about some images, or an empty list without images"
-    return [Finding(kind, severity, text, advice, list(paths))] if paths else []
+    return [Finding(kind=kind, severity=severity, text=text, advice=advice, files=list(paths))] if paths else []
 
 def _unreadable(listing, facts, error, data):
     "Findings about files that are missing or broken, and classes that lose all images by that"
@@ -366,22 +385,23 @@ def _unreadable(listing, facts, error, data):
     missing = [p for p,o in zip(paths, facts) if o.is_missing]
     text = f"{_share(missing, len(paths))} not there: {_named(missing)}."
     if isinstance(error, FileNotFoundError): text = str(error)
-    res = _finding_of(missing, 'missing', 'error', text,
-                      "Put them there, or remove them from the CSV file: `ltrl train` stops at a missing image.")
+    res = _finding_of(missing, kind='missing', severity='error', text=text,
+                      advice="Put them there, or remove them from the CSV file: `ltrl train` stops at a missing image.")
     broken = {p: o.fault for p,o in zip(paths, facts) if o.fault and not o.is_missing}
     number = _number(len(broken), 'image')
+    named = _named([f'{p} ({why})' for p,why in broken.items()])
     res += _finding_of(
-        broken, 'broken', 'error', f"{number} can't be read: {_named([f'{p} ({why})' for p,why in broken.items()])}.",
-        f"Replace or remove them, or leave them out of training: `ltrl train --dataset {data} --skip-broken`.")
+        broken, kind='broken', severity='error', text=f"{number} can't be read: {named}.",
+        advice=f"Replace or remove them, or leave them out of training: `ltrl train --dataset {data} --skip-broken`.")
     of_class = collections.defaultdict(list)
     for place,o in zip(listing.places, facts):
         if place.split=='train' and place.name: of_class[place.name].append(o)
     lost = [name for name,images in of_class.items()
             if all(o.fault for o in images) and not all(o.is_missing for o in images)]
     if lost: res.append(Finding(
-        'class-lost', 'error', f"None of the training images of {abbreviated(lost)} can be read.",
-        "Replace them, or take the class out: a class without images can't be learned.",
-        [o.path for o in listing.places if o.split=='train' and o.name in lost]))
+        kind='class-lost', severity='error', text=f"None of the training images of {abbreviated(lost)} can be read.",
+        advice="Replace them, or take the class out: a class without images can't be learned.",
+        files=[o.path for o in listing.places if o.split=='train' and o.name in lost]))
     return res
 
 def _concentrated(places, listing):
@@ -391,15 +411,30 @@ def _concentrated(places, listing):
     if not name or len(listing.vocab)<2 or len(places)<5 or n<.9*len(places): return ''
     return f" {n:,} of them are of class {name}: a net may learn the kind of file instead of what it shows."
 
+def _dark_findings(deep):
+    "Images of 16 bits that use a small part of the range: nearly black, or all of a camera with fewer bits"
+    if not deep: return []
+    highest = max(high for _,(_,high) in deep)
+    limit = 2**15 if highest<2**15 else 2**12 # no image uses the upper half; else those below a sixteenth
+    dark = [(place.path, low, high) for place,(low,high) in deep if 0<high<limit]
+    described = [f'{path} ({low:,} to {high:,})' for path,low,high in dark]
+    return _finding_of(
+        [path for path,_,_ in dark], 'dark-16-bit', 'warning',
+        f"{_number(len(dark), 'image')} of 16 bits {'uses' if len(dark)==1 else 'use'} a small part of the 65,535 "
+        f"levels: "
+        f"{_named(described)}. {'It is' if len(dark)==1 else 'They are'} read as dark or nearly black.",
+        "If the camera has fewer bits, multiply the levels (12 bits by 16), or save the images with 8 bits. A PNG with "
+        "an sBIT chunk and a TIFF with the tag MaxSampleValue are scaled by what they say.")
+
 def _colour_findings(listing, readable):
     "Findings about the kind of pixels: 16 bits, greyscale, palette, CMYK"
     n = len(listing.places)
     deep = [place for place,o in readable if o.has_16_bits]
     res = _finding_of(
-        [o.path for o in deep], '16-bit', 'note',
-        f"{_share(deep, n)} stored with 16 bits a channel: {_named([o.path for o in deep])}.",
-        "One channel is divided by 257, and of three channels the upper 8 bits are kept. If the images use a small "
-        "part of the range, stretch it and save them with 8 bits: they would be nearly black.")
+        [o.path for o in deep], kind='16-bit', severity='note',
+        text=f"{_share(deep, n)} stored with 16 bits a channel: {_named([o.path for o in deep])}.",
+        advice="One channel is divided by 257, and of three channels the upper 8 bits are kept.")
+    res += _dark_findings([(place, o.levels) for place,o in readable if o.levels])
     by_word = collections.defaultdict(list)
     for place,o in readable:
         kind = mode_words.get(o.mode, '').removesuffix(' with transparency')
@@ -409,14 +444,14 @@ def _colour_findings(listing, readable):
         paths = [o.path for o in places]
         concentrated = _concentrated(places, listing)
         res += _finding_of(
-            paths, word.replace(' ', '-').lower(), 'warning' if concentrated else 'note',
-            f"{_share(paths, n)} stored as {word}, not as RGB: {_named(paths)}.{concentrated}",
-            "Save all images with the same kind of pixels." if concentrated else
+            paths, kind=word.replace(' ', '-').lower(), severity='warning' if concentrated else 'note',
+            text=f"{_share(paths, n)} stored as {word}, not as RGB: {_named(paths)}.{concentrated}",
+            advice="Save all images with the same kind of pixels." if concentrated else
             "They are converted to RGB, so nothing has to be done; check that they look right.")
     blank = [place.path for place,o in readable if o.is_blank]
     return res+_finding_of(
-        blank, 'blank', 'warning', f"{_share(blank, n)} of a single colour: {_named(blank)}.",
-        "Look at them: a black or white image is often a failed exposure or download. Remove those.")
+        blank, kind='blank', severity='warning', text=f"{_share(blank, n)} of a single colour: {_named(blank)}.",
+        advice="Look at them: a black or white image is often a failed exposure or download. Remove those.")
 
 def _shape_findings(listing, readable, data):
     "Findings about the size and shape of images"
@@ -427,30 +462,33 @@ def _shape_findings(listing, readable, data):
     all_small = len({(o.width,o.height) for _,o in readable})==1 and (ratio==1).all() and shorter.max()<=64
     tiny = [] if all_small else paths[shorter<_smallest_side].tolist()
     res = _finding_of(
-        tiny, 'tiny', 'warning', f"{_share(tiny, n)} less than {_smallest_side} pixels wide or high: {_named(tiny)}.",
-        "Look at them: enlarged, they show little. Replace thumbnails by the originals, or remove them.")
+        tiny, kind='tiny', severity='warning',
+        text=f"{_share(tiny, n)} less than {_smallest_side} pixels wide or high: {_named(tiny)}.",
+        advice="Look at them: enlarged, they show little. Replace thumbnails by the originals, or remove them.")
     extreme = paths[ratio>_longest_shape].tolist()
     res += _finding_of(
-        extreme, 'extreme-shape', 'warning',
-        f"{_share(extreme, n)} more than {_longest_shape} times as long as wide: {_named(extreme)}.",
-        "The net is evaluated on the square in the middle. Crop them to what the class is about.")
+        extreme, kind='extreme-shape', severity='warning',
+        text=f"{_share(extreme, n)} more than {_longest_shape} times as long as wide: {_named(extreme)}.",
+        advice="The net is evaluated on the square in the middle. Crop them to what the class is about.")
     rotated = [place.path for place,o in readable if o.is_rotated]
     res += _finding_of(
-        rotated, 'rotated', 'warning',
-        f"{_share(rotated, n)} marked by EXIF as rotated or mirrored: {_named(rotated)}. Training ignores the mark, so "
-        "that the net sees them as they are stored.",
-        "Rotate the pixels: `PIL.ImageOps.exif_transpose` in Python, or `mogrify -auto-orient` of ImageMagick.")
+        rotated, kind='rotated', severity='warning',
+        text=f"{_share(rotated, n)} marked by EXIF as rotated or mirrored: {_named(rotated)}. Training ignores the "
+        "mark, so that the net sees them as they are stored.",
+        advice="Rotate the pixels: `PIL.ImageOps.exif_transpose` in Python, or `mogrify -auto-orient` of ImageMagick.")
     median = int(np.median(shorter))
     smaller_size = max(_smallest_side, 16*round(median/16)) # nets halve the size four or five times
     if not all_small and median<.9*_default_size: res.append(Finding(
-        'small', 'note', f"Half of the images have a shorter side of {median:,} pixels or less, and are enlarged to "
+        kind='small', severity='note',
+        text=f"Half of the images have a shorter side of {median:,} pixels or less, and are enlarged to "
         f"{_default_size} for training.",
-        f"A smaller size trains faster: `ltrl train --dataset {data} --size {smaller_size}`."))
+        advice=f"A smaller size trains faster: `ltrl train --dataset {data} --size {smaller_size}`."))
     if median>4*_default_size: res.append(Finding(
-        'large', 'note', f"Half of the images have a shorter side of {median:,} pixels or more, and are shrunk to "
+        kind='large', severity='note',
+        text=f"Half of the images have a shorter side of {median:,} pixels or more, and are shrunk to "
         f"{_default_size} for training in every epoch.",
-        "Shrink a copy of the data set beforehand with fastai's `resize_images(path, max_size=512, recurse=True, "
-        "dest=...)`."))
+        advice="Shrink a copy of the data set beforehand with fastai's `resize_images(path, max_size=512, "
+        "recurse=True, dest=...)`."))
     return res
 
 # %% ../../nbs/data/13_audit.ipynb #a4cfc0f4
@@ -469,30 +507,32 @@ def _class_findings(listing, counts):
         unknown = {listing.vocab[i] for i,n in enumerate(numbers) if n and not train[i]}
         paths = [o.path for o in listing.places if o.split==split and o.name in unknown]
         res += _finding_of(
-            paths, 'untrained-class', 'error',
-            f"{_number(len(paths), f'{split_words[split]} image is', f'{split_words[split]} images are')} of "
+            paths, kind='untrained-class', severity='error',
+            text=f"{_number(len(paths), f'{split_words[split]} image is', f'{split_words[split]} images are')} of "
             f"{_number(len(unknown), 'class', 'classes')} without training images: {abbreviated(sorted(unknown), 10)}.",
-            "Add training images, or take these classes out. If a class has another name in training: rename it.")
+            advice="Add training images, or take these classes out. If a class has another name in training: rename "
+            "it.")
     sizes = [n for n in train if n]
     if len(sizes)>1 and max(sizes)<_least_imbalance*min(sizes): res.append(Finding(
-        'balanced', 'note', "The classes are almost balanced: the largest has less than "
+        kind='balanced', severity='note', text="The classes are almost balanced: the largest has less than "
         f"{_least_imbalance:g} times the training images of the smallest.",
-        "Methods for long tails have little to gain here: compare them with `--method softmax --no-rl`."))
+        advice="Methods for long tails have little to gain here: compare them with `--method softmax --no-rl`."))
     few = sorted((n, listing.vocab[i]) for i,n in enumerate(train) if 0<n<_very_few)
     names = {name for _,name in few}
     if few: res.append(Finding(
-        'very-few', 'warning',
-        f"{_number(len(few), 'class has', 'classes have')} fewer than {_very_few} training images: "
+        kind='very-few', severity='warning',
+        text=f"{_number(len(few), 'class has', 'classes have')} fewer than {_very_few} training images: "
         f"{abbreviated([f'{name} ({n})' for n,name in few], 10)}.",
-        "Add images if you can. Otherwise expect a low accuracy: such a class gives at most one image for "
+        advice="Add images if you can. Otherwise expect a low accuracy: such a class gives at most one image for "
         "validation, and none if it has fewer than three.",
-        [o.path for o in listing.places if o.split=='train' and o.name in names]))
+        files=[o.path for o in listing.places if o.split=='train' and o.name in names]))
     alike = collections.defaultdict(list)
     for name in listing.vocab: alike[_one_form(name)].append(name)
     twins = [' and '.join(map(repr, names)) for names in alike.values() if len(names)>1]
     if twins: res.append(Finding(
-        'similar-names', 'warning', f"Names of different classes are almost the same: {abbreviated(twins)}.",
-        "If they mean the same class, give it one name."))
+        kind='similar-names', severity='warning',
+        text=f"Names of different classes are almost the same: {abbreviated(twins)}.",
+        advice="If they mean the same class, give it one name."))
     return res
 
 _note_advice = { # What to do about a note of `own_images`, by words in it
@@ -516,18 +556,21 @@ def _note_findings(path, columns, n_classes):
         counts = np.bincount(lists[split].labels, minlength=n_classes)
         lacking = without_images(counts, vocab, split_words[split])
         notes = [o for o in notes if o not in lacking]
-        res += [Finding(
-            f'no-{split}', 'warning', o, f"Move images of these classes from training to {split_words[split]}, or "
-            "read the mean accuracy as one of the other classes.") for o in lacking]
+        advice = (f"Move images of these classes from training to {split_words[split]}, or read the mean accuracy as "
+                  "one of the other classes.")
+        res += [Finding(kind=f'no-{split}', severity='warning', text=o, advice=advice) for o in lacking]
     for o in notes:
-        advice = [advice for words,advice in _note_advice.items() if words in o]
-        res.append(Finding('note', 'note', o, ' '.join(advice) or "Check that this is what you want."))
+        advice = ' '.join(advice for words,advice in _note_advice.items() if words in o)
+        res.append(Finding(
+            kind='note', severity='note', text=o, advice=advice or "Check that this is what you want."))
     return res
 
 def _refused(error):
     "The finding that `own_images` raises an error"
-    return Finding('refused', 'error', str(error), "`ltrl train` stops with this error. The rest of the audit is about "
-                   "what could be listed, so mend this first and inspect the data again.")
+    return Finding(
+        kind='refused', severity='error', text=str(error),
+        advice="`ltrl train` stops with this error. The rest of the audit is about what could be listed, so mend this "
+        "first and inspect the data again.")
 
 def _other_files(path, files):
     "A finding about files in folders of images that don't end as images do"
@@ -538,9 +581,9 @@ def _other_files(path, files):
     endings = collections.Counter(Path(o).suffix or Path(o).name for o in others)
     text = ', '.join(f'{n:,} {ending}' for ending,n in endings.most_common(5))
     return _finding_of(
-        [os.path.relpath(o, path) for o in sorted(others)], 'other-files', 'note',
-        f"{_number(len(others), 'file')} beside the images {'is' if len(others)==1 else 'are'} left out, as the ending "
-        f"is not that of an image: {text}.", "If they are images, convert them to JPEG or PNG.")
+        [os.path.relpath(o, path) for o in sorted(others)], kind='other-files', severity='note',
+        text=f"{_number(len(others), 'file')} beside the images {'is' if len(others)==1 else 'are'} left out, as the "
+        f"ending is not that of an image: {text}.", advice="If they are images, convert them to JPEG or PNG.")
 
 # %% ../../nbs/data/13_audit.ipynb #a51a4294
 _split_pairs = ('test','train'),('valid','train'),('test','valid') # The split that is scored wrongly comes first
@@ -574,8 +617,9 @@ def _leak_findings(pairs, listing, kind, how, severity, advice):
         if not groups: continue
         number = _number(len(groups), f'{split_words[scored]} image is', f'{split_words[scored]} images are')
         res.append(Finding(
-            kind, severity, f"{number} {how} {split_words[learned]} images: {_example(groups)}.", advice,
-            _paths_in(groups), groups))
+            kind=kind, severity=severity, advice=advice,
+            text=f"{number} {how} {split_words[learned]} images: {_example(groups)}.",
+            files=_paths_in(groups), groups=groups))
     return res
 
 class _Item(NamedTuple):
@@ -596,12 +640,12 @@ def _duplicate_findings(listing, facts, has_valid):
     known = {(a.group,b.split) for a,b,_ in same} | {(b.group,a.split) for a,b,_ in same}
     new = [(a, b, d) for a,b,d in similar if (a.group,b.split) not in known and (b.group,a.split) not in known]
     res = _leak_findings(
-        same, listing, 'leak', 'identical to', 'error',
-        "Remove them from one of the two splits: the net is tested on what it has learned.")
+        same, listing, kind='leak', how='identical to', severity='error',
+        advice="Remove them from one of the two splits: the net is tested on what it has learned.")
     res += _leak_findings(
-        new, listing, 'near-leak', 'almost the same as', 'warning',
-        "Look at the pairs. If they show the same object, put all of its images into one split: accuracy is too high "
-        "otherwise.")
+        new, listing, kind='near-leak', how='almost the same as', severity='warning',
+        advice="Look at the pairs. If they show the same object, put all of its images into one split: accuracy is "
+        "too high otherwise.")
     res += _conflict_findings(of_group, similar, listing)
     return res+_copy_findings(of_group, similar, listing, has_valid)
 
@@ -618,9 +662,11 @@ def _conflict_findings(of_group, similar, listing):
     same = [_other_classes_first([listing.places[i] for o in items if o.label>=0 for i in o.indices])
             for items in of_group.values() if len({o.label for o in items if o.label>=0})>1]
     if same: res.append(Finding(
-        'conflict', 'error', f"{_number(len(same), 'image is', 'images are')} in more than one class: "
+        kind='conflict', severity='error',
+        text=f"{_number(len(same), 'image is', 'images are')} in more than one class: "
         f"{_example(same, with_class=True)}.",
-        "Decide for one class and remove the others: no net can be right about both.", _paths_in(same), same))
+        advice="Decide for one class and remove the others: no net can be right about both.",
+        files=_paths_in(same), groups=same))
     differing = [(d, a.indices[0], b.indices[0]) for a,b,d in similar if a.label!=b.label and min(a.label, b.label)>=0]
     shown,groups = set(),[]
     for _,i,j in sorted(differing):
@@ -628,36 +674,43 @@ def _conflict_findings(of_group, similar, listing):
         shown |= {i,j}
         groups.append([listing.places[i], listing.places[j]])
     if groups: res.append(Finding(
-        'near-conflict', 'warning', f"{_number(len(shown), 'image')} are almost the same as images of another class: "
-        f"{_example(groups, with_class=True)}.", "Look at the pairs, and correct the class where it is wrong.",
-        _paths_in(groups), groups))
+        kind='near-conflict', severity='warning',
+        text=f"{_number(len(shown), 'image')} are almost the same as images of another class: "
+        f"{_example(groups, with_class=True)}.", advice="Look at the pairs, and correct the class where it is wrong.",
+        files=_paths_in(groups), groups=groups))
     return res
+
+def _alike_in_a_class(similar, listing):
+    "Groups of similar images of the same class and split, as lists of `Place`, the largest group first"
+    pairs = [(a, b) for a,b,_ in similar if (a.split,a.label)==(b.split,b.label)]
+    if not pairs: return []
+    items = list(dict.fromkeys(o for pair in pairs for o in pair))
+    number = {o: i for i,o in enumerate(items)}
+    edges = np.array([(number[a], number[b]) for a,b in pairs], dtype=int)
+    groups = collections.defaultdict(list)
+    for item,component in zip(items, _components(len(items), *edges.T)):
+        groups[int(component)].append(listing.places[item.indices[0]])
+    return sorted(groups.values(), key=len, reverse=True)
 
 def _copy_findings(of_group, similar, listing, has_valid):
     "Findings about duplicates of one class in one split"
     res = []
     copies = [[listing.places[i] for i in item.indices] for items in of_group.values() for item in items
               if len(item.indices)>1]
+    near_copies = _alike_in_a_class(similar, listing)
     drawn = '' if has_valid else (
         " Validation images are drawn from training, so that copies may be in both: make a split of your own.")
     if copies: res.append(Finding(
-        'copies', 'warning', f"{_number(len(copies), 'image is', 'images are')} there more than once in a class, "
+        kind='copies', severity='warning',
+        text=f"{_number(len(copies), 'image is', 'images are')} there more than once in a class, "
         f"{_number(sum(map(len, copies)), 'file')} in all: {_example(copies)}.",
-        "Keep one of each: the class looks larger than it is."+drawn, _paths_in(copies), copies))
-    within = [(a, b) for a,b,_ in similar if (a.split,a.label)==(b.split,b.label)]
-    items = list(dict.fromkeys(o for pair in within for o in pair))
-    number = {o: i for i,o in enumerate(items)}
-    edges = np.array([(number[a], number[b]) for a,b in within], dtype=int).reshape(-1, 2)
-    groups = collections.defaultdict(list)
-    for item,component in zip(items, _components(len(items), *edges.T)) if items else ():
-        groups[int(component)].append(listing.places[item.indices[0]])
-    near_copies = sorted(groups.values(), key=len, reverse=True)
+        advice="Keep one of each: the class looks larger than it is."+drawn, files=_paths_in(copies), groups=copies))
     if near_copies: res.append(Finding(
-        'near-copies', 'note' if has_valid else 'warning',
-        f"{_number(sum(map(len, near_copies)), 'image')} of the same class and split in "
+        kind='near-copies', severity='note' if has_valid else 'warning',
+        text=f"{_number(sum(map(len, near_copies)), 'image')} of the same class and split in "
         f"{_number(len(near_copies), 'group')} are almost the same: {_example(near_copies)}.",
-        "Pictures of one object teach less than as many objects: count them as one when you collect more."+drawn,
-        _paths_in(near_copies), near_copies))
+        advice="Pictures of one object teach less than as many objects: count them as one when you collect more."+drawn,
+        files=_paths_in(near_copies), groups=near_copies))
     return res
 
 # %% ../../nbs/data/13_audit.ipynb #41599ac9
@@ -680,12 +733,7 @@ def inspect_images(path:str|Path, # A folder or a CSV file, as for `own_images`
                    duplicates:bool=True # Compare all images with each other?
                   ) -> Audit:
     "Look for faults in a data set; raises `FileNotFoundError` or `ValueError` if `path` is no folder and no CSV file."
-    path = Path(path).expanduser()
-    if not path.exists(): raise FileNotFoundError(
-        f"There is no folder or file {path}. Expected a folder with a folder of images for each class, "
-        "or a CSV file with columns path and label.")
-    if path.is_file() and path.suffix.lower()!='.csv':
-        raise ValueError(f"{path}: expected a folder, or a file that ends in .csv.")
+    path = check_data_path(Path(path).expanduser())
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # of Pillow, about odd files that it can read
         return _inspect(path, many, few, (path_col,label_col,split_col), duplicates)
@@ -708,5 +756,6 @@ def _inspect(path, many, few, columns, duplicates):
     if path.is_dir(): findings += _other_files(path, listing.files)
     findings.sort(key=lambda o: severities.index(o.severity)) # stable: the order above within a severity
     modes = collections.Counter(o.mode for _,o in readable)
-    return Audit(path, listing.root, listing.vocab, counts, many, few, bounds, len(listing.places),
-                 _sides_of(readable), dict(modes.most_common()), findings)
+    return Audit(path=path, root=listing.root, vocab=listing.vocab, counts=counts, many=many, few=few, bounds=bounds,
+                 n_images=len(listing.places), sides=_sides_of(readable), modes=dict(modes.most_common()),
+                 findings=findings)

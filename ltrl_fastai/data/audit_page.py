@@ -8,8 +8,10 @@ __all__ = ['audit_text', 'audit_html']
 # %% ../../nbs/data/14_audit_page.ipynb #8c6b9fe4
 import io
 import os
+from pathlib import Path
 import jinja2
 import markupsafe
+from ..core.files import shared_path, shared_text
 from .audit import Audit, mode_words, severities, split_words
 
 # %% ../../nbs/data/14_audit_page.ipynb #d09d9b70
@@ -76,7 +78,7 @@ def _verdict(audit):
     if not parts: return "Nothing was found."
     return ' and '.join([', '.join(parts[:-1]), parts[-1]]) if len(parts)>1 else parts[0]
 
-def _class_table(audit, bar):
+def _class_table(audit, bar, width):
     "A rich table of the classes, the middle ones left out if there are many"
     from rich.table import Table
     from rich.text import Text
@@ -85,13 +87,15 @@ def _class_table(audit, bar):
     table = Table(box=None, pad_edge=False, header_style='bold')
     table.add_column('class', overflow='ellipsis', no_wrap=True, max_width=40)
     table.add_column('group')
-    for split in audit.counts: table.add_column(split_words[split], justify='right')
+    for split in audit.counts: table.add_column(split, justify='right', no_wrap=True) # short, for narrow terminals
+    name_width = min(40, max(len(o['name']) for o in rows))
+    longest = min(24, max(4, width-22-8*len(audit.counts)-name_width)) # columns of a bar
     table.add_column('')
     largest = max((o['train'] for o in rows), default=0) or 1
     for i,row in enumerate(rows):
         if left_out and i==_shown_classes//2: table.add_row(f'... {left_out:,} more')
         if left_out and _shown_classes//2<=i<len(rows)-_shown_classes//2: continue
-        length = round(24*row['train']/largest) or min(row['train'], 1)
+        length = round(longest*row['train']/largest) or min(row['train'], 1)
         table.add_row(Text(row['name']), row['group'], *(f'{n:,}' for n in row['counts']), bar*length)
     return table
 
@@ -110,7 +114,7 @@ def audit_text(audit:Audit, # See `inspect_images`
     def say(*lines):
         for o in lines: console.print(Text(_printable(o)))
     say(f"{audit.path}: {_headline(audit)}.", *_balance(audit), *_pixels(audit))
-    if audit.counts: console.print('', _class_table(audit, bar), '', sep='\n')
+    if audit.counts: console.print('', _class_table(audit, bar, width), '', sep='\n')
     say(_verdict(audit))
     for o in audit.findings:
         console.print()
@@ -244,20 +248,21 @@ _most_images = 4 # images that are shown of a group
 _most_files = 500 # names of files that are listed, of each finding
 
 def _finding_values(finding, root):
-    "A finding as the template needs it"
+    "A finding as the template needs it, without paths of this machine"
     from ltrl_fastai.data.images import thumbnail
-    pairs = []
+    pairs,folders = [],[Path(root).absolute(), Path(root).resolve()]
     for places in finding.groups[:_most_groups]:
         splits,names = {o.split for o in places},{o.name for o in places}
         images = []
         for place in places[:_most_images]:
             differs = [split_words[place.split]]*(len(splits)>1)+[place.name]*(len(names)>1)
-            images.append(dict(path=_printable(place.path), about=_printable(', '.join(differs)),
+            images.append(dict(path=_printable(shared_path(place.path, root)), about=_printable(', '.join(differs)),
                                data=thumbnail(os.path.join(root, place.path), side=160)))
         pairs.append(images)
-    return dict(severity=finding.severity, text=_printable(finding.text), advice=_printable(finding.advice),
+    def shown(text): return _printable(shared_text(text, *folders))
+    return dict(severity=finding.severity, text=shown(finding.text), advice=shown(finding.advice),
                 pairs=pairs, n_groups=len(finding.groups), n_files=len(finding.files),
-                files=[_printable(o) for o in finding.files[:_most_files]])
+                files=[_printable(shared_path(o, root)) for o in finding.files[:_most_files]])
 
 def _ticks_up_to(largest):
     "Three to six round numbers from 0 to at least `largest`"

@@ -7,14 +7,11 @@ __all__ = ['data_sets', 'catalogue']
 
 # %% ../../nbs/data/06_catalogue.ipynb #ceb4b9c1
 from pathlib import Path
-from ltrl_fastai.data.facts import (_characters, _cifar, _digits, _digits_folder, _frozen_cifar, _landforms, _photos,
-    folder_sets)
+from .facts import bed_sets, benchmark_sets, folder_sets
 from .listfiles import list_sets
 
 # %% ../../nbs/data/06_catalogue.ipynb #a391f8fe
-data_sets = {o.name: o for o in ( # Every named data set, by name
-    _digits, _photos, *_cifar.values(), _frozen_cifar, *list_sets.values(), *folder_sets.values(),
-    _characters, _landforms, _digits_folder)}
+data_sets = {**benchmark_sets, **list_sets, **folder_sets, **bed_sets} # Every named data set, by name
 
 def _state(found, missing):
     if not missing: return 'there'

@@ -98,7 +98,7 @@ def _class_indices(targets, kind):
     head = first(targets)
     if np.ndim(head)>0 and np.size(head)>1: raise TypeError(
         f"The targets of this {kind} are not single class indices (the first is {head}): counting classes is for "
-        "single-label data.")
+        "single-label data. `label_counts(dls)` counts the labels of multi-label data.")
     if isinstance(targets, np.ndarray) and targets.dtype.kind in 'iub': return [int(o) for o in targets.ravel()]
     return [_class_index(o, kind) for o in targets]
 

@@ -11,9 +11,9 @@ import os
 from collections import Counter
 from pathlib import Path
 from fastai.data.transforms import get_image_files
-from ..core.checks import did_you_mean
+from ..core.checks import check_data_path, did_you_mean
 from .benchmarks import abbreviated, without_images
-from .images import UnreadableImage, broken_images, should_check
+from .images import UnreadableImage, broken_images, dark_note, should_check
 from .listfiles import ImageList, check_images
 from .lists import broken_note, _describe_broken
 from .own import read_rows, _check_class_folders, _folders_in, _other_files, _split_folders, _split_of
@@ -146,18 +146,13 @@ def labelled_images(path:str|Path, # A folder of class folders, a data set with 
                     skip_broken:bool=False # Leave broken images out? Default: an error
                    ) -> LabelledImages:
     "Find labelled images; raises `FileNotFoundError`, `ValueError` or `UnreadableImage` that says what to do."
-    path = Path(path).expanduser()
+    path = check_data_path(Path(path).expanduser())
     columns = (path_col,label_col,split_col)
-    if not path.exists(): raise FileNotFoundError(
-        f"There is no folder or file {path}. Expected a folder with a folder of images for each class, or a CSV file "
-        "with columns path and label.")
-    if path.is_dir(): images,chosen = _images_of_folder(path, split)
-    elif path.suffix.lower()=='.csv': images,chosen = _images_of_csv(path, split, columns)
-    else: raise ValueError(f"{path}: expected a folder, or a file that ends in .csv.")
+    images,chosen = _images_of_folder(path, split) if path.is_dir() else _images_of_csv(path, split, columns)
     images,notes = _with_known_classes(images, vocab, ignore_unknown)
     skipped = []
     if skip_broken or should_check(check): images,skipped = _without_broken(images, skip_broken)
-    notes += broken_note(skipped, images.root)
+    notes += broken_note(skipped, images.root)+dark_note(images.files)
     if chosen in _split_notes: notes.insert(0, _split_notes[chosen])
     counts = Counter(images.labels)
     notes += without_images([counts[i] for i in range(len(vocab))], vocab, chosen or 'labelled')

@@ -17,7 +17,7 @@ import torchvision, warnings
 from .imbalance import long_tail_indices
 from ..core.checks import one_of
 from .benchmarks import DataNote, LongTailDataLoaders, abbreviated, without_images
-from .images import UnreadableImage, broken_images, open_image, should_check
+from .images import UnreadableImage, broken_images, dark_note, open_image, should_check
 from .fast import BatchAug, pad_crop, random_flip, chunkwise
 from ltrl_fastai.data.listfiles import (
     ImageList, as_listed, check_images, check_lists, compare_published, find_lists,
@@ -270,7 +270,8 @@ def _list_dls(name, path, n_valid=None, data_seed=0, check=None, skip_broken=Fal
     check_images(lists, roots)
     skipped = []
     if skip_broken or should_check(check): lists,skipped = leave_out_broken(lists, vocab, skip_broken)
-    notes = [*compare_published(name, lists), *broken_note(skipped, lists['train'].root)]
+    notes = [*compare_published(name, lists), *broken_note(skipped, lists['train'].root),
+             *dark_note(f for o in lists.values() for f in o.files)]
     if 'valid' not in lists:
         every = lists['train']
         train,valid = hold_out(every.labels, n_valid=n_valid, seed=data_seed)

@@ -8,8 +8,9 @@ __all__ = ['short_names', 'read_folder', 'read_rows', 'read_csv', 'common_size',
 # %% ../../nbs/data/05_own.ipynb #9bd33094
 from fastai.vision.all import *
 import csv, PIL.Image
+from ..core.checks import check_data_path
 from .benchmarks import abbreviated, without_images
-from .images import should_check
+from .images import dark_note, should_check
 from .imbalance import long_tail_indices
 from .lists import ImageList, ImageFileDataLoaders, check_images, check_lists, hold_out
 from .lists import broken_note, image_dataloaders, leave_out_broken, decode_file
@@ -26,7 +27,9 @@ def _other_files(folder):
     endings = Counter(Path(f).suffix or f.name for f in get_files(folder))
     if not endings: return ''
     ending,n = endings.most_common(1)[0]
-    return f" There are {n} files that end in {ending}, as images do not." if ending.startswith('.') else ''
+    if not ending.startswith('.'): return ''
+    files,is_are = ('file that ends','is') if n==1 else ('files that end','are')
+    return f" There {is_are} {n:,} {files} in {ending}, as images do not."
 
 def _split_folders(path):
     "The folder of each split, and a note about other folders; a folder of classes is all training"
@@ -330,11 +333,7 @@ def _redrawn(train, valid, seed):
 
 def _read_own(path, columns):
     "Lists, class names and notes of a folder or a CSV file, checked"
-    if not path.exists(): raise FileNotFoundError(
-        f"There is no folder or file {path}. Expected a folder with a folder of images for each class, "
-        "or a CSV file with columns path and label.")
-    if path.is_file() and path.suffix.lower()!='.csv':
-        raise ValueError(f"{path}: expected a folder, or a file that ends in .csv.")
+    check_data_path(path)
     lists,vocab,notes = _read_folder(path) if path.is_dir() else (*read_csv(path, *columns),[])
     if len(vocab)<2: raise ValueError(f"{path}: expected two classes or more, got {vocab[0]!r} alone.")
     check_lists(lists)
@@ -347,7 +346,7 @@ def _own_lists(path, n_valid, data_seed, check, skip_broken, columns, test_share
     skipped = []
     if skip_broken or should_check(check):
         lists,skipped = leave_out_broken(lists, vocab, skip_broken)
-        notes += broken_note(skipped, lists['train'].root)
+        notes += broken_note(skipped, lists['train'].root)+dark_note(f for o in lists.values() for f in o.files)
     if 'test' not in lists and test_share: notes.append(_draw_test(lists, test_share, data_seed))
     if 'valid' in lists and redraw:
         lists['train'],lists['valid'] = _redrawn(lists['train'], lists['valid'], data_seed)

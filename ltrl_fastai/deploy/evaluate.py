@@ -11,24 +11,28 @@ import contextlib
 import dataclasses
 import sklearn.metrics
 from collections.abc import Collection
-from ..core.files import atomic_write, save_figure, write_json
+from ..core.files import atomic_write, place_mark, save_figure, write_json
 from ..data.benchmarks import abbreviated
 from ..data.images import UnreadableImage
 from ..data.labelled import labelled_images
 from .calibration import Calibration, chosen_prior, _check_calibrated
 from .model_files import _facts_of
+from .priors import estimate_prior, implied_prior
+from ..evaluation.classwise import classwise_gaps, errors_by_prediction
 from ..evaluation.metrics import group_accuracy, group_interval, shot_groups
 from ..evaluation.mistakes import (
     calibration_error, draw_confusion, draw_losses, draw_reliability, reliability)
 from ..evaluation.report import ShotReport
 
 # %% ../../nbs/deploy/04_evaluate.ipynb #524ecdbe
+_least_classes = 20 # for the accuracy of the five most probable: with fewer, guessing is right too often
 _chunk = 4096 # images whose probabilities are in memory at a time
 
-def _image_scores(logits, targets, temperature=1., adjustment=0.):
-    "Arrays by name: predicted class, its probability, rank of the true class, its NLL, and Brier score of each image"
-    parts = []
-    for z,y in zip(logits.split(_chunk), targets.split(_chunk)):
+def _image_scores(logits, targets, temperature=1., adjustment=0., weights=None):
+    "Arrays by name: predicted class, its probability, rank of the true class, its NLL, Brier score; class-wise ECE"
+    parts,gaps = [],0.
+    w = np.ones(len(targets)) if weights is None else weights
+    for z,y,of_chunk in zip(logits.split(_chunk), targets.split(_chunk), np.split(w, range(_chunk, len(w), _chunk))):
         log_p = (z.double()/temperature+adjustment).log_softmax(1)
         true = log_p.gather(1, y[:,None])
         p = log_p.exp()
@@ -37,8 +41,10 @@ def _image_scores(logits, targets, temperature=1., adjustment=0.):
         rank = ((log_p>true) | (log_p==true) & before).sum(1)
         brier = p.square().sum(1)-2*p.gather(1, y[:,None])[:,0]+1
         confidence = p.gather(1, predicted[:,None])[:,0]
+        gaps = gaps+classwise_gaps(p.numpy(), y.numpy(), of_chunk)
         parts.append(dict(predicted=predicted, confidence=confidence, rank=rank, nll=-true[:,0], brier=brier))
-    return {k: torch.cat([o[k] for o in parts]).numpy() for k in parts[0]}
+    of_images = {k: torch.cat([o[k] for o in parts]).numpy() for k in parts[0]}
+    return dict(**of_images, classwise=np.abs(gaps).sum(1)/w.sum())
 
 def _class_scores(y, predicted, w, n_classes):
     "Precision, recall and F1 of each class, 0 where there is nothing to divide by, and their means over classes"
@@ -115,14 +121,15 @@ class Evaluation:
     weights:np.ndarray # `(N,)` weight of each image; 1 without a prior
     groups:dict # `Measured` accuracy by 'many', 'medium', 'few' and 'all'; each class counts once
     plain:Measured # Accuracy, each image counts by its weight
-    top5:dict|None # `Measured` accuracy of the five most probable classes: 'all' and 'plain'; None up to 5 classes
+    top5:dict|None # `Measured` accuracy of the five most probable classes: 'all' and 'plain'; None below 20 classes
     averages:dict # By 'macro' and 'weighted': `Measured` precision, recall and F1
     per_class:pd.DataFrame # A row for each class, NaN where there is nothing to measure
-    probabilities:dict # By 'calibrated' and 'softmax': `Measured` ece, nll, brier; ece_by_chance; table `reliability`
+    probabilities:dict # By 'calibrated', 'trained' and 'softmax': `Measured` ece, nll, brier; ece_by_chance; ...
     notes:list # Texts that a reader should know
     about:dict # Where the numbers come from: model, data, split, prior
     many:int=100 # Classes with more training images are 'many'
     few:int=20 # Classes with fewer are 'few'
+    by_shot:dict=dataclasses.field(default_factory=dict) # As `probabilities`: a table with a row for each group
 
     @property
     def report(self) -> ShotReport|None: # None if the training images of each class are not known
@@ -155,7 +162,7 @@ class Evaluation:
             probability=self.probability[ids].round(6), loss=self.loss[ids].round(6)))
 
 # %% ../../nbs/deploy/04_evaluate.ipynb #11ed2174
-def _percent(value, bounds=None):
+def _in_percent(value, bounds=None):
     "A share from 0 to 1 and its bounds as `Measured` percent"
     if value is None: return Measured(None)
     if bounds is None: return Measured(100*float(value))
@@ -180,18 +187,18 @@ def _accuracies(hits, y, w, groups):
     n_classes = len(groups['all'])
     totals = torch.bincount(y, minlength=n_classes)
     hits = torch.bincount(y[torch.as_tensor(hits)], minlength=n_classes)
-    res = {k: _percent(group_accuracy(hits, totals, m), group_interval(hits, totals, m)) for k,m in groups.items()}
+    res = {k: _in_percent(group_accuracy(hits, totals, m), group_interval(hits, totals, m)) for k,m in groups.items()}
     share = torch.as_tensor(np.bincount(y, w, n_classes)/w.sum())
     there = totals>0
     plain = (share[there]*hits[there]/totals[there]).sum().item()
-    return res,_percent(plain, group_interval(hits, totals, there, weights=share))
+    return res,_in_percent(plain, group_interval(hits, totals, there, weights=share))
 
 def evaluate_logits(logits:Tensor, # `(N, C)`
                     targets:Tensor, # `(N,)` class indices
                     vocab:list, # Class names
                     class_counts:Collection|None=None, # Training images of each class
                     calibration:Calibration|None=None, # See `fit_calibration`
-                    prior:str|Collection|None=None, # 'train', 'balanced' or `(C,)` frequencies; default: as trained
+                    prior:str|Collection|None=None, # 'train', 'balanced', 'estimate' or `(C,)`; default: as trained
                     files:list|None=None, # Image files
                     many:int=100, few:int=20, # See `shot_groups`
                     resamples:int=1000, # Bootstrap draws for intervals; 0 leaves these intervals out
@@ -200,45 +207,94 @@ def evaluate_logits(logits:Tensor, # `(N, C)`
                    ) -> Evaluation:
     "Evaluate logits of labelled images; raises `ValueError` if arguments do not match or the net has diverged."
     z,y = logits.as_subclass(Tensor).detach().cpu(),targets.as_subclass(Tensor).flatten().cpu().long()
-    vocab,notes = [str(o) for o in vocab],list(notes)
+    vocab = [str(o) for o in vocab]
     _check_logits(z, y, vocab)
-    if prior is not None: _check_calibrated(calibration)
+    notes = [*notes, *_missing_notes(calibration, class_counts)]
+    w = np.ones(len(y))
+    estimate = estimate_prior(z, calibration) if isinstance(prior, str) and prior=='estimate' else None
+    if estimate is not None: notes += _estimate_notes(estimate, calibration, y.numpy())
+    elif prior is not None:
+        w,prior_notes = _weights_of_prior(y.numpy(), prior, calibration, vocab)
+        notes += prior_notes
+        kept = np.flatnonzero(w)
+        z,y,w = z[kept],y[kept],w[kept]
+        files = None if files is None else [files[i] for i in kept]
+    if calibration is not None and calibration.note: notes.append(calibration.note)
+    scores = _scores_by_kind(z, y, w, calibration, prior, estimate)
+    main = first(scores.values()) # what the model is used with
+    labels = y.numpy()
+    groups = _groups(class_counts, len(vocab), many, few)
+    by_group,plain,top5 = _top_accuracies(main['rank'], y, w, groups)
+    draws = _bootstrap(scores, labels, w, len(vocab), resamples)
+    averages = _averages(main, labels, w, len(vocab), draws)
+    averages['macro']['recall'] = by_group['all'] # the same number, with Wilson's interval
+    averages['weighted']['recall'] = plain
+    about['prior'] = prior if prior is None or isinstance(prior, str) else [float(o) for o in prior]
+    if estimate is not None: about['estimate'] = estimate.as_dict()
+    return Evaluation(
+        vocab=vocab, class_counts=None if class_counts is None else [int(o) for o in class_counts], files=files,
+        targets=labels, predicted=main['predicted'], probability=main['confidence'], loss=main['nll'], weights=w,
+        groups=by_group, plain=plain, top5=top5, averages=averages,
+        per_class=_class_table(main, labels, w, vocab, class_counts, draws),
+        probabilities={kind: _measured_probabilities(kind, o, labels, w, draws) for kind,o in scores.items()},
+        by_shot={kind: _shot_table(o, labels, w, groups, n_draws=min(resamples, 200)) for kind,o in scores.items()},
+        notes=notes, about=about, many=many, few=few)
+
+def _missing_notes(calibration, class_counts):
+    "Notes on what is not known of a model"
+    notes = []
     if calibration is None:
         notes.append("The model has no calibration, so probabilities are the plain softmax of its logits.")
     if class_counts is None:
         notes.append("The training images of each class are not known, so there is no Many, Medium and Few.")
-    w = np.ones(len(y))
-    if prior is not None:
-        frequencies = _frequencies(prior, calibration)
-        w = _image_weights(y.numpy(), frequencies)
-        notes += _prior_notes(y.numpy(), frequencies, vocab)
-        kept = np.flatnonzero(w)
-        z,y,w = z[kept],y[kept],w[kept]
-        files = None if files is None else [files[i] for i in kept]
-    scores = dict(softmax=_image_scores(z, y))
-    if calibration is not None:
-        calibrated = _image_scores(z, y, calibration.temperature, calibration.log_adjustment(prior))
-        scores = dict(calibrated=calibrated, **scores)
-    main = first(scores.values()) # what the model is used with
-    groups = _groups(class_counts, len(vocab), many, few)
-    by_group,plain = _accuracies(main['rank']<1, y, w, groups)
-    top5 = None
-    if len(vocab)>5:
-        of_five,plain_of_five = _accuracies(main['rank']<5, y, w, groups)
-        top5 = dict(all=of_five['all'], plain=plain_of_five)
-    y = y.numpy()
-    draws = _bootstrap(scores, y, w, len(vocab), resamples)
-    averages = _averages(main, y, w, len(vocab), draws)
-    averages['macro']['recall'] = by_group['all'] # the same number, with Wilson's interval
-    averages['weighted']['recall'] = plain
-    probabilities = {k: _measured_probabilities(k, o, y, w, draws) for k,o in scores.items()}
-    about['prior'] = prior if prior is None or isinstance(prior, str) else [float(o) for o in prior]
-    return Evaluation(
-        vocab=vocab, class_counts=None if class_counts is None else [int(o) for o in class_counts], files=files,
-        targets=y, predicted=main['predicted'], probability=main['confidence'], loss=main['nll'], weights=w,
-        groups=by_group, plain=plain, top5=top5, averages=averages,
-        per_class=_class_table(main, y, w, vocab, class_counts, draws), probabilities=probabilities, notes=notes,
-        about=about, many=many, few=few)
+    return notes
+
+def _weights_of_prior(y, prior, calibration, vocab):
+    "Weight of each image that gives the classes the frequencies of the prior, and notes; needs a calibration"
+    _check_calibrated(calibration)
+    frequencies = _frequencies(prior, calibration)
+    return _image_weights(y, frequencies),_prior_notes(y, frequencies, vocab)
+
+def _scores_by_kind(z, y, w, calibration, prior, estimate):
+    "Scores of each image by kind of probability, the one that the model is used with first"
+    softmax = _image_scores(z, y, weights=w)
+    if calibration is None: return dict(softmax=softmax)
+    def under(o): return _image_scores(z, y, calibration.class_temperatures, calibration.log_adjustment(o), w)
+    if estimate is None: return dict(calibrated=under(prior), softmax=softmax)
+    return dict(calibrated=under(estimate.frequencies), trained=under(None), softmax=softmax)
+
+def _top_accuracies(ranks, y, w, groups):
+    "Accuracy of each group, of all images by weight, and of both within the first five of enough classes"
+    by_group,plain = _accuracies(ranks<1, y, w, groups)
+    if len(groups['all'])<_least_classes: return by_group,plain,None
+    of_five,plain_of_five = _accuracies(ranks<5, y, w, groups)
+    return by_group,plain,dict(all=of_five['all'], plain=plain_of_five)
+
+def _estimate_notes(estimate, calibration, y):
+    "How near an estimate of class frequencies comes to the labels, and what its user should know"
+    observed = np.bincount(y, minlength=len(estimate.found))/len(y)
+    def distance(shares): return 50*np.abs(np.array(shares)-observed).sum()
+    note = (f"Class frequencies were estimated from {estimate.images:,} images without their labels. Of all images, "
+            f"{distance(estimate.frequencies):.1f}% would have to change their class to have these frequencies "
+            f"(as trained: {distance(implied_prior(calibration)):.1f}%).")
+    return [note, *([estimate.note] if estimate.note else [])]
+
+def _shot_table(scores, y, w, groups, n_draws):
+    "How reliable probabilities are in each group of classes"
+    rows = []
+    for name,mask in groups.items():
+        of_prediction,of_truth = mask.numpy()[scores['predicted']],mask.numpy()[y]
+        row = dict(group=name, predictions=int(of_prediction.sum()), ece=np.nan, ece_by_chance=np.nan)
+        is_right = scores['predicted']==y
+        confidence,hits,weights = [o[of_prediction] for o in (scores['confidence'], is_right, w)]
+        if weights.sum()>0:
+            row['ece'] = 100*calibration_error(confidence, hits, weights)
+            if n_draws: row['ece_by_chance'] = 100*_error_by_chance(confidence, weights, n_draws)
+        row['classwise_ece'] = 100*scores['classwise'][mask.numpy()].mean() if mask.any() else np.nan
+        there = w[of_truth].sum()>0
+        for k in ('nll','brier'): row[k] = np.average(scores[k][of_truth], weights=w[of_truth]) if there else np.nan
+        rows.append(row)
+    return pd.DataFrame(rows).round(6)
 
 def _check_logits(z, y, vocab):
     "Raise `ValueError` unless logits fit targets and classes, and are finite"
@@ -283,7 +339,7 @@ def _bootstrap(scores, y, w, n_classes, n):
 def _averages(main, y, w, n_classes, draws):
     "`Measured` precision and F1 by 'macro' and 'weighted'"
     scores = _class_scores(y, main['predicted'], w, n_classes)
-    def measured(k): return _percent(scores[k], _percentiles(draws[k]) if draws[k] else None)
+    def measured(k): return _in_percent(scores[k], _percentiles(draws[k]) if draws[k] else None)
     return {a: {k: measured(f'{a} {k}') for k in ('precision','recall','f1')} for a in ('macro','weighted')}
 
 def _class_table(main, y, w, vocab, class_counts, draws):
@@ -305,6 +361,9 @@ def _class_table(main, y, w, vocab, class_counts, draws):
     for k,is_known in known.items():
         for name,values in zip((k, f'{k}_lower', f'{k}_upper'), (scores[k], *bounds[k])):
             df[name] = np.where(is_known, 100*values, np.nan).round(6)
+    is_right = main['predicted']==y
+    df['ece'] = 100*errors_by_prediction(main['confidence'], is_right, main['predicted'], n_classes, w).round(8)
+    df['classwise_ece'] = 100*main['classwise'].round(8)
     return df
 
 def _measured_probabilities(label, scores, y, w, draws):
@@ -314,7 +373,7 @@ def _measured_probabilities(label, scores, y, w, draws):
         values = draws[label,k]
         if k=='ece':
             by_chance = _error_by_chance(scores['confidence'], w, len(values)) if values else None
-            res[k] = _percent(v, _error_interval(v, values, by_chance) if values else None)
+            res[k] = _in_percent(v, _error_interval(v, values, by_chance) if values else None)
             res['ece_by_chance'] = None if by_chance is None else round(100*by_chance, 6)
         else: res[k] = Measured(float(v), *(_percentiles(values).tolist() if values else ()))
     res['reliability'] = reliability(scores['confidence'], scores['predicted']==y, w)
@@ -322,14 +381,15 @@ def _measured_probabilities(label, scores, y, w, draws):
 
 # %% ../../nbs/deploy/04_evaluate.ipynb #c19d1b5b
 _columns_of_classes = ('class','training_images','images','recall','precision','f1')
-_labels = dict(calibrated='calibrated', softmax='plain softmax')
+_labels = dict(calibrated='calibrated', trained='as trained', softmax='plain softmax')
 
 @patch
 def summary(self:Evaluation,
             n:int=20 # Classes and confused pairs to list, at most
            ) -> str:
     "Return tables of all measures as text."
-    parts = [self._accuracy_text(), self._averages_text(), self._probabilities_text(), self._classes_text(n)]
+    parts = [self._accuracy_text(), self._averages_text(), self._probabilities_text(), self._shot_text(),
+             self._classes_text(n)]
     pairs = self.confused[:min(n, 10)]
     if len(pairs):
         rows = [[o.true, o.predicted, f'{o.images}', f'{o.share:.1f}'] for o in pairs.itertuples()]
@@ -351,7 +411,8 @@ def _accuracy_text(self:Evaluation):
         mask = mask.numpy() & (totals>0)
         return [name, *measured.texts(), f'{mask.sum()}', f'{totals[mask].sum():,}']
     rows = [row(k.title(), o, masks[k]) for k,o in self.groups.items()]
-    rows.append(row('Plain' if self.about.get('prior') is None else 'Under the prior', self.plain, masks['all']))
+    is_weighted = self.about.get('prior') not in (None,'estimate')
+    rows.append(row('Under the prior' if is_weighted else 'Plain', self.plain, masks['all']))
     for k,o in (self.top5 or {}).items(): rows.append(row(f'{k.title()}, top 5', o, masks['all']))
     return 'Accuracy in percent; each class counts once, and in Plain each image:\n'+_text_table(
         ['','accuracy','95% interval','classes','images'], rows)
@@ -371,6 +432,17 @@ def _probabilities_text(self:Evaluation):
         rows.append([_labels[label], *o['ece'].texts(), by_chance, *o['nll'].texts(3), *o['brier'].texts(3)])
     return ('Probabilities; less is better (ECE in percent, and how large it may be by chance):\n'
             +_text_table(['','ECE','','by chance','NLL','','Brier',''], rows))
+
+@patch
+def _shot_text(self:Evaluation):
+    def cell(v, digits): return '-' if v!=v else f'{v:.{digits}f}'
+    rows = []
+    for label,table in self.by_shot.items():
+        for o in table.itertuples():
+            rows.append([f'{o.group.title()}, {_labels[label]}', f'{o.predictions:,}', cell(o.ece, 1),
+                         cell(o.ece_by_chance, 1), cell(o.classwise_ece, 2), cell(o.nll, 3), cell(o.brier, 3)])
+    return ('Probabilities by shot; ECE of the images predicted as such a class, NLL and Brier of images of one:\n'
+            +_text_table(['','predictions','ECE','by chance','class-wise ECE','NLL','Brier'], rows))
 
 @patch
 def _classes_text(self:Evaluation, n):
@@ -409,8 +481,9 @@ def as_dict(self:Evaluation,
         format=1, **self.about, units=_units, notes=self.notes, images=len(self.targets), classes=self.vocab,
         class_counts=self.class_counts, many=self.many, few=self.few, accuracy=plain(self.groups),
         plain_accuracy=plain(self.plain), top5_accuracy=plain(self.top5), averages=plain(self.averages),
-        probabilities=plain(self.probabilities), per_class=plain(self.per_class), confusion=cells.tolist(),
-        most_confused=plain(self.confused[:20]), top_losses=plain(self.worst(n_worst)))
+        probabilities=plain(self.probabilities), probabilities_by_shot=plain(self.by_shot),
+        per_class=plain(self.per_class), confusion=cells.tolist(), most_confused=plain(self.confused[:20]),
+        top_losses=plain(self.worst(n_worst)))
 
 @patch
 def save(self:Evaluation,
@@ -438,7 +511,7 @@ def save(self:Evaluation,
 def evaluate(learn:Learner, # From `load_classifier`
              path:str|Path, # A folder of class folders, a data set with splits, or a CSV file: see `labelled_images`
              split:str|None=None, # 'test', 'valid' or 'train'; default: test, or valid if there is no test
-             prior:str|Path|Collection|None=None, # 'train', 'balanced', frequencies, or a CSV file; default: as trained
+             prior:str|Path|Collection|None=None, # 'train', 'balanced', 'estimate', frequencies, or a CSV file
              many:int|None=None, # Classes with more training images are 'many'; default: as in training, else 100
              few:int|None=None, # Classes with fewer are 'few'; default: as in training, else 20
              bs:int=64, # Batch size
@@ -448,7 +521,7 @@ def evaluate(learn:Learner, # From `load_classifier`
              **kwargs # Passed on to `labelled_images`
             ) -> Evaluation:
     "Evaluate a model; raises `ValueError`, `FileNotFoundError` or `UnreadableImage` that says what to do."
-    facts = vars(learn).get('facts') or _facts_of(learn)
+    facts = _facts_of(learn)
     vocab = facts['classes']
     if many is None: many = facts.get('many', 100)
     if few is None: few = facts.get('few', 20)
@@ -465,9 +538,7 @@ def evaluate(learn:Learner, # From `load_classifier`
 
 def _training_note(facts, path, split):
     "A note if a folder or file without splits is what the model was trained on"
-    trained = (facts.get('settings') or {}).get('dataset')
-    same = trained is not None and split is None and Path(trained).exists() and Path(trained).samefile(path)
-    if not same: return []
+    if split is not None or facts.get('place')!=place_mark(path): return []
     return ["The model was trained on these data, and there is no test split: most images are training images, and the "
             "numbers say nothing about new ones."]
 

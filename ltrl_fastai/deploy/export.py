@@ -20,6 +20,8 @@ from ..core.checks import one_of
 from ..core.files import atomic_write, write_json
 from .calibration import Calibration, _check_calibrated
 from .model_files import _examples, _facts_of, _model_folder
+from ..methods.adapters import merge_low_rank
+from ..methods.lift import CroppedNet, FiveCrops, usual_expansion
 from ..methods.posthoc import LogitAdjustment
 from ..methods.ride import GatedExperts
 
@@ -54,7 +56,7 @@ class ServingNet(nn.Module):
         net:nn.Module, # Normalised images `(N, 3, H, W)` to logits `(N, C)`
         mean:Tensor, std:Tensor, # Of the red, green and blue channel, `(3,1,1)`
         shift:Tensor, # `(C,)`, added to the logits after they are divided by the temperature
-        temperature:float=1., # Logits are divided by it
+        temperature:float|Tensor=1., # Logits are divided by it; or `(C,)`, one for each class
         softmax:bool=True, # Return probabilities? Otherwise logits
         dtype:torch.dtype=torch.float32 # Type of the weights of the net
     ):
@@ -63,7 +65,8 @@ class ServingNet(nn.Module):
         self.register_buffer('mean', mean.float())
         self.register_buffer('std', std.float())
         self.register_buffer('shift', shift.float())
-        self.temperature = temperature
+        if isinstance(temperature, Tensor): self.register_buffer('temperature', temperature.float())
+        else: self.temperature = temperature
         self.softmax = softmax
         self.dtype = dtype
     def forward(self, images): # `(N, H, W, 3)` of type uint8, RGB, to `(N, C)` of type float32
@@ -84,11 +87,14 @@ def serving_net(learn:Learner, # A trained learner of image files; it is not cha
     if normalize is None: raise ValueError(
         "learn: expected loaders that normalise images (`photo_tfms` does), but these don't.")
     net = _without_branches(deepcopy(get_model(learn.model)).cpu().float().eval()).requires_grad_(False)
+    net = merge_low_rank(net)
+    for cb in learn._grab_cbs(FiveCrops): net = CroppedNet(net, cb.expand or usual_expansion(learn.dls.image_size))
     adjustments = [cb.tau*cb.log_prior.double().cpu() for cb in learn._grab_cbs(LogitAdjustment)]
-    shift = -sum(adjustments, torch.zeros(len(learn.dls.vocab), dtype=torch.float64))/calibration.temperature
+    shift = -sum(adjustments, torch.zeros(len(learn.dls.vocab), dtype=torch.float64))/calibration.class_temperatures
     if not logits: shift = shift+calibration.log_adjustment(prior)
     mean,std = [o.as_subclass(Tensor).cpu().view(3,1,1) for o in (normalize.mean,normalize.std)]
-    return ServingNet(net, mean, std, shift, calibration.temperature, softmax=not logits,
+    temperature = calibration.temperature if calibration.temperatures is None else calibration.class_temperatures
+    return ServingNet(net, mean, std, shift, temperature, softmax=not logits,
                       dtype=torch.float16 if half else torch.float32).eval()
 
 def _calibration_of(learn, prior, logits):
@@ -120,6 +126,7 @@ def _describe(learn, facts, format, half, prior, logits):
         output=dict(name='logits' if logits else 'probabilities', type='float32', shape=['N', len(facts['classes'])]),
         prior=_described_prior(prior, logits), is_calibrated=calibration is not None and not logits,
         temperature=1. if calibration is None or logits else calibration.temperature,
+        calibration=None if calibration is None or logits else calibration.kind,
         versions=dict(ltrl_fastai=__version__, torch=torch.__version__))
 
 def _crop_of(input_facts):
@@ -211,12 +218,17 @@ def _convert_torch(net, images, opset):
     program = torch.export.export(net, (images,), dynamic_shapes=({0: torch.export.Dim('N')},))
     for node in program.graph.nodes: node.meta.pop('stack_trace', None)
     def save(file, described):
-        torch.export.save(program, file, extra_files={_extra_file: json.dumps(described)})
+        in_memory = io.BytesIO() # PyTorch ends the process if it can't write to a full disk
+        torch.export.save(program, in_memory, extra_files={_extra_file: json.dumps(described)})
+        Path(file).write_bytes(in_memory.getbuffer())
     return save
 
 def _convert_torchscript(net, images, opset):
     program = torch.jit.trace(net, (images,), check_trace=False) # it is checked after it is written
-    def save(file, described): torch.jit.save(program, str(file), _extra_files={_extra_file: json.dumps(described)})
+    def save(file, described):
+        in_memory = io.BytesIO()
+        torch.jit.save(program, in_memory, _extra_files={_extra_file: json.dumps(described)})
+        Path(file).write_bytes(in_memory.getbuffer())
     return save
 
 _converters = dict(onnx=_convert_onnx, torch=_convert_torch, torchscript=_convert_torchscript)
@@ -346,7 +358,7 @@ def export_model(learn:Learner, # A trained learner of image files, such as `loa
     file = Path(file)
     format = _checked_format(file, format, opset)
     _check_free(file, force)
-    facts = vars(learn).get('facts') or _facts_of(learn)
+    facts = _facts_of(learn)
     if facts['input']['kind']!='image files': raise ValueError(
         "export: expected a model of image files. This one takes items of its loaders, whose preprocessing is not "
         "known. Train on a folder or a CSV file of images.")

@@ -13,11 +13,13 @@ import PIL.Image
 from datetime import date
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from ..core.files import named_disk_errors, write_json, write_text
+from ..core.files import named_disk_errors, shared_command, write_json, write_text
 from ..data.imbalance import class_counts
 from ..data.lists import ImageFileDataLoaders, ImageList, image_dataloaders
+from ..evaluation.metrics import percent_text
 from .best import weights_of
-from .calibration import Calibration
+from .calibration import Calibration, calibration_kinds
+from .thresholds import ClassThresholds
 from ..methods.catalogue import method_with
 from ..methods.finetuning import finetuned_net
 from ..methods.nets import create_net, drop_features, is_mlp
@@ -87,6 +89,8 @@ _entries_of_input = dict(size=int, small=bool, resize=str|None)
 _entries_of_build = dict(net=str, pretrained=bool, method=str, method_args=dict|None, dropout=float|int|None,
                          n_in=int|None, posthoc=float|int|None)
 _entries_of_calibration = dict(temperature=float|int, tau=float|int, class_counts=list, valid_counts=list)
+_more_of_calibration = dict(kind=str, temperatures=list|None, biases=list|None, note=str|None) # older models lack these
+_entries_of_thresholds = dict(values=list, goal=str, target=float|int|None, images=list, note=str|None)
 
 def _fault_of(facts):
     "What is wrong with the entries of model.json that are needed to load a model; None if nothing is"
@@ -95,15 +99,28 @@ def _fault_of(facts):
         fault = _wrong_entry(facts['input'], _entries_of_input, 'input.')
         fault = fault or _wrong_entry(facts['build'], _entries_of_build, 'build.')
     calibration = facts.get('calibration') or {}
-    if fault is None and calibration: fault = _wrong_entry(calibration, _entries_of_calibration, 'calibration.')
+    thresholds = facts.get('thresholds') or {}
+    if fault is None and calibration:
+        there = {name: o for name,o in _more_of_calibration.items() if name in calibration}
+        fault = _wrong_entry(calibration, {**_entries_of_calibration, **there}, 'calibration.')
+        if fault is None: fault = _unknown_kind(calibration)
+    if fault is None and thresholds: fault = _wrong_entry(thresholds, _entries_of_thresholds, 'thresholds.')
     if fault is not None: return fault
     counts = {'class_counts': facts['class_counts'], 'calibration.class_counts': calibration.get('class_counts'),
-              'calibration.valid_counts': calibration.get('valid_counts')}
+              'calibration.valid_counts': calibration.get('valid_counts'),
+              'calibration.temperatures': calibration.get('temperatures'),
+              'calibration.biases': calibration.get('biases'),
+              'thresholds.values': thresholds.get('values'), 'thresholds.images': thresholds.get('images')}
     n_classes = len(set(map(str, facts['classes'])))
     if n_classes<len(facts['classes']): return "a class is there twice"
     for name,o in counts.items():
         if o is not None and len(o)!=n_classes: return f"{name} has {len(o)} numbers for {n_classes} classes"
     return None
+
+def _unknown_kind(calibration):
+    "What is wrong with the kind of a calibration, in words; None if nothing is"
+    kind = calibration.get('kind', 'temperature')
+    return None if kind in calibration_kinds else f"calibration.kind is {kind!r:.40}"
 
 def _wrong_entry(entries, types, prefix=''):
     "The first entry that is missing or of another type, in words; None if there is none"
@@ -115,7 +132,7 @@ def _wrong_entry(entries, types, prefix=''):
 def load_classifier(path:str|Path, # The folder that `save_classifier` or `ltrl train` wrote, or a file in it
                     trust:bool=False, # Unpickle a `.pkl` file? It can run any code: do it only if you trust its author
                     device:str|torch.device|None=None # Default: fastai's
-                   ) -> Learner: # In evaluation mode, with `facts` (see `read_facts`) and `calibration`
+                   ) -> Learner: # In evaluation mode, with `facts` (see `read_facts`), `calibration` and `thresholds`
     "Load a model to predict with; raises `ValueError` for a pickle without `trust`, `FileNotFoundError` for no model."
     path = Path(path).expanduser()
     if not path.exists(): raise FileNotFoundError(f"{path}: expected a model, but it is not there.")
@@ -162,20 +179,26 @@ def _unpickled(file, trust):
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', message='load_learner', category=UserWarning) # the user has decided
             learn = load_learner(file, cpu=True)
-    except Exception as e: raise ValueError(f"{file}: can't be unpickled ({type(e).__name__}: {e}).") from e
+    except Exception as e: raise ValueError(f"{file}: can't be unpickled ({type(e).__name__}: {e}). Expected model.pkl "
+                                                "of `ltrl train`, or a file that fastai's `learn.export` wrote.") from e
     if not isinstance(learn, Learner):
         raise ValueError(f"{file}: expected an exported fastai Learner, got a {type(learn).__name__}.")
     try: facts = read_facts(file.parent)
-    except FileNotFoundError: facts = _facts_of(learn)
+    except FileNotFoundError: facts = _shown_facts(learn)
     return _with_facts(learn, facts)
 
 def _with_facts(learn, facts):
     "The learner, with what is known of it as attributes"
     learn.facts = facts
     learn.calibration = Calibration(**facts['calibration']) if facts['calibration'] else None
+    learn.thresholds = ClassThresholds(**facts['thresholds']) if facts.get('thresholds') else None
     return learn
 
 def _facts_of(learn):
+    "What is known of a learner: the facts it was saved with, or else what it shows"
+    return vars(learn).get('facts') or _shown_facts(learn)
+
+def _shown_facts(learn):
     "What a learner itself shows, for one that was not saved by `save_classifier`"
     vocab = getattr(learn.dls, 'vocab', None)
     if vocab is None: raise ValueError(
@@ -208,15 +231,17 @@ def save_classifier(learn:Learner, # A trained learner
                     build:dict|None=None, # How to build the net: see `RunSettings.build_facts`; None: pickle only
                     last:dict|None=None, # Weights of the last epoch if another one is best: see `weights_of`
                     calibration:Calibration|None=None, # See `fit_calibration`
+                    thresholds:ClassThresholds|None=None, # See `fit_thresholds`
                     **about # Other entries of model.json, of plain types: accuracy, epoch, settings, ...
                    ) -> Path: # The folder
     "Save a model and load it once; raises `ValueError` if that fails, `FileExistsError` for a folder of other files."
     folder = Path(folder)
     check_replaceable(folder)
     counts = vars(learn).get('class_counts')
-    facts = _facts_of(learn)
+    facts = _shown_facts(learn)
     facts['class_counts'] = [int(o) for o in (class_counts(learn.dls) if counts is None else counts)]
     facts['calibration'] = None if calibration is None else calibration.as_dict()
+    if thresholds is not None: facts['thresholds'] = thresholds.as_dict()
     facts.update(about, created=date.today().isoformat())
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='.model-', dir=folder.parent) as parent:
@@ -291,7 +316,7 @@ def _build_or_reason(learn, folder, facts, build, examples):
         return dict(build=None, not_built_because=reason)
     return dict(build=build, not_built_because=None)
 
-def _has_stages(build): return bool(method_with(build['method'], **(build['method_args'] or {})).then)
+def _has_stages(build): return bool(method_with(build['method'], **(build['method_args'] or {})).later_stages)
 
 def _replace_folder(source, target):
     "Move a folder to the place of another"
@@ -306,14 +331,12 @@ def _replace_folder(source, target):
         raise
 
 # %% ../../nbs/deploy/02_model_files.ipynb #ac1b7d94
-def _percent(value): return '-' if value is None else f'{value:.1f}'
-
 def _accuracy_table(accuracy):
     "Rows of Markdown: accuracy by shot on each set of images"
     groups = list(dict.fromkeys(k for o in accuracy.values() for k in o))
     rows = ['| | '+' | '.join(o.title() for o in groups)+' |', '|---|'+'---|'*len(groups)]
     for where,values in accuracy.items():
-        rows.append(f"| {where} | "+' | '.join(_percent(values.get(k)) for k in groups)+' |')
+        rows.append(f"| {where} | "+' | '.join(percent_text(values.get(k)) for k in groups)+' |')
     return rows
 
 def model_card(facts:dict # Content of `model.json`
@@ -329,7 +352,7 @@ def model_card(facts:dict # Content of `model.json`
         part = 'the whole image' if facts['input']['resize']=='squish' else 'the centre of the image'
         lines.append(f"- **Input**: {part}, resized to {facts['input']['size']} pixels square.")
     if facts.get('created'): lines.append(f"- **Saved**: {facts['created']}.")
-    if facts.get('command'): lines.append(f"- **Trained by**: `{facts['command']}`")
+    if facts.get('command'): lines.append(f"- **Trained by**: `{shared_command(facts['command'])}`")
     lines.append('')
     if facts.get('accuracy'):
         lines += ['## Accuracy', '', 'In percent; each class counts once, however rare it is.', '']

@@ -15,6 +15,8 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 from ..core.checks import check_number
 from .calibration import _check_calibrated
+from .priors import estimate_prior
+from .thresholds import ClassThresholds
 from ..data.fast import BatchAug, FeatureTensors, TensorDL, random_flip
 from ..data.images import open_image
 from ..data.lists import ImageFileDataLoaders
@@ -150,23 +152,27 @@ class Prediction(NamedTuple):
 
 def predict_files(learn:Learner, # See `load_classifier`; any learner that was trained on image files
                   files:Iterable, # Paths: see `image_files`; read as they are needed
-                  prior:str|Collection|None=None, # 'train', 'balanced' or `(C,)` frequencies; None: as trained
+                  prior:str|Collection|None=None, # 'train', 'balanced', 'estimate', frequencies; None: as trained
                   tta:bool=False, # Predict mirrored images too?
                   bs:int=64, # Files in a batch
-                  workers:int|None=None # Processes that read files; default: 0 for fewer than 256 files, else all cores
-                 ) -> Iterator: # A `Prediction` for each file, in order
+                  workers:int|None=None, # Processes that read files; default: 0 below 256 files, else all cores
+                  on_estimate:Callable=noop # Called with the `PriorEstimate` before the first prediction
+                 ) -> Iterator: # A `Prediction` for each file, in order; with 'estimate' after all were read
     "Predict files as they are read; raises `ValueError` if the model takes no image files, or no such prior or `tta`."
     check_number('bs', bs, 'a number of files', least=1)
     calibration = vars(learn).get('calibration')
     if prior is not None:
         _check_calibrated(calibration)
-        calibration.log_adjustment(prior) # raises `ValueError` for an unknown prior
+        if not _is_estimate(prior): calibration.log_adjustment(prior) # raises `ValueError` for an unknown prior
     if tta and not _was_mirrored(learn): raise ValueError(
         "tta: this model was trained without mirrored images, and would not know them. Leave it out.")
     if workers is None: workers = _default_workers(files)
     check_number('workers', workers, 'a number of processes', least=0)
     reader = _checked_reader(learn)
+    if _is_estimate(prior): return _predictions_under_estimate(learn, reader, files, tta, bs, workers, on_estimate)
     return _predictions(learn, reader, files, partial(_probabilities, learn, prior), tta, bs, workers)
+
+def _is_estimate(prior): return isinstance(prior, str) and prior=='estimate'
 
 def _default_workers(files):
     "Processes to read files with; they take a second to start, and other systems than Linux copy the model to each"
@@ -239,6 +245,18 @@ def _predictions(learn, reader, files, probabilities_of, tta, bs, workers):
             found = (None,problem) if problem else next(rows)
             yield Prediction(next(names), *found)
 
+def _predictions_under_estimate(learn, reader, files, tta, bs, workers, on_estimate):
+    "A `Prediction` for each file, under class frequencies estimated from all of them"
+    found = list(_predictions(learn, reader, files, noop, tta, bs, workers)) # with logits in place of probabilities
+    rows = [o.probabilities for o in found if o.problem is None]
+    n_classes = len(learn.calibration.class_counts)
+    estimate = estimate_prior(torch.stack(rows) if rows else torch.zeros(0, n_classes), learn.calibration)
+    on_estimate(estimate)
+    for o in found:
+        if o.problem is None:
+            yield Prediction(o.file, _probabilities(learn, estimate.frequencies, o.probabilities[None])[0])
+        else: yield o
+
 def _rows(logits, probabilities_of):
     "Probabilities of each row of logits, and the problem if there are none"
     for row,is_finite in zip(probabilities_of(logits), logits.isfinite().all(1).tolist()):
@@ -261,13 +279,14 @@ def prediction_row(prediction:Prediction, # One with probabilities
                    classes:Collection, # Class names
                    top_k:int=1, # Number of most likely classes
                    all_classes:bool=False, # Add the probability of each class?
-                   reject_below:float=0. # Lowest probability of a class that is named
+                   reject_below:float|ClassThresholds=0. # Lowest probability of a class that is named
                   ) -> dict: # Of plain types, by column
     "Make a row of a table: the file, its most likely classes and their probabilities."
     p = prediction.probabilities
     highest,order = p.sort(descending=True, stable=True)
     names = [str(classes[i]) for i in order[:top_k].tolist()]
-    if highest[0]<reject_below: names[0] = ''
+    least = reject_below.values[order[0]] if isinstance(reject_below, ClassThresholds) else reject_below
+    if highest[0]<least: names[0] = ''
     ranks = [o for pair in zip(names, _rounded(highest[:top_k])) for o in pair]
     of_classes = _rounded(p) if all_classes else []
     return dict(zip(prediction_columns(classes, top_k, all_classes), [prediction.file, *ranks, *of_classes]))

@@ -23,10 +23,17 @@ class Diagnosis(CallbackWithMemory):
     run_valid = False
     needs = (SampleIds,LossTerms)
     remembered = ('last',)
-    _stateattrs = ('last','kl','right','_sums','_dataset','_of_lineage')
+    _stateattrs = ('last','kl','train_accuracy','_sums','_dataset','_of_lineage')
     last = None # predictions of the last epoch
-    kl = right = () # by epoch: KL divergence and accuracy of each class
+    kl = train_accuracy = () # by epoch: KL divergence and accuracy of each class
     _sums = None # of this epoch, by class: KL divergence and its number, correct predictions and samples
+
+    @property
+    def right(self) -> list:
+        "The former name of `train_accuracy`."
+        warnings.warn("Diagnosis.right is now called train_accuracy; the old name will go in the next release.",
+                      FutureWarning, stacklevel=2)
+        return list(self.train_accuracy)
 
     def before_train(self):
         self.belongs()
@@ -34,7 +41,7 @@ class Diagnosis(CallbackWithMemory):
         if self.epoch==0:
             self.last = None
             self.kl = []
-            self.right = []
+            self.train_accuracy = []
     def after_loss(self):
         ids = self.learn.sample_ids
         logits,y = self.learn.loss_terms.batch()
@@ -53,18 +60,18 @@ class Diagnosis(CallbackWithMemory):
         if self._sums is None: return
         kl,n_kl,right,n = self.learn.loss_terms.ranks.sum(self._sums).cpu()
         self.kl.append((kl/n_kl).tolist()) # NaN for a class without samples
-        self.right.append((right/n).tolist())
+        self.train_accuracy.append((right/n).tolist())
         self._sums = None
 
     def state_dict(self) -> dict:
         "State for `Checkpoint`: the record and the last predictions."
-        return dict(kl=self.kl, right=self.right, last=None if self.last is None else self.last.state_dict())
+        return dict(kl=self.kl, right=self.train_accuracy, last=None if self.last is None else self.last.state_dict())
     def load_state_dict(self, state:dict, # From `state_dict`
                         learn:Learner # The learner of this callback
                        ):
         "Continue a record."
         self.kl = state['kl']
-        self.right = state['right']
+        self.train_accuracy = state['right']
         self.take_back(learn)
         last = state['last']
         self.last = None if last is None else TeacherMemory.from_state(last, device_of(learn.model))
@@ -106,9 +113,9 @@ def diagnosis_of(learn:Learner, # A learner after a fit with `Diagnosis`
         conflicts = {k: round(v, 4) for k,v in correction.conflict_rates[-1].items()}
     return dict(
         kl=by_shot(d.kl),
-        right=by_shot(d.right),
+        right=by_shot(d.train_accuracy),
         kl_by_class=[_short(o) for o in d.kl[-1]],
-        right_by_class=[_short(o) for o in d.right[-1]],
+        right_by_class=[_short(o) for o in d.train_accuracy[-1]],
         similarity=[[round(v, 2) for v in row] for row in feature_similarity(learn, dl).tolist()],
         conflicts=conflicts)
 

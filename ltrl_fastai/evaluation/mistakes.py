@@ -12,8 +12,8 @@ from matplotlib.colors import PowerNorm
 from ..data.images import open_image
 from .metrics import group_interval, shot_groups
 from .pictures import (
-    picture_ink, picture_palette, picture_style, _bar_style, _by_counts, _by_size, _class_axis, _counts, _finish,
-    _heat_map, _markers, _names, _shot_borders)
+    drawable, picture_ink, picture_palette, picture_style, _bar_style, _by_counts, _by_size, _class_axis, _counts,
+    _finish, _heat_map, _markers, _names, _shot_borders)
 
 # %% ../../nbs/evaluation/05_mistakes.ipynb #4484f851
 _named = 120 # classes whose names fit
@@ -158,5 +158,7 @@ def draw_losses(files:list, # Image files
             image.thumbnail((240,240))
             smoothing = 'nearest' if max(image.size)<100 else 'antialiased'
             ax.imshow(image, interpolation=smoothing)
-            ax.set_title(f'{_short(t)}\n→ {_short(o)} {p:.2f}\nloss {l:.1f}', fontsize=8, parse_math=False)
+            true_name,predicted_name = (_short(drawable(str(name))) for name in (t, o))
+            title = f'{true_name}\n→ {predicted_name} {p:.2f}\nloss {l:.1f}'
+            ax.set_title(title, fontsize=8, parse_math=False)
         return fig

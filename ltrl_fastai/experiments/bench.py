@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ways', 'inat', 'imagenet_lt', 'parts', 'Stepper', 'bench_step', 'in_process', 'bench_teachers', 'bench_centers',
-           'predictions', 'kl_error', 'bench_loader', 'bench_training', 'bench']
+           'predictions', 'kl_error', 'bench_loader', 'bench_training', 'bench_methods', 'bench']
 
 # %% ../../nbs/experiments/06_bench.ipynb #75c2ea3a
 from collections import deque
@@ -14,6 +14,8 @@ import multiprocessing
 import resource
 import tempfile
 from ..data.fast import ImageTensors, pad_crop, random_flip, small_image_tfms, tensor_dataloaders
+from ..methods.catalogue import methods
+from ..methods.facts import method_facts
 from ..methods.losses import BalancedSoftmaxLoss
 from ..methods.nets import create_net
 from ..reflective.functional import class_similarity
@@ -349,8 +351,38 @@ def bench_training(net:str='resnet32', # See `create_net`
     return dict(net=net, bs=bs, steps=rounds*batches, plain_s=round(_median(plain_s)/batches, 4),
                 ours_vs_plain=round(_median(ours_s/plain_s), 4))
 
+# %% ../../nbs/experiments/06_bench.ipynb #e5e1801d
+def bench_methods(names:Collection=tuple(method_facts), # Names in `methods`
+                  net:str='resnet32', # See `create_net`
+                  bs:int=128, # Batch size
+                  n_classes:int=100, # Number of classes
+                  rounds:int=5, # Steps of each method
+                  device:str|torch.device='cpu' # Device of the steps
+                 ) -> dict: # Median ratios by method: a step of its first stage over a step of cross-entropy
+    "Time a step of each method over a step of cross-entropy; raises `KeyError` for an unknown method."
+    torch.manual_seed(0)
+    x = torch.randint(0, 256, (2*bs,3,32,32), dtype=torch.uint8)
+    y = torch.arange(2*bs)%n_classes
+    initial = create_net(net, n_classes)
+    plain = _method_stepper('softmax', x, y, deepcopy(initial), bs, device)
+    res = {}
+    for name in names: # one method beside the plain one at a time, so that all fit into memory
+        stepper = _method_stepper(name, x, y, deepcopy(initial), bs, device)
+        times = np.array([[stepper.step(), plain.step()] for _ in range(rounds)])
+        res[name] = round(_median(times[:,0]/times[:,1]), 3)
+    return res
+
+def _method_stepper(name, x, y, net, bs, device):
+    "A learner of a method in the middle of a fit"
+    n_classes = int(y.max())+1
+    dls = tensor_dataloaders(*[ImageTensors(x, y, vocab=range(n_classes))]*2, bs=bs, tfms=small_image_tfms(x),
+                             device=device)
+    learn = methods[name].learner(dls, net.to(device), opt_func=partial(SGD, mom=.9), lr=1e-3)
+    learn.model.to(device)
+    return Stepper(learn)
+
 # %% ../../nbs/experiments/06_bench.ipynb #fa4358c4
-parts = ('overhead','training','memory','centers','loader') # Parts of the benchmark
+parts = ('overhead','training','memory','centers','loader','methods') # Parts of the benchmark
 def bench(only:Collection=parts, # Some of `parts`
           quick:bool=False, # A tenth of the size, to check that it runs
           folder:str|Path|None=None, # Folder with room for 8 GB; default: the system's temporary folder
@@ -373,6 +405,10 @@ def bench(only:Collection=parts, # Some of `parts`
     if 'loader' in only:
         res['loader'] = bench_loader(_size(2048, quick))
         echo(f"loader: {res['loader']}")
+    if 'methods' in only:
+        names = ('softmax','sade') if quick else tuple(method_facts)
+        res['methods'] = bench_methods(names, 'resnet8' if quick else 'resnet32', device=device)
+        echo(f"methods: {res['methods']}")
     return res
 
 def _size(n, quick): return max(1, n//10) if quick else n

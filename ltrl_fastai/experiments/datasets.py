@@ -85,9 +85,10 @@ def spec_of(dataset:str, # A name in `datasets`, or the path of a folder or CSV 
     is_path = path.exists() or path.suffix=='.csv' or len(path.parts)>1
     if not is_path: return datasets[one_of('dataset', dataset, [*datasets, 'a path to your own images'])]
     is_csv = path.is_file() and path.suffix.lower()=='.csv'
+    state = 'no folder and no CSV file' if path.exists() else 'not there'
     if not path.is_dir() and not is_csv: raise FileNotFoundError(
-        f"dataset: expected {', '.join(datasets)}, a folder of images or a CSV file, "
-        f"and {path} is {'neither' if path.exists() else 'not there'}.")
+        f"dataset: {path} is {state}. Expected a folder of images, "
+        "a CSV file, or a name that `ltrl datasets` lists.")
     return {**_user_images, 'photographs': not has_small_images(path), 'make': partial(folder_data, dataset)}
 
 def _features_spec(dataset, spec, extract):

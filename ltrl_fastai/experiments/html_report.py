@@ -11,13 +11,14 @@ import jinja2, matplotlib, matplotlib.ticker
 from markupsafe import Markup
 from fastai.vision.all import *
 from .. import __version__
-from ..core.files import path_below, write_text
+from ..core.files import shared_command, shared_path, shared_text, shared_word, write_text
 from ..data.benchmarks import DataNote
 from ..data.images import thumbnail
 from ..data.lists import ImageFileDataLoaders
 from ..evaluation.mistakes import draw_confusion, draw_reliability, _short
 from ltrl_fastai.evaluation.pictures import (draw_classes, draw_per_class, draw_shots, picture_ink, picture_palette,
     picture_style)
+from ..evaluation.metrics import percent_text
 from ..evaluation.report import ShotReport
 from ..deploy.evaluate import evaluate_logits, _logits
 from ..deploy.model_files import load_classifier
@@ -158,8 +159,6 @@ def _evaluations(folder, result, dls, reason):
 # %% ../../nbs/experiments/31_html_report.ipynb #88df54ff
 _names_of_shots = dict(many='Many', medium='Medium', few='Few', all='All')
 
-def _percent(value, spec='.1f'): return '-' if value is None else f'{value:{spec}}'
-
 def _with_unit(value, spec='.1f'): return f'{value:{spec}}\N{NO-BREAK SPACE}%'
 
 def _interval_text(ends, spec):
@@ -214,10 +213,10 @@ def _accuracy_section(result, totals):
     rows = []
     for label,o in _sides(result).items():
         intervals = reports[label].intervals if has_intervals else {}
-        rows.append((label, [(_percent(o[on][k]), _interval_text(intervals.get(k), '.1f')) for k in shots]))
+        rows.append((label, [(percent_text(o[on][k]), _interval_text(intervals.get(k), '.1f')) for k in shots]))
     if 'gain' in result:
         gains,intervals = result['gain'],result.get('gain_interval') or {}
-        cells = [(_percent(gains.get(k), '+.1f'), _interval_text(intervals.get(k), '+.1f')) for k in shots]
+        cells = [(percent_text(gains.get(k), '+.1f'), _interval_text(intervals.get(k), '+.1f')) for k in shots]
         rows.append(('gain', cells))
     picture = _drawn(lambda ax: draw_shots(reports, ax), 'shots', (5.5,3.2)) if has_intervals else None
     return dict(columns=[f'{_names_of_shots[k]} ({sizes[k]})' for k in shots], rows=rows, picture=picture,
@@ -246,7 +245,7 @@ def _curves_section(result):
 
 _most_rows = 1000
 
-def _class_rows(names, counts, accuracies, totals=None):
+def _accuracy_rows(names, counts, accuracies, totals=None):
     "A row for each class, most training images first, with the widths of its bars; and how many were left out"
     order = np.argsort(-np.asarray(counts, float), kind='stable')
     left_out = max(0, len(order)-_most_rows)
@@ -259,14 +258,14 @@ def _class_rows(names, counts, accuracies, totals=None):
         difference = values[-1]-values[0] if len(values)==2 and len(known)==2 else None
         share = math.log1p(counts[i])/math.log1p(largest)
         rows.append(dict(name=names[i], n=counts[i], width=round(100*share, 1), n_scored=totals[i] if totals else None,
-                         values=[(_percent(v), round(v or 0, 1)) for v in values],
-                         difference=_percent(difference, '+.1f')))
+                         values=[(percent_text(v), round(v or 0, 1)) for v in values],
+                         difference=percent_text(difference, '+.1f')))
     return rows,left_out
 
 def _classes_section(result, totals):
     "Accuracy of each class beside its training images"
     accuracies = {label: o['per_class'] for label,o in _sides(result).items()}
-    rows,left_out = _class_rows(result['classes'], result['class_counts'], accuracies, totals)
+    rows,left_out = _accuracy_rows(result['classes'], result['class_counts'], accuracies, totals)
     reports = _reports(result, totals)
     many = len(result['classes'])>40
     picture = _drawn(lambda ax: draw_per_class(*reports.values(), ax=ax), 'classes', (9.3,3.5)) if many else None
@@ -316,7 +315,7 @@ def _worst_section(evaluations, root):
     cards = []
     for image in worst[worst.true!=worst.predicted].itertuples():
         cards.append(dict(
-            image=thumbnail(image.file), file=path_below(image.file, root), true=image.true, predicted=image.predicted,
+            image=thumbnail(image.file), file=shared_path(image.file, root), true=image.true, predicted=image.predicted,
             p_true=_with_unit(100*math.exp(-image.loss)), p=_with_unit(100*image.probability)))
     return dict(cards=cards, n=len(o.files), n_all=o.about['n_all'])
 
@@ -328,7 +327,8 @@ def _suspects_section(result, root):
     for o in found[:_most_images]:
         image = None if o['file'] is None or root is None else thumbnail(Path(root)/o['file'])
         cards.append(dict(
-            image=image, file=o['file'] or f"item {o['item']}", label=o['label'], suggested=o['suggested'],
+            image=image, file=shared_path(o['file'], root) if o['file'] else f"item {o['item']}",
+            label=o['label'], suggested=o['suggested'],
             right=_with_unit(100*o['right'], '.0f'), p=_with_unit(100*o['probability']),
             p_suggested=_with_unit(100*o['suggested_probability'])))
     n_train = sum(result['class_counts'])
@@ -339,11 +339,14 @@ def _settings_section(result):
     "Settings, command and versions as rows of text"
     def texts(values):
         known = {name: value for name,value in values.items() if value is not None}
-        return {name: value if isinstance(value, str) else json.dumps(value) for name,value in known.items()}
+        return {name: shared_word(value) if isinstance(value, str) else json.dumps(value)
+                for name,value in known.items()}
     reflective = {}
     for name,value in (result.get('reflective') or {}).items():
         reflective.update({f'{name}.{k}': v for k,v in value.items()} if isinstance(value, dict) else {name: value})
-    return dict(command=result.get('command'), settings=texts(result['settings']), reflective=texts(reflective),
+    command = result.get('command')
+    return dict(command=command and shared_command(command), settings=texts(result['settings']),
+                reflective=texts(reflective),
                 versions=result.get('versions') or {}, digest=(result.get('data') or {}).get('digest'),
                 seconds=result.get('seconds'))
 
@@ -369,16 +372,18 @@ def _interruption(folder, result):
     if 'baseline' in result: return "A training in this folder was interrupted. The page shows its earlier result."
     return "A training in this folder was interrupted: the other side of the comparison is missing. --resume goes on."
 
-def _headline(result):
+def _key_figures(result):
     "Facts at the top of the page: name, value, and a remark"
     on,where = _scored_on(result),_where(result)
-    facts = [('Accuracy', f"{_percent(result[on]['all'])} %", f'mean over classes, {where}')]
+    facts = [('Accuracy', f"{percent_text(result[on]['all'])} %", f'mean over classes, {where}')]
     rarest = next((k for k in ('few','medium') if result[on].get(k) is not None), None)
-    if rarest: facts.append((f'{_names_of_shots[rarest]}-shot accuracy', f"{_percent(result[on][rarest])} %", where))
+    if rarest:
+        accuracy = percent_text(result[on][rarest])
+        facts.append((f'{_names_of_shots[rarest]}-shot accuracy', f"{accuracy} %", where))
     if 'gain' in result:
         interval = _interval_text((result.get('gain_interval') or {}).get('all'), '+.1f')
         remark = f'{interval} (95 %)' if interval else 'one seed is not conclusive'
-        facts.append(('Gain by Reflective Learning', f"{_percent(result['gain']['all'], '+.1f')} points", remark))
+        facts.append(('Gain by Reflective Learning', f"{percent_text(result['gain']['all'], '+.1f')} points", remark))
     facts.append(('Classes', f"{len(result['classes']):,}", f"{sum(result['class_counts']):,} training images"))
     facts.append(('Imbalance', f"{round(result['imbalance_factor'], 1):g} : 1", 'largest over smallest class'))
     return facts
@@ -392,15 +397,22 @@ def _run_page(folder):
     root = getattr(dls, 'root', None)
     page = dict(
         title=f'{_data_name(result)}: {_run_label(result)}', kind='run', version=__version__,
-        about=_about(result), facts=_headline(result), note=_interruption(folder, result),
+        about=_about(result), facts=_key_figures(result), note=_interruption(folder, result),
         accuracy=_accuracy_section(result, totals), data=_data_section(result), curves=_curves_section(result),
         classes=_classes_section(result, totals), suspects=_suspects_section(result, root),
-        settings=_settings_section(result), no_predictions=no_predictions, no_data=reason)
+        settings=_settings_section(result), no_predictions=_shared(no_predictions, folder, result),
+        no_data=_shared(reason, folder, result))
     if not evaluations: return page
     page['confusion'] = _confusion_section(evaluations, result)
     page['reliability'] = _reliability_section(evaluations)
     if 'validation' in evaluations: page['worst'] = _worst_section(evaluations, root)
     return page
+
+def _shared(reason, folder, result):
+    "A reason without paths of this machine"
+    data = Path(str(result['dataset'])).expanduser()
+    places = [o for place in (data, folder) for o in (place.absolute(), place.resolve())]
+    return reason and shared_text(reason, *places)
 
 def _about(result):
     "What was trained, in words"
@@ -413,9 +425,13 @@ def _comparison_page(folder):
     "What the template shows of the comparisons in a folder and below it"
     groups,notes = [],[]
     for place in result_folders(folder):
-        try: groups += [_comparison(place, o, len(groups)+i) for i,o in enumerate(_by_group(load_results(place)))]
+        try:
+            of_place = _by_group(load_results(place))
+            top = folder.resolve().parent
+            groups += [_comparison(place, o, len(groups)+i, top) for i,o in enumerate(of_place)]
         except (ValueError, KeyError) as e: notes.append(f'{place}: {e}')
     if not groups: raise ValueError(f"{folder}: none of its results can be read: {'; '.join(notes)}")
+    notes = [shared_text(o, folder.absolute(), folder.resolve()) for o in notes]
     return dict(title=f'Comparison: {folder.resolve().name}', kind='comparison', version=__version__, groups=groups,
                 notes=notes)
 
@@ -430,7 +446,7 @@ def _mean_and_spread(mean, sd):
     if math.isnan(mean): return '-'
     return f'{mean:.1f}' if math.isnan(sd) else f'{mean:.1f} ± {sd:.1f}'
 
-def _comparison(place, results, i):
+def _comparison(place, results, i, root):
     "The table, the picture and the classes of runs on the same data by the same method"
     summary = summarise(runs_table(results))
     rows = []
@@ -445,8 +461,9 @@ def _comparison(place, results, i):
     base = of_variant[variants[0]]
     def column(o): return [None if math.isnan(v) else float(v) for v in o.accuracy.reindex(base.index)]
     columns = {k: column(o) for k,o in of_variant.items()}
-    class_rows,left_out = _class_rows(list(base.index), base.images.tolist(), columns)
-    return dict(name=results[0]['group'], place=str(place), where=summary.on.iloc[0], rows=rows,
+    class_rows,left_out = _accuracy_rows(list(base.index), base.images.tolist(), columns)
+    return dict(name=results[0]['group'], place=shared_path(place.resolve(), root),
+                where=summary.on.iloc[0], rows=rows,
                 picture=inline_svg(fig, f'Gains or accuracies. {alt}.', f'gains{i}'), labels=variants,
                 class_rows=class_rows, left_out=left_out)
 

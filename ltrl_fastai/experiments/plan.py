@@ -229,6 +229,11 @@ class PlannedRun:
         return f"{words[:80].strip('-')}-seed{self.settings.seed}-{hash_of(self.identity)}"
 
     @property
+    def entries(self) -> dict:
+        "What its result says beside its numbers."
+        return {}
+
+    @property
     def partner(self) -> dict:
         "The identity of the run that it is compared with: the same without Reflective Learning."
         return {**self.identity, 'reflective': None}

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 import filelock
+from ..core.files import make_folder
 try: import fcntl
 except ImportError: fcntl = None # Windows
 
@@ -71,16 +72,23 @@ def keep_freed_memory() -> bool: # Whether it was done: with glibc only
 def locked_folder(folder:str|Path, # Created if it does not exist
              patience:float=3. # Seconds to wait for another process: one that was killed may take a moment to end
             ) -> Iterator: # Yields `folder` as a `Path`
-    "Lock a folder within a `with` statement; raises `BlockingIOError` if another process holds the lock."
+    "Lock a folder within a `with` statement, and leave no new empty one; raises `BlockingIOError` if it is locked."
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    made = [o for o in (folder, *folder.parents) if not o.exists()]
+    make_folder(folder)
     deadline = time.time()+patience
     with contextlib.ExitStack() as stack:
+        stack.callback(_remove_empty, made)
         while not _locked(folder, stack):
             if time.time()>=deadline: raise BlockingIOError(
                 f"{folder}: another process is training in this folder. Wait for it, or choose another folder.")
             time.sleep(.05)
         yield folder
+
+def _remove_empty(folders):
+    "Remove folders, the innermost first, up to one that is not empty"
+    with contextlib.suppress(OSError):
+        for o in folders: o.rmdir()
 
 def _locked(folder, stack):
     "Lock a folder until `stack` is closed; returns whether it was free"

@@ -13,12 +13,9 @@ import math
 import shlex
 from pathlib import Path
 import numpy as np
-import typer
-import typer.main
 from scipy.stats import studentized_range
 from ..core.files import write_json
 from ..evaluation.metrics import interval
-from .cli_train import train
 from .datasets import datasets
 from .settings import RunSettings
 from ..methods.catalogue import methods
@@ -27,11 +24,15 @@ from ..reflective.learning import ReflectiveLearning
 # %% ../../nbs/experiments/30_recommend.ipynb #755e9182
 _always = ('dataset','imbalance_factor','method','net','epochs','lr','bs') # said even if they are the default
 
-def _train_options():
-    "The options of `ltrl train`: how each is spelled, and how its opposite is if it is a flag, by argument"
-    alone = typer.Typer(add_completion=False)
-    alone.command()(train)
-    return {o.name: (o.opts[0], *o.secondary_opts) for o in typer.main.get_command(alone).params}
+_without_option = { # Settings that `ltrl train` has no option for; it spells all others as here, with dashes
+    'method_args','schedule','body_lr','optimizer','frozen_stats','wd','nesterov','decouple_wd','wd_bn_bias','dropout',
+    'mixup','label_smoothing','posthoc','pretrained','crop','min_scale','resize','diagnose','keep_train','extract'}
+
+def _option(name, value):
+    "An option of `ltrl train` as the words of a command line"
+    spelled = name.replace('_', '-')
+    if isinstance(value, bool): return [f'--{spelled}' if value else f'--no-{spelled}']
+    return [f'--{spelled}', _text(value)]
 
 def _usual_settings(settings):
     "The settings of a run that sets nothing but its data, method and net"
@@ -68,14 +69,11 @@ def train_command(settings:dict, # Fields of `RunSettings` by name; the seed is 
     "Return the command that trains once with these settings."
     reflective,given = settings.get('reflective'),_given_settings(settings)
     if data is not None: given['data'] = data
-    said,options = _renamed(given),_train_options()
+    said = _renamed(given)
     parts = {} if reflective is None else _parts_by_option(reflective)
-    if parts is None or not set(said)<=set(options): return _train_code(given, reflective)
-    words = ['ltrl','train']
-    for name,value in {**said, 'rl': reflective is not None, **parts}.items():
-        if isinstance(value, bool): words.append(options[name][0 if value else 1])
-        else: words += [options[name][0], _text(value)]
-    return shlex.join(words)
+    if parts is None or _without_option & set(said): return _train_code(given, reflective)
+    options = {**said, 'rl': reflective is not None, **parts}
+    return shlex.join(['ltrl','train', *(word for name,value in options.items() for word in _option(name, value))])
 
 def _renamed(given):
     "Settings as the arguments of `ltrl train`, which has an option for `pretrained=False` alone"

@@ -17,7 +17,7 @@ def epochs_of(method:Method, # Such as `methods['bsce']`
               epochs:int # Epochs of its first stage
              ) -> int:
     "Count the epochs of all stages of a method."
-    later = [epochs if stage.epochs is None else min(stage.epochs, epochs) for stage in method.then]
+    later = [epochs if stage.epochs is None else min(stage.epochs, epochs) for stage in method.later_stages]
     return epochs+sum(later)
 
 class RunBar(Callback):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['code_hash', 'code_identity', 'data_identity', 'Identities', 'run_file', 'work_folder', 'stale_reasons', 'read_result',
-           'Todo', 'look', 'EpochReporter', 'finish', 'warm_up', 'cores', 'default_jobs', 'Failed', 'run_plan',
-           'spawn_without_main']
+           'Todo', 'plan_status', 'EpochReporter', 'compute_run', 'warm_up', 'cores', 'default_jobs', 'Failed',
+           'run_plan', 'spawn_without_main']
 
 # %% ../../nbs/experiments/03_runner.ipynb #e7c55ef0
 import ast
@@ -20,10 +20,11 @@ import shutil
 import signal
 import threading
 import traceback
+from collections.abc import Collection
 from multiprocessing.connection import wait
 import filelock
 from fastai.basics import *
-from ..core.files import atomic_write, write_json
+from ..core.files import atomic_write, make_folder, write_json
 from .checkpoint import UnreadableCheckpoint
 from .identity import data_changes, data_listing, listing_digest
 from .plan import PlannedRun, hash_of
@@ -149,26 +150,35 @@ class Todo:
     identity:dict # The identity that its result will have
     why:str # Why it is computed although there is a result; '' if it is new or finished
     done:bool # Is its result there?
+    may_differ:tuple=() # Parts of the identity that a checkpoint may have otherwise
 
-def look(plan:list, # `PlannedRun`s
-         folder:Path, # Folder of the comparison
-         test:bool=True, # Do runs read the test set?
-         threads:int=1, # Number of threads of each run
-         identities:Identities|None=None # Known identities; default: data are read
-        ) -> list: # `Todo`s
+    @property
+    def checkpoint(self) -> str: # Name of a file
+        "The name of its checkpoint, which tells runs of other data, and by default of other code, apart."
+        identity = {name: o for name,o in self.identity.items() if name not in self.may_differ}
+        return f'{self.run.name}-{hash_of(identity)}.pt'
+
+def plan_status(plan:list, # `PlannedRun`s
+                folder:Path, # Folder of the comparison
+                test:bool=True, # Do runs read the test set?
+                threads:int=1, # Number of threads of each run
+                identities:Identities|None=None, # Known identities; default: data are read
+                may_differ:Collection=() # Parts of the identity that a result may have otherwise: 'code', 'threads'
+               ) -> list: # `Todo`s
     "Which runs of a plan are finished, and why others are computed again."
     identities = identities or Identities()
     res = []
     for run in plan:
         new,result = identities(run, test, threads),read_result(run_file(folder, run))
-        why = '' if result is None else _why_recompute(folder, result.get('identity'), new, identities)
-        res.append(Todo(run, new, why, done=result is not None and not why))
+        why = '' if result is None else _why_recompute(folder, result.get('identity'), new, identities, may_differ)
+        res.append(Todo(run, new, why, done=result is not None and not why, may_differ=tuple(may_differ)))
     return res
 
-def _why_recompute(folder, old, new, identities):
+def _why_recompute(folder, old, new, identities, may_differ):
     data_differ = isinstance(old, dict) and old.get('data')!=new['data']
     changes = _changes_since(folder, old.get('data'), identities.listings[new['data']]) if data_differ else ''
-    return stale_reasons(old, new, changes)
+    accepted = {name: old[name] for name in may_differ if isinstance(old, dict) and name in old}
+    return stale_reasons(old, {**new, **accepted}, changes)
 
 # %% ../../nbs/experiments/03_runner.ipynb #a2d3d279
 class EpochReporter(Callback):
@@ -189,15 +199,15 @@ def _torch_threads(n):
     try: yield
     finally: torch.set_num_threads(before)
 
-def finish(todo:Todo, # The run to compute
-           folder:Path, # Folder of the comparison
-           send:Callable=noop, # Called with messages
-           command:str|None=None # Command that started the comparison
-          ) -> dict: # The result
+def compute_run(todo:Todo, # The run to compute
+                folder:Path, # Folder of the comparison
+                send:Callable=noop, # Called with messages
+                command:str|None=None # Command that started the comparison
+               ) -> dict: # The result
     "Compute or resume one run, and write its result; raises `RuntimeError` if the data changed meanwhile."
     name,identity = todo.run.name,todo.identity
     unfinished = work_folder(folder)
-    checkpoint = unfinished/f'{name}-{hash_of(identity)}.pt' # never of other code or data
+    checkpoint = unfinished/todo.checkpoint
     def remove_checkpoint(): _remove(unfinished.glob(f'*{checkpoint.name}*'))
     def train():
         res,_ = train_run(
@@ -215,7 +225,7 @@ def finish(todo:Todo, # The run to compute
     if res['data']['digest']!=identity['data']: raise RuntimeError(
         "The data changed after the comparison had begun, so this run can't be compared with the others. "
         "Run the same command again to compute it with the present data.")
-    res = dict(group=todo.run.group, variant=todo.run.variant, **res, identity=identity)
+    res = dict(group=todo.run.group, variant=todo.run.variant, **res, **todo.run.entries, identity=identity)
     if command: res['command'] = command
     write_json(res, run_file(folder, todo.run))
     _remove(unfinished.glob(f'*{name}-*'))
@@ -245,7 +255,7 @@ def _work(conn, folder, command):
         try: todo = conn.recv()
         except EOFError: return
         try:
-            finish(todo, folder, send, command)
+            compute_run(todo, folder, send, command)
             send(('done',))
         except Exception as e: send(('failed', f'{type(e).__name__}: {e}', traceback.format_exc()))
 
@@ -273,14 +283,15 @@ def run_plan(plan:list, # `PlannedRun`s
              folder:Path, # Results are written to its `runs`
              jobs:int|None=None, # Number of runs at a time; default: `default_jobs`
              test:bool=True, # Read the test set at the end of each run? If not, results are of validation images
-             watch:Callable|None=None, # Called with each event: `watch(event, todo, *details)`, as `Watch` is
+             watch:Callable|None=None, # Called with each event: `watch(event, todo, *details)`, as `PlanProgress` is
              command:str|None=None, # Command that started the comparison, for the results
-             about:dict|None=None # Description of the plan for `compare.json`; default: none is written
+             about:dict|None=None, # Description of the plan for `compare.json`; default: none is written
+             may_differ:Collection=() # See `plan_status`
             ) -> list: # The results, in the order of the plan
     "Compute a plan; raises `Failed` if a run fails, `RuntimeError` if the folder is locked, `ValueError` if `jobs<1`."
     if jobs is not None and jobs<1: raise ValueError(f"jobs: expected at least 1, got {jobs}")
     folder,watch = Path(folder),watch or noop
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     lock = filelock.FileLock(folder/'.lock')
     try: lock.acquire(timeout=3) # workers of a parent that was killed take a moment to end
     except filelock.Timeout: raise RuntimeError(
@@ -288,7 +299,7 @@ def run_plan(plan:list, # `PlannedRun`s
     with lock:
         jobs = jobs or default_jobs()
         identities = Identities()
-        todo = look(plan, folder, test, max(1, cores()//jobs), identities)
+        todo = plan_status(plan, folder, test, max(1, cores()//jobs), identities, may_differ)
         _save_listings(folder, identities.listings)
         if about is not None: _write_description(folder, about, todo)
         for o in todo:

@@ -80,6 +80,7 @@ class RunSettings:
         self._check_types()
         spec = spec_of(self.dataset, self.extract)
         one_of('method', self.method, methods)
+        if methods[self.method].pretrained: self._check_adapted(spec)
         if self.pretrained is None: self.pretrained = self._starts_pretrained(spec)
         if self.weights is not None and not self.pretrained: raise ValueError(
             "weights: a net that is trained from scratch takes no weights. Leave out one of the two.")
@@ -101,9 +102,18 @@ class RunSettings:
 
     def _starts_pretrained(self, spec):
         "Is a pretrained net the default? Yes for photographs, unless the chosen net has no published weights"
-        if self.weights is not None: return True
+        if self.weights is not None or methods[self.method].pretrained: return True
         has_weights = self.net is None or not (is_mlp(self.net) or is_small_net(self.net))
         return spec.get('photographs', False) and has_weights
+
+    def _check_adapted(self, spec):
+        "Check that a method which adapts a pretrained net gets one, and images for it"
+        if self.pretrained is False: raise ValueError(
+            f"method: {self.method} adapts a pretrained net and trains little else, so nothing is learned from random "
+            "weights. Leave out --from-scratch (in Python, pretrained=False).")
+        if is_mlp(spec['defaults']['net']): raise ValueError(
+            f"method: {self.method} adapts a net for photographs, and {self.data_name} is made of vectors. Use images "
+            "of your own: --dataset path/to/folder.")
 
     def _check_types(self):
         "Check the type of each field, and store 0 as None where both mean none"
@@ -276,7 +286,7 @@ class RunSettings:
         options = dict(dropout=self.dropout) if is_mlp(self.net) else {}
         return create_net(self.net, dls.c, n_in=dls.n_in, **options)
 
-    def check(self, worlds:bool=False # Also check that accuracy can be measured under all test distributions?
+    def check(self, test_distributions:bool=False # Also check that accuracy can be measured under all of them?
              ) -> list: # Notes that a user of the data should read
         "Build everything and pass two images through the net; raises `ValueError` if something does not fit."
         if self.amp and default_device().type!='cuda': raise ValueError(
@@ -292,7 +302,7 @@ class RunSettings:
             f"mixup: expected images or features, but items of {self.data_name} are {x.dtype}, which can't be mixed. "
             "Leave it out.")
         adapts = methods[self.method].adapt is not None
-        if worlds and adapts: # raises `ValueError` if a distribution can't be sampled
+        if test_distributions and adapts: # raises `ValueError` if a distribution can't be sampled
             shifted_loaders(dls.test or dls.valid, dls.class_counts)
         return list(dls.notes)
 

@@ -83,7 +83,8 @@ def _unpack(res):
     if 'group' in res: return [res]
     reflective = None if res['reflective'] is None else dict(res['reflective'])
     settings = {**res['settings'], 'reflective': reflective}
-    group = f"{res['dataset']} IF {res['imbalance_factor']:g} {res['method']}"
+    name = Path(str(res['dataset'])).stem # of a folder of your own, without its path
+    group = f"{name} IF {res['imbalance_factor']:g} {res['method']}"
     variant = f"{res['method']} + RL" if res['reflective'] else res['method']
     run = {**res, 'group': group, 'variant': variant, 'identity': dict(settings=settings)}
     if 'baseline' not in res: return [run]
@@ -391,7 +392,7 @@ def _name_of(config, label):
     if config is None: return None
     preset = 'v0.0.1' if config['preset']=='default' and _is_first_version(config) else config['preset']
     usual = ReflectiveLearning(preset=preset)
-    on = [k for k in ('kr','ks','kc') if config[k]]
+    on = [part for part in usual.parts if config.get(part)]
     changes = re.search(r'\(.*\)$', label)
     if not changes and on==[k for k in usual.parts if usual.is_on(k)]: return preset
     parts = ' + '.join(map(str.upper, on))

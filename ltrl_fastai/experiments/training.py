@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import math
 from fastai.vision.all import *
+from ..core.files import place_mark, shared_command, shared_word
 from ..data.imbalance import without_augmentation
 from ..evaluation.diagnosis import diagnosis_of
 from ..evaluation.metrics import class_hits
@@ -63,23 +64,33 @@ class _CheckFinite(Callback):
     def after_train(self):
         if math.isfinite(self.learn.smooth_loss): return
         raise FloatingPointError(
-            f"The training loss is not finite any more in epoch {self.epoch}: training has diverged. "
+            f"The training loss is not finite any more in epoch {self.epoch+1}: training has diverged. "
             f"Lower the learning rate (lr={self.max_lr}).")
 
 class _PrintRows:
-    "A logger that prints one line per epoch, for an output that is not a terminal"
+    "A logger that prints one line per epoch: losses, accuracies in percent, and time; loss terms are in the result"
     def __init__(self, learn, echo=partial(print, flush=True)):
         store_attr()
         self.has_header = False
     def __call__(self, row):
-        if not self.has_header: self._print(self.learn.recorder.metric_names)
+        shown = self._shown(row)
+        header = [f'{name} %' if name in self._in_percent else name for name in shown]
+        widths = [max(len(name), 5) for name in header]
+        if row[0]==0 or not self.has_header: self._print(header, widths) # of each stage, or of the rest of one
         self.has_header = True
-        self._print(row)
+        self._print([self._text(*o) for o in shown.items()], widths)
 
-    def _print(self, row): self.echo(' '.join(f'{self._text(value):>12}' for value in row))
-
-    def _text(self, value):
-        if value is None: return '-'
+    @property
+    def _in_percent(self): return {metric.name for metric in self.learn.metrics}
+    def _shown(self, row):
+        usual = {'epoch','train_loss','valid_loss','time'} | self._in_percent
+        return {name: value for name,value in zip(self.learn.recorder.metric_names, row) if name in usual}
+    def _print(self, texts, widths):
+        self.echo('  '.join(f'{text:>{width}}' for text,width in zip(texts, widths)))
+    def _text(self, name, value):
+        if name=='epoch': return str(value+1)
+        if value is None or value!=value: return '-'
+        if name in self._in_percent: return f'{100*value:.1f}'
         return f'{value:.4f}' if isinstance(value, float) else str(value)
 
 @contextlib.contextmanager
@@ -129,25 +140,25 @@ def train_run(settings:RunSettings, # What to train
               test:bool=True, # Read the test set at the end? Without it, the result describes the validation images
               checkpoint:Path|None=None, # File written after each epoch, from which an interrupted run resumes
               cbs:Callback|Iterable|None=None, # More callbacks
-              worlds:bool=False, # Measure accuracy under all test distributions of SADE, adapted to each if possible?
+              test_distributions:bool=False, # Also measure accuracy under SADE's, adapted to each if possible?
               model:Path|None=None # Folder to save the model of the best epoch in: see `save_classifier`
              ) -> tuple[dict, ShotReport]: # The result, and the report that it was made from
     "Train once, and read the test set once."
     use_device(os.environ.get('LTRL_DEVICE'))
-    with _keep_cudnn_flags(): return _train_run(settings, bar, test, checkpoint, cbs, worlds, model)
+    with _keep_cudnn_flags(): return _train_run(settings, bar, test, checkpoint, cbs, test_distributions, model)
 
-def _train_run(settings, bar, test, checkpoint, cbs, worlds, model):
+def _train_run(settings, bar, test, checkpoint, cbs, test_distributions, model):
     start = time.time()
     method = settings.regularized_method()
     learn = settings.learner()
     data = listing_summary(data_listing(learn.dls))
     if not test: learn.dls.loaders = learn.dls.loaders[:2] # no stage sees the test set
-    keep = KeepBest() if model and not method.then else None # later stages change the network
+    keep = KeepBest() if model and not method.later_stages else None # later stages change the network
     agreement = LabelAgreement() if model else None
     shared_bar = bar if isinstance(bar, RunBar) else None
     histories,earlier_seconds = _fit(
         learn, settings, method, bar, checkpoint, cbs=L(cbs)+L(keep)+L(shared_bar), first_cbs=agreement)
-    res,report = _evaluation(learn, settings, method, histories, worlds)
+    res,report = _evaluation(learn, settings, method, histories, test_distributions)
     res['per_class_images'] = report.totals.tolist()
     if model:
         res['suspects'] = suspects(agreement, learn.dls)
@@ -175,11 +186,13 @@ def _save_trained(learn, settings, keep, res, folder):
         "The outputs of the trained network are not finite on validation images: training has diverged. "
         f"Lower the learning rate (lr={settings.lr}).")
     saved = {k: v for k,v in dataclasses.asdict(settings).items() if k!='data'}
+    for name in ('dataset','weights'): saved[name] = saved[name] and shared_word(saved[name])
     save_classifier(
         learn, folder, build=settings.build_facts(learn), last=last,
         calibration=fit_calibration(logits, targets, learn.dls.class_counts), accuracy=accuracy, epoch=epoch,
         epochs=settings.epochs, name=f'{settings.data_name}: {label_of(settings)}', many=settings.many,
-        few=settings.few, settings=to_builtin(saved), versions=versions(), command=command())
+        few=settings.few, settings=to_builtin(saved), versions=versions(), command=shared_command(command()),
+        place=place_mark(settings.dataset))
     if is_earlier: get_model(learn.model).load_state_dict(last)
     return dict(epoch=epoch, accuracy=accuracy)
 
@@ -191,7 +204,7 @@ def _description(learn, settings):
         reflective=None if rl is None else dict(preset=rl.preset, **rl.config),
         seed=settings.seed, epochs=settings.epochs)
 
-def _evaluation(learn, settings, method, histories, worlds):
+def _evaluation(learn, settings, method, histories, test_distributions):
     "What a result says of a trained learner, and the report on test images, or on validation images without a test set"
     dls = learn.dls
     report_of = partial(ShotReport.from_learner, learn, label=label_of(settings), many=settings.many, few=settings.few)
@@ -207,9 +220,9 @@ def _evaluation(learn, settings, method, histories, worlds):
         class_counts=valid.counts.tolist(), history=histories[0])
     if settings.diagnose: res['diagnosis'] = diagnosis_of(learn, valid.groups, _train_eval_dl(dls))
     res.update(posthoc)
-    if worlds: res['worlds'] = _shifted_accuracies(learn, method, report)
-    if method.then:
-        stages = zip(method.then, histories[1:])
+    if test_distributions: res['test_distributions'] = _shifted_accuracies(learn, method, report)
+    if method.later_stages:
+        stages = zip(method.later_stages, histories[1:])
         res['stages'] = [dict(about=stage.about, history=stage_history) for stage,stage_history in stages]
     if dls.skipped: res['skipped'] = [os.path.relpath(file, dls.root) for file in dls.skipped]
     return res,report

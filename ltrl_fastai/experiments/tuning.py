@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 import numpy as np
 from fastcore.basics import noop
+from ..core.checks import counted
 from ..core.files import write_json
 from ..methods.catalogue import method_constants
 from .plan import Variant, make_plan, merge_setting, resolve
@@ -245,7 +246,7 @@ def tune(methods:list, # Names of methods
         plans = [o.plan(paired_data, settings) for o in searching]
         n = sum(len(runs) for plan in plans for runs in plan)
         what = 'plain settings and single changes' if step==1 else 'combinations'
-        echo(f"Tuning, step {step} of {steps}: {what}, {n} runs on validation images")
+        echo(f"Tuning, step {step} of {steps}: {what}, {counted(n, 'run')} on validation images")
         found = iter(_accuracies([*chain(*plans)], folder/'tuning', jobs, watcher, command))
         for side,plan in zip(searching, plans): side.update([next(found) for _ in plan])
         entries = [_entry(case, {side: o for of,side,o in sides if of is case}) for case in cases]

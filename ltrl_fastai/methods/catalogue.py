@@ -13,6 +13,11 @@ from ..core.checks import did_you_mean
 from .facts import Methods, method_facts
 from .losses import BalancedSoftmaxLoss
 from .weights import ClassBalancedLoss, DeferredWeights
+from .sampling import DeferredSampling, PowerSampling, ProgressiveSampling
+from .scaling import VectorScalingLoss
+from .seesaw import SeesawLoss
+from .gcl import GCLLoss, gcl_stage
+from .los import los_stage
 from .margins import LDAMLoss
 from .lade import LADELoss
 from .posthoc import LogitAdjustment
@@ -24,11 +29,17 @@ from .sade import SADELoss, aggregation
 from .mdcs import MDCSLoss, RampUp, mdcs_net
 from .ncl import NCLLoss, ncl_net
 from .paco import PaCoLoss, KeyQueue, queued_net
+from .balpoe import BalPoELoss
+from .bcl import BCLLoss, centred_net
+from .proco import ProCoLoss, UpdateDistributions, distributions_net
+from .glmc import GLMCLoss, GlobalLocalMix, two_head_net
+from .car import ConfusionRegularizer
 from .bbn import BBNLoss, ReversedBatch, bilateral_net
 from .decouple import crt, lws, tau_norm, ncm
 from .mislas import mislas_stage
 from .balancing import balancing_stage, published_balancing
 from .oltr import oltr_stage
+from .lift import FiveCrops, InitHead, lift_net
 
 # %% ../../nbs/methods/21_catalogue.ipynb #38042c60
 _all_ = ['Methods']
@@ -42,6 +53,14 @@ def _mixup(counts): return [MixUp(1.)]
 _parts = { # Loss, net and callbacks of each method, where they differ from those of cross-entropy: fields of `Method`
     'focal': dict(loss=lambda counts: FocalLossFlat(gamma=2.)),
     'class-balanced': dict(loss=ClassBalancedLoss),
+    'square-root-sampling': dict(cbs=lambda counts: [PowerSampling()]),
+    'class-aware-sampling': dict(cbs=lambda counts: [PowerSampling(0.)]),
+    'progressive-sampling': dict(cbs=lambda counts: [ProgressiveSampling()]),
+    'ce-drw': dict(cbs=_deferred_weights),
+    'cb-drs': dict(cbs=lambda counts: [DeferredSampling()]),
+    'vs': dict(loss=VectorScalingLoss),
+    'seesaw': dict(loss=SeesawLoss),
+    'gcl': dict(loss=GCLLoss, net=_cosine),
     'mixup': dict(cbs=_mixup),
     'bsce': dict(loss=BalancedSoftmaxLoss),
     'logit-adjustment': dict(cbs=lambda counts: [LogitAdjustment(counts)]),
@@ -56,18 +75,25 @@ _parts = { # Loss, net and callbacks of each method, where they differ from thos
     'mdcs': dict(loss=MDCSLoss, net=mdcs_net, cbs=lambda counts: [RampUp()], weak=True),
     'ncl': dict(loss=NCLLoss, net=ncl_net),
     'paco': dict(loss=PaCoLoss, net=queued_net, cbs=lambda counts: [KeyQueue()]),
+    'balpoe': dict(loss=BalPoELoss, net=_three_experts, cbs=lambda counts: [MixUp(.4)]),
+    'bcl': dict(loss=BCLLoss, net=centred_net),
+    'proco': dict(loss=ProCoLoss, net=distributions_net, cbs=lambda counts: [UpdateDistributions()]),
+    'glmc': dict(loss=GLMCLoss, net=two_head_net, cbs=lambda counts: [GlobalLocalMix()]),
+    'car': dict(cbs=lambda counts: [ConfusionRegularizer(counts)]),
     'bbn': dict(loss=lambda counts: BBNLoss(), net=bilateral_net, cbs=lambda counts: [ReversedBatch()]),
     'mislas': dict(cbs=_mixup),
+    'lift': dict(loss=BalancedSoftmaxLoss, net=lift_net, cbs=lambda counts: [InitHead(), FiveCrops()]),
 }
 _stages = dict( # Stages after the first fit, by name
     assignment=assignment, distillation=distillation, aggregation=aggregation, crt=crt, lws=lws, tau_norm=tau_norm,
-    ncm=ncm, oltr_stage=oltr_stage, mislas_stage=mislas_stage, balancing_stage=balancing_stage)
+    ncm=ncm, oltr_stage=oltr_stage, mislas_stage=mislas_stage, balancing_stage=balancing_stage,
+    los_stage=los_stage, gcl_stage=gcl_stage)
 
 def _method(name) -> Method:
     "The method of that name, made from its facts and its parts"
     facts = {**vars(method_facts[name])}
-    then = tuple(_stages[o] for o in facts.pop('then'))
-    return Method(**facts, then=then, **_parts.get(name, {}))
+    stages = tuple(_stages[o] for o in facts.pop('later_stages'))
+    return Method(**facts, later_stages=stages, **_parts.get(name, {}))
 
 # The methods that `ltrl methods` lists
 methods = Methods({name: _method(name) for name in method_facts}, also=method_facts.also) # `Method`s by name
@@ -75,15 +101,23 @@ methods = Methods({name: _method(name) for name in method_facts}, also=method_fa
 # %% ../../nbs/methods/21_catalogue.ipynb #3b80c0f6
 def _stage_with(method, **changes):
     "A method with changes to its only later stage"
-    stage, = method.then
-    return dataclasses.replace(method, then=(dataclasses.replace(stage, **changes),))
+    stage, = method.later_stages
+    return dataclasses.replace(method, later_stages=(dataclasses.replace(stage, **changes),))
 
 def _prepare_with(method, **arguments):
     "A method whose only later stage is prepared with these arguments"
-    stage, = method.then
+    stage, = method.later_stages
     return _stage_with(method, prepare=partial(stage.prepare, **arguments))
 
 def _mixup_with(method, mixup=1.): return dataclasses.replace(method, cbs=lambda counts: [MixUp(mixup)])
+
+def _balpoe_with(method, mixup=.4): return _mixup_with(method, mixup)
+
+def _car_with(method, strength=.3, momentum=.5, smoothing=.5, temperature=1.):
+    def regularizer(counts): return [ConfusionRegularizer(counts, strength, momentum, smoothing, temperature)]
+    return dataclasses.replace(method, cbs=regularizer)
+
+def _glmc_with(method, alpha=1.): return dataclasses.replace(method, cbs=lambda counts: [GlobalLocalMix(alpha)])
 
 def _mislas_with(method, head=.4, tail=.1, factor=.2, mixup=1., own=False):
     method = _prepare_with(method, head=head, tail=tail, own=own)
@@ -92,26 +126,42 @@ def _mislas_with(method, head=.4, tail=.1, factor=.2, mixup=1., own=False):
 
 def _crt_with(method, stage_lr=.2, stage_epochs=10): return _stage_with(method, lr=stage_lr, epochs=stage_epochs)
 
+def _los_with(method, smoothing=.98, stage_lr=5e-4, stage_epochs=20):
+    return _stage_with(_prepare_with(method, smoothing=smoothing), lr=stage_lr, epochs=stage_epochs)
+
+def _sampling_with(method, power=.5): return dataclasses.replace(method, cbs=lambda counts: [PowerSampling(power)])
+
+def _drw_with(method, start=.8, beta=.9999):
+    return dataclasses.replace(method, cbs=lambda counts: [DeferredWeights(counts, start, beta)])
+
+def _drs_with(method, start=.8, beta=.9999):
+    return dataclasses.replace(method, cbs=lambda counts: [DeferredSampling(start, beta)])
+
 def _lws_with(method, stage_lr=.2, stage_epochs=5): return _stage_with(method, lr=stage_lr, epochs=stage_epochs)
 
 def _balancing_with(method, published=False):
-    return dataclasses.replace(method, then=(published_balancing if published else balancing_stage,))
+    return dataclasses.replace(method, later_stages=(published_balancing if published else balancing_stage,))
 
 def _assigned_with(method, top=30, gate_bs=None):
-    stage, = method.then
+    stage, = method.later_stages
     return _stage_with(_prepare_with(method, top=top), cbs=partial(stage.cbs, bs=gate_bs))
 
 def _distilled_with(method, published=False): return _prepare_with(method, published=published)
 
 def _aggregated_with(method, aggregation_lr=None):
-    stage, = method.then
+    stage, = method.later_stages
     return _stage_with(method, adapt=partial(stage.adapt, lr=aggregation_lr))
+
+def _lift_with(method, init='auto', crops=True):
+    return dataclasses.replace(method, cbs=lambda counts: [InitHead(init), *([FiveCrops()] if crops else [])])
 
 # Functions of a method and the hyperparameters that belong to neither its loss nor its net
 _stage_changes = {
     'mislas': _mislas_with, 'mixup': _mixup_with, 'crt': _crt_with, 'lws': _lws_with,
     'weight-balancing': _balancing_with, 'ride-assigned': _assigned_with, 'ride-distilled': _distilled_with,
-    'sade-aggregated': _aggregated_with,
+    'sade-aggregated': _aggregated_with, 'balpoe': _balpoe_with, 'glmc': _glmc_with, 'car': _car_with,
+    'square-root-sampling': _sampling_with, 'ce-drw': _drw_with, 'cb-drs': _drs_with, 'los': _los_with,
+    'lift': _lift_with,
 }
 _no_hyperparameters = {'net','counts','class_counts','reduction','axis','weight','args','kwargs','method'}
 

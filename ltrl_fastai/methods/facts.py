@@ -7,6 +7,7 @@ __all__ = ['method_facts', 'auto_methods', 'MethodFacts', 'Methods']
 
 # %% ../../nbs/methods/24_facts.ipynb #51ae9abf
 import dataclasses
+import re
 from typing import TypeVar
 from ..core.checks import did_you_mean
 
@@ -17,14 +18,22 @@ class MethodFacts:
     about:str # One line
     reference:str # Authors, venue and year
     views:int=1 # Views of each training image
-    then:tuple=() # Names of the stages after the first fit
+    pretrained:bool=False # Does it adapt a pretrained net, so that nothing can be trained from scratch?
+    later_stages:tuple=() # Names of the stages after the first fit
     defaults:dict=dataclasses.field(default_factory=dict) # Settings that the method needs in place of the usual ones
     reported:float|None=None # Overall accuracy on CIFAR-100-LT, imbalance factor 100, as the source reports it
+    reported_on:dict=dataclasses.field(default_factory=dict) # The same on other data, by name of the data set
+
+    @property
+    def year(self) -> int|None:
+        "The year in `reference`, or None."
+        years = re.findall(r'\b(?:19|20)[0-9]{2}\b', self.reference)
+        return int(years[0]) if years else None
 
     @property
     def stages(self) -> int:
         "The number of stages, the first fit included."
-        return 1+len(self.then)
+        return 1+len(self.later_stages)
 
 _Entry = TypeVar('_Entry') # a `Method`, or its facts
 
@@ -40,6 +49,8 @@ class Methods(dict[str, _Entry]):
 
 # %% ../../nbs/methods/24_facts.ipynb #0ed808fa
 _no_nesterov = dict(nesterov=False) # as the authors train
+_as_lift = dict(net='vit_b_16', epochs=10, schedule='cosine', lr=.01, body_lr=None, bs=128, optimizer='sgd', wd=5e-4,
+                frozen_stats=False, **_no_nesterov)
 
 method_facts = Methods({ # All that `ltrl methods` lists
     'softmax': MethodFacts(
@@ -48,6 +59,29 @@ method_facts = Methods({ # All that `ltrl methods` lists
         'focal loss: cross-entropy that gives less weight to samples already classified well', 'Lin et al., ICCV 2017'),
     'class-balanced': MethodFacts(
         'cross-entropy with class weights from the effective number of images', 'Cui et al., CVPR 2019'),
+    'square-root-sampling': MethodFacts(
+        'cross-entropy on classes drawn by the square root of their size', 'Kang et al., ICLR 2020'),
+    'class-aware-sampling': MethodFacts('cross-entropy on classes drawn equally often', 'Kang et al., ICLR 2020'),
+    'progressive-sampling': MethodFacts(
+        'cross-entropy; over the epochs, sampling moves from the data as they are to classes drawn equally often',
+        'Kang et al., ICLR 2020'),
+    'ce-drw': MethodFacts(
+        'cross-entropy, with class weights in the last fifth of the epochs', 'Cao et al., NeurIPS 2019',
+        defaults=_no_nesterov),
+    'cb-drs': MethodFacts(
+        'cross-entropy, with classes drawn equally often in the last fifth of the epochs', 'Cao et al., NeurIPS 2019',
+        defaults=_no_nesterov),
+    'vs': MethodFacts(
+        'vector scaling: cross-entropy of logits that are scaled and shifted by class', 'Kini et al., NeurIPS 2021',
+        defaults=_no_nesterov),
+    'los': MethodFacts(
+        'strong weight decay; then the head is trained on with almost uniform labels', 'Sun et al., ICLR 2025',
+        later_stages=('los_stage',), defaults=dict(wd=5e-3, lr=.01, **_no_nesterov)),
+    'seesaw': MethodFacts(
+        'cross-entropy in which images push rarer classes down less, and wrong winners more', 'Wang et al., CVPR 2021'),
+    'gcl': MethodFacts(
+        'logits lowered at random, more for rarer classes, on a cosine head; then the head with class-aware sampling',
+        'Li et al., CVPR 2022', later_stages=('gcl_stage',), defaults=_no_nesterov),
     'mixup': MethodFacts(
         'cross-entropy on mixtures of two images', 'Zhang et al., ICLR 2018; slides, table 7', defaults=_no_nesterov,
         reported=45.1),
@@ -70,16 +104,16 @@ method_facts = Methods({ # All that `ltrl methods` lists
         reported=48.0),
     'ride-assigned': MethodFacts(
         'RIDE; then gates that choose how many experts each image needs', 'Wang et al., ICLR 2021; its README',
-        then=('assignment',), reported=48.6),
+        later_stages=('assignment',), reported=48.6),
     'ride-distilled': MethodFacts(
         'RIDE with six experts; then three new experts distilled from them', 'Wang et al., ICLR 2021',
-        then=('distillation',)),
+        later_stages=('distillation',)),
     'sade': MethodFacts(
         'three experts: for long-tailed, balanced and inversely long-tailed test data',
         'Zhang et al., NeurIPS 2022; slides, table 1', reported=49.4),
     'sade-aggregated': MethodFacts(
         'SADE; then expert weights fitted to unlabelled test images', 'Zhang et al., NeurIPS 2022; its README',
-        then=('aggregation',), reported=49.8),
+        later_stages=('aggregation',), reported=49.8),
     'mdcs': MethodFacts(
         'three experts for three powers of the class counts, consistent over two views',
         'Zhao et al., ICCV 2023; slides, table 1 (RandAugment)', views=2, reported=56.1),
@@ -89,34 +123,57 @@ method_facts = Methods({ # All that `ltrl methods` lists
     'paco': MethodFacts(
         'contrast of two views with a queue of earlier ones and with learned class centres',
         'Cui et al., ICCV 2021; slides, table 1 (RandAugment)', views=2, defaults=_no_nesterov, reported=52.0),
+    'balpoe': MethodFacts(
+        'three experts for three powers of the class prior, whose product is balanced; with mixup',
+        'Sanchez Aimar et al., CVPR 2023 (400 epochs, AutoAugment)', reported=55.9),
+    'bcl': MethodFacts(
+        'contrast of two views in which each class counts once, with projected class vectors as centres',
+        'Zhu et al., CVPR 2022', views=2, defaults=_no_nesterov),
+    'proco': MethodFacts(
+        'contrast of two views with an estimated distribution of each class, in closed form',
+        'Du et al., TPAMI 2024; its README (200 epochs, AutoAugment)', views=2, defaults=_no_nesterov, reported=52.8),
+    'glmc': MethodFacts(
+        'a global and a local mixture of each image, which should agree, and a head that is rebalanced gradually',
+        'Du et al., CVPR 2023 (other training images, and a net four times as wide)', views=2,
+        defaults=_no_nesterov, reported=55.9),
+    'car': MethodFacts(
+        'cross-entropy, plus the spectral norm of an averaged confusion matrix', 'Zhu et al., CVPR 2026'),
     'bbn': MethodFacts(
         'two branches: one on the data as they are, one on inversely sampled data',
         'Zhou et al., CVPR 2020; slides, table 1', reported=44.7),
     'crt': MethodFacts(
         'cross-entropy; then a new head, trained with class-aware sampling', 'Kang et al., ICLR 2020; slides, table 6',
-        then=('crt',), defaults=_no_nesterov, reported=43.3),
+        later_stages=('crt',), defaults=_no_nesterov, reported=43.3),
     'lws': MethodFacts(
         'cross-entropy; then one learned scale per class, trained with class-aware sampling', 'Kang et al., ICLR 2020',
-        then=('lws',), defaults=_no_nesterov),
+        later_stages=('lws',), defaults=_no_nesterov),
     'tau-norm': MethodFacts(
         'cross-entropy; then class vectors divided by a power of their norms',
-        'Kang et al., ICLR 2020; slides, table 6', then=('tau_norm',), defaults=_no_nesterov, reported=43.2),
+        'Kang et al., ICLR 2020; slides, table 6', later_stages=('tau_norm',), defaults=_no_nesterov,
+        reported=43.2),
     'ncm': MethodFacts(
-        'cross-entropy; then classification by the nearest class mean', 'Kang et al., ICLR 2020', then=('ncm',),
+        'cross-entropy; then classification by the nearest class mean', 'Kang et al., ICLR 2020',
+        later_stages=('ncm',),
         defaults=_no_nesterov),
     'oltr': MethodFacts(
         'cross-entropy; then a memory of learned class centroids', 'Liu et al., CVPR 2019; slides, table 5',
-        then=('oltr_stage',), defaults=_no_nesterov),
+        later_stages=('oltr_stage',), defaults=_no_nesterov),
     'mislas': MethodFacts(
         'mixup; then a head trained with label-aware smoothing and updated batch statistics',
-        'Zhong et al., CVPR 2021; slides, table 7', then=('mislas_stage',), defaults=_no_nesterov, reported=47.0),
+        'Zhong et al., CVPR 2021; slides, table 7', later_stages=('mislas_stage',), defaults=_no_nesterov,
+        reported=47.0),
     'weight-balancing': MethodFacts(
         'strong weight decay; then a head whose class vectors are limited in length',
-        'Alshammari et al., CVPR 2022; slides, table 7', then=('balancing_stage',),
+        'Alshammari et al., CVPR 2022; slides, table 7', later_stages=('balancing_stage',),
         defaults=dict(wd=5e-3, lr=.01, **_no_nesterov), reported=53.6),
+    'lift': MethodFacts(
+        'a frozen vision transformer with adapters and a cosine head that starts from class names or class means',
+        'Shi et al., ICML 2024 (CLIP ViT-B/16)', pretrained=True, defaults=_as_lift, reported=81.7),
 }, also={
     'balanced-softmax': 'bsce', 'cross-entropy': 'softmax', 'ce': 'softmax', 'cb-loss': 'class-balanced',
     'tade': 'sade',
+    'sqrt-sampling': 'square-root-sampling', 'drw': 'ce-drw', 'drs': 'cb-drs', 'vs-loss': 'vs',
+    'vector-scaling': 'vs', 'label-over-smooth': 'los', 'gaussian-clouded-logit': 'gcl',
     'classifier-retraining': 'crt', 'learnable-weight-scaling': 'lws', 'tau-normalization': 'tau-norm',
     'nearest-class-mean': 'ncm',
 })

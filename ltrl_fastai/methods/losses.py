@@ -69,6 +69,6 @@ def smooth_labels(loss:Callable, # `BalancedSoftmaxLoss` or another loss with `l
     module = getattr(loss, 'func', loss)
     if not hasattr(module, 'label_smoothing'): raise ValueError(
         f"label_smoothing: {type(loss).__name__} has no labels that could be smoothed. "
-        "It is for cross-entropy, Balanced Softmax, LADE, LDAM and SADE.")
+        "It is for cross-entropy, Balanced Softmax, VS, Seesaw, LADE, LDAM, GCL and SADE.")
     module.label_smoothing = share
     return loss

@@ -83,18 +83,20 @@ class Method:
     cbs:Callable=_no_callbacks # Function from class counts to the callbacks of the first fit
     views:int=1 # Views of each training image
     weak:bool=False # Omit the `strong` transforms from the first view?
-    then:tuple=() # Later stages, each a `Stage`
+    pretrained:bool=False # Does it adapt a pretrained net, so that nothing can be trained from scratch?
+    later_stages:tuple=() # What follows the first fit, each a `Stage`
     defaults:dict=dataclasses.field(default_factory=dict) # Recipe settings that the method depends on: `wd=5e-3`
     reported:float|None=None # Published accuracy on CIFAR-100-LT, imbalance factor 100, ResNet-32, all classes
+    reported_on:dict=dataclasses.field(default_factory=dict) # The same on other data, by name of the data set
 
     @property
     def stages(self) -> int:
         "Number of stages, including the first fit."
-        return 1+len(self.then)
+        return 1+len(self.later_stages)
     @property
     def adapt(self) -> Callable|None:
         "The adaptation to unlabelled images of the last stage that has one, or None."
-        return next((s.adapt for s in reversed(self.then) if s.adapt), None)
+        return next((s.adapt for s in reversed(self.later_stages) if s.adapt), None)
 
     def learner(self, dls:DataLoaders, # Long-tailed data
                 net:nn.Module, # A classifier; it may be changed in place
@@ -107,7 +109,7 @@ class Method:
         n = head_of(net)[1].out_features
         if n!=len(counts): raise ValueError(
             f"net: its head has {n} outputs, and there are {len(counts)} classes: `create_net(name, dls.c)`.")
-        if any(s.views>1 for s in self.then): two_views(dls) # raises an error if the loader gives only one view
+        if any(s.views>1 for s in self.later_stages): two_views(dls) # raises an error if there is only one view
         if self.views>1: dls = two_views(dls, self.weak)
         split_views = [SplitViews(self.views)] if self.views>1 else []
         all_cbs = L(split_views) + L(self.cbs(counts)) + L(cbs)
@@ -131,7 +133,7 @@ class Method:
         extra_cbs = cbs or _no_callbacks
         fit_first(learn, epochs, lr, L(extra_cbs(0)))
         done(0)
-        if self.then: self._fit_later_stages(learn, epochs, lr, fit_first, extra_cbs, done)
+        if self.later_stages: self._fit_later_stages(learn, epochs, lr, fit_first, extra_cbs, done)
         return learn
 
     def _fit_later_stages(self, learn, epochs, lr, fit_first, extra_cbs, done):
@@ -141,7 +143,7 @@ class Method:
         learn.remove_cbs([o for o in learn.cbs if type(o) in of_first_stage])
         terms_before = learn._grab_cbs(LossTerms) # removed with the last callback that needs it, then created anew
         with learn.removed_cbs([o for o in learn.cbs if isinstance(o, CallbackWithHelpers)]):
-            for i,stage in enumerate(self.then, 1):
+            for i,stage in enumerate(self.later_stages, 1):
                 learn.stage_begun = i
                 stage.prepare(learn, counts)
                 if stage.adapt: stage.adapt(learn, target_loader(learn.dls))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['assignment', 'distillation', 'RIDELoss', 'Gate', 'GatedExperts', 'GateLoss', 'assign_experts', 'gate_callbacks',
-           'Distilled', 'WithTeacher', 'TeacherAndStudent', 'distil_net', 'follow']
+           'Distilled', 'WithTeacher', 'TeacherAndStudent', 'distil_net', 'distil']
 
 # %% ../../nbs/methods/14_ride.ipynb #ab04cab9
 from collections.abc import Collection
@@ -235,7 +235,7 @@ def distil_net(net:nn.Module, # A classifier that can be split
     "Create six experts from a net, with three more that learn from them in a later stage."
     return TeacherAndStudent(expert_net(deepcopy(net), 6), expert_net(net, 3))
 
-def follow(learn:Learner, # With a trained net made by `distil_net`; model and loss are changed
+def distil(learn:Learner, # With a trained net made by `distil_net`; model and loss are changed
            counts:Collection, # Training images of each class; not used
            published:bool=False # See `Distilled`
           ):
@@ -249,5 +249,5 @@ def follow(learn:Learner, # With a trained net made by `distil_net`; model and l
     learn.model = WithTeacher(student.to(device_of(teacher)), teacher)
     learn.loss_func = Distilled(learn.loss_func, published=published)
 
-distillation = Stage('three experts distilled from six', follow, lambda counts: [DeferredWeights(counts)],
+distillation = Stage('three experts distilled from six', distil, lambda counts: [DeferredWeights(counts)],
                      epochs=None, lr=None)

@@ -28,10 +28,10 @@ def review_loss(logits:Tensor, # `(B, C)` current logits
                 targets:Tensor, # `(B,)` class indices
                 tau:float=2., # Temperature, > 0
                 count_scale:bool=False, # Divide the logits by the in-batch count of their class (published code)?
-                seen:Tensor|None=None, # `(B,)` bool, whether a sample has a teacher; default: all have one
+                has_teacher:Tensor|None=None, # `(B,)` bool, whether a sample has a teacher; default: all have one
                 cci:bool=True, # Review only samples whose teacher is correct?
                 distance:str='kl', # 'kl', or 'logits': half the mean squared difference of the logits, without `tau`
-                among:Tensor|None=None # Divisor of the sum over samples; default: the number of reviewed samples
+                n_reviewed:Tensor|None=None # Divisor of the sum over samples; default: the number of reviewed samples
                ) -> Tensor: # Scalar, in at least float32
     "Mean KL divergence of reviewed samples from their last to their current prediction (LTRL eq. 1 to 4)."
     check_logits(logits, len(targets))
@@ -43,24 +43,24 @@ def review_loss(logits:Tensor, # `(B, C)` current logits
     student = upcast(logits)
     teacher = upcast(teacher_logits.detach())
     if count_scale: student = student/batch_class_counts(targets, n_classes)[:,None]
-    mask = review_mask(teacher, targets, seen, cci)
+    mask = review_mask(teacher, targets, has_teacher, cci)
     teacher = torch.where(mask[:,None], teacher, 0.) # rows that are not reviewed may hold anything
     if distance=='kl':
         log_p = F.log_softmax(student/tau, 1)
         log_q = F.log_softmax(teacher/tau, 1)
         losses = tau**2 * F.kl_div(log_p, log_q, reduction='none', log_target=True).sum(1)
     else: losses = (student-teacher).square().mean(1)/2
-    if among is None: among = mask.sum().clamp(min=1)
-    return torch.where(mask, losses, 0.).sum()/among
+    if n_reviewed is None: n_reviewed = mask.sum().clamp(min=1)
+    return torch.where(mask, losses, 0.).sum()/n_reviewed
 
 def review_mask(teacher_logits:Tensor, # `(B, C)` teachers
                 targets:Tensor, # `(B,)` class indices
-                seen:Tensor|None=None, # `(B,)` bool, whether a sample has a teacher
+                has_teacher:Tensor|None=None, # `(B,)` bool, whether a sample has a teacher
                 cci:bool=True # Review only samples whose teacher is correct?
                ) -> Tensor: # `(B,)` bool
     "Whether each sample is reviewed: those with a correct teacher (the paper's CCI set)."
     mask = teacher_logits.argmax(1)==targets if cci else torch.ones_like(targets, dtype=torch.bool)
-    return mask if seen is None else mask & seen
+    return mask if has_teacher is None else mask & has_teacher
 
 # %% ../../nbs/reflective/00_functional.ipynb #6b9bc74c
 def class_centers(features:Tensor, # `(N, D)` features of an epoch

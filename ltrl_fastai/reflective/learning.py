@@ -17,7 +17,7 @@ from .correction import KnowledgeCorrection
 # %% ../../nbs/reflective/10_learning.ipynb #561372e4
 _last_visit = dict(adapt=0., memory=0.)
 _features = dict(resemblance='features', alpha=.99)
-presets = { # Arguments of each part
+presets = { # Arguments of each part; a part that is not named is off by default
     'default': dict(kr={}, ks={}, kc={}),
     'paper': dict(kr=dict(**_last_visit, weight=1., on='logits'),
                   ks=dict(**_features, weight=1., adapt=0., mode='add', on='logits', normalize='none'),
@@ -67,9 +67,10 @@ class ReflectiveLearning(CallbackWithHelpers):
             cls = self._classes[part]
             if value is not None and not isinstance(value, (bool,dict,cls)): raise TypeError(
                 f"{part}: expected True, False, a dict of arguments or a {cls.__name__}, got {value!r}")
-            args = {**presets[preset][part], **(value if isinstance(value, dict) else {})}
+            args = {**presets[preset].get(part, {}), **(value if isinstance(value, dict) else {})}
             self.parts[part] = value if isinstance(value, cls) else _create_part(part, cls, args)
-            self._on[part] = part not in _off.get(preset, ()) if value is None else value is not False
+            is_on_by_default = part in presets[preset] and part not in _off.get(preset, ())
+            self._on[part] = is_on_by_default if value is None else value is not False
 
     def _parts_to_add(self, learn):
         "Parts that are on and not yet on `learn`"

@@ -137,11 +137,11 @@ class KnowledgeReview(CallbackWithMemory):
             self.reset() # ids now refer to other samples
         self._recalled = None
         self.strength = None
-        self.shift = 0.
+        self.logit_shift = 0.
         if self.teachers is None: return # there are no teachers in the first epoch
         share = self._measured_share() if self.adapt=='auto' else self.teachers.share_right**self.adapt
         if share is not None: self.strength = self.full_weight*share
-        if self.prior: self.shift = self.prior*self.teachers.log_frequency
+        if self.prior: self.logit_shift = self.prior*self.teachers.log_frequency
         if self._reviews and not self._checked_risks: self._warn_of_risks()
 
     def _measured_share(self):
@@ -204,11 +204,11 @@ class KnowledgeReview(CallbackWithMemory):
         "Add the weighted review loss of this batch, averaged over the reviewed samples of all ranks"
         terms = self.learn.loss_terms
         teacher,_,reviewed = self._recalled
-        teacher = self._trained(teacher.to(student))+self.shift
-        student = self._trained(student)+self.shift
+        teacher = self._trained(teacher.to(student))+self.logit_shift
+        student = self._trained(student)+self.logit_shift
         n_reviewed = terms.ranks.sum(reviewed.sum()).clamp(min=1)/terms.ranks.size
-        loss = review_loss(student, teacher, targets, tau=self.tau, seen=reviewed, cci=False,
-                           distance=self.distance, among=n_reviewed)
+        loss = review_loss(student, teacher, targets, tau=self.tau, has_teacher=reviewed, cci=False,
+                           distance=self.distance, n_reviewed=n_reviewed)
         terms.add('review', self.strength*loss)
 
     def _running_mean(self, logits):

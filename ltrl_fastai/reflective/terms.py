@@ -323,6 +323,10 @@ class LossTerms(Callback):
             f"targets: expected one tensor of class indices, got {type(targets).__name__} of {len(targets)}. "
             "Reflective Learning is for single-label classification.")
         if targets.ndim==2 and targets.shape[1]==1: targets = targets[:,0] # as tabular loaders give them
+        if targets.ndim==2 and targets.shape==getattr(logits, 'shape', None): raise ValueError(
+            f"targets: expected a vector of class indices, got rows of labels {tuple(targets.shape)}. Reflective "
+            "Learning is for single-label classification. For multi-label data take `LabelReview()`; for one-hot "
+            "labels of single classes take `targets.argmax(1)`.")
         check_logits(logits, len(targets))
         # reading values synchronises with the device: once in a fit is enough
         read = None if self._checked_targets else True

@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 from unittest.mock import patch
 
+from fastai.basics import defaults
 from fastcore.xtras import working_directory
 from ltrl_fastai.cli.main import main
 
@@ -42,6 +43,7 @@ def ltrl_here(*args, cwd):
         stack.enter_context(working_directory(cwd))
         stack.enter_context(patch.dict(os.environ, wide))
         stack.enter_context(patch.object(sys, 'argv', args))
+        stack.enter_context(patch.object(defaults, 'use_cuda', defaults.use_cuda))  # `--device` changes it
         shown = stack.enter_context(_warnings_of_a_new_process())
         stack.enter_context(contextlib.redirect_stdout(output))
         stack.enter_context(contextlib.redirect_stderr(errors))

@@ -137,12 +137,12 @@ def test_a_full_disk_keeps_the_model_that_was_there(digits_model, tmp_path, file
     assert list(tmp_path.iterdir()) == [model]
 
 
-def test_a_training_on_a_full_disk_is_resumed(digits, whole, tmp_path):
+def test_a_training_on_a_full_disk_can_be_repeated(digits, whole, tmp_path):
     args = ['train', '--dataset', digits, *options, '--out', tmp_path/'run']
     with no_file_above(100_000): full = ltrl_here(*args, cwd=tmp_path)  # less than a checkpoint
-    assert full.returncode == 2 and "can't be written" in full.stderr and '--resume' in full.stderr
-    assert 'Traceback' not in full.stderr
-    done = ltrl_here(*args, '--resume', cwd=tmp_path)
+    assert full.returncode == 2 and "can't be written" in full.stderr and 'Traceback' not in full.stderr
+    assert 'the same command starts anew: no epoch was done' in full.stderr
+    done = ltrl_here(*args, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert numbers_of(tmp_path/'run') == numbers_of(whole)
 

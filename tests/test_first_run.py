@@ -232,7 +232,7 @@ def test_killed_and_resumed(first_run, tmp_path):
         one_seed = ('train', '--seed', '0', '--epochs', '3', '--out', 'a')
         assert 'several seeds' in run(*one_seed, *more, cwd=tmp_path, code=2)
     said = run(*args, '--resume', cwd=tmp_path)
-    assert 'going on' in said and 'runs were there already' in said
+    assert 'going on' in said and ' there already.' in said
     keys = ('variant', 'seed', 'accuracy', 'history', 'per_class')
     def numbers(folder): return [{k: o[k] for k in keys} for o in load_results(folder)]
     assert numbers(out) == numbers(first_run[1]) and not any((out/'.unfinished').glob('*'))

@@ -463,6 +463,6 @@ def test_rows_so_far_are_kept(digits_model, some, tmp_path, monkeypatch, error, 
 def test_a_disk_that_is_full_when_the_output_is_closed(digits_model, files, tmp_path, monkeypatch):
     "What is left in the buffer can't be written either: one error, no traceback"
     if not os.path.exists('/dev/full'): pytest.skip('needs /dev/full')
-    monkeypatch.setattr('ltrl_fastai.experiments.cli_predict._partial', lambda out: Path('/dev/full'))
+    monkeypatch.setattr('ltrl_fastai.cli.predict._partial', lambda out: Path('/dev/full'))
     r = ltrl_here('predict', digits_model[1], files[0], '--out', 'a.csv', cwd=tmp_path)
     assert r.returncode == 2 and 'No space left on device' in r.stderr and 'Traceback' not in r.stderr, r.stderr

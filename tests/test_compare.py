@@ -160,6 +160,13 @@ def test_a_run_that_fails_stops_no_other(tmp_path):
 
 
 @pytest.mark.slow
+def test_what_all_runs_print_is_shown_once(tmp_path):
+    args = ('compare', '--methods', 'softmax', '--set', 'epochs=2', '--set', 'net=resnet8', '--seeds', '2')
+    said = run(*args, '--jobs', '1', '--out', 'a', cwd=tmp_path)
+    assert '4 computed' in said and said.count('Reflective Learning rests') == 1
+
+
+@pytest.mark.slow
 def test_nested_comparisons_are_reported_apart(tmp_path):
     one = ('--rl', 'off', '--set', 'epochs=1', '--seeds', '1', '--jobs', '1')
     run('compare', *one, '--out', 'runs/bsce', cwd=tmp_path)

@@ -79,6 +79,7 @@ class PlanProgress:
         for run in plan: self.variants.setdefault(self._kind(run), _VariantProgress(run.settings.epochs)).runs += 1
         self.left = TimeLeft([(self._kind(run),run.settings.epochs) for run in plan], jobs)
         self.live,self.again = None,[] # `again`: lines on runs that are computed again
+        self.said = set() # Lines that runs have printed
         self.finished = self.failed = self.known = 0
 
     def _kind(self, run): return run.group,run.variant
@@ -99,6 +100,12 @@ class PlanProgress:
 
     def _on_again(self, run, variant, why):
         self.again.append(f"{run.variant}, seed {run.settings.seed}, is computed again: {why}")
+
+    def _on_said(self, run, variant, line):
+        "Show what a run prints, once for all runs that print the same"
+        if line in self.said: return
+        self.said.add(line)
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _on_start(self, run, variant): variant.running[run.name] = 0
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['code_hash', 'code_identity', 'data_identity', 'Identities', 'run_file', 'work_folder', 'stale_reasons', 'read_result',
-           'Todo', 'plan_status', 'EpochReporter', 'compute_run', 'warm_up', 'cores', 'default_jobs', 'Failed',
-           'run_plan', 'spawn_without_main']
+           'Todo', 'plan_status', 'EpochReporter', 'compute_run', 'warm_up', 'cores', 'default_jobs', 'print_said',
+           'Failed', 'run_plan', 'spawn_without_main']
 
 # %% ../../nbs/experiments/03_runner.ipynb #e7c55ef0
 import ast
@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import inspect
+import io
 import multiprocessing
 import pickle
 import shutil
@@ -241,6 +242,16 @@ def warm_up():
     "Train for a moment, so that the first run is not charged for what is loaded on first use."
     train_run(RunSettings(epochs=1, n_max=20, reflective={}), bar=False)
 
+class _SentLines(io.TextIOBase):
+    "A text stream that sends each line that is written to it"
+    def __init__(self, send): self.send,self.begun = send,''
+
+    def write(self, text):
+        *lines,self.begun = (self.begun+text).split('\n')
+        for line in lines:
+            if line: self.send(('said', line))
+        return len(text)
+
 def _work(conn, folder, command):
     "Compute each run that arrives in a worker process, and send messages"
     signal.signal(signal.SIGINT, signal.SIG_IGN) # the parent handles Ctrl-C and ends its workers
@@ -255,7 +266,7 @@ def _work(conn, folder, command):
         try: todo = conn.recv()
         except EOFError: return
         try:
-            compute_run(todo, folder, send, command)
+            with contextlib.redirect_stdout(_SentLines(send)): compute_run(todo, folder, send, command)
             send(('done',))
         except Exception as e: send(('failed', f'{type(e).__name__}: {e}', traceback.format_exc()))
 
@@ -276,6 +287,13 @@ def default_jobs() -> int: # At least 1
     "Number of runs at a time: one on an accelerator, else one for each core."
     return cores() if default_device().type=='cpu' else 1
 
+def print_said(event:str, # See `run_plan`
+               todo:Todo, # The run
+               *details # For 'said': the line
+              ):
+    "Print what runs print, and nothing else: the `watch` of a plan by default."
+    if event=='said': print(*details)
+
 class Failed(RuntimeError):
     "Some runs of a plan could not be computed; the others are finished."
 
@@ -290,7 +308,7 @@ def run_plan(plan:list, # `PlannedRun`s
             ) -> list: # The results, in the order of the plan
     "Compute a plan; raises `Failed` if a run fails, `RuntimeError` if the folder is locked, `ValueError` if `jobs<1`."
     if jobs is not None and jobs<1: raise ValueError(f"jobs: expected at least 1, got {jobs}")
-    folder,watch = Path(folder),watch or noop
+    folder,watch = Path(folder),watch or print_said
     make_folder(folder)
     lock = filelock.FileLock(folder/'.lock')
     try: lock.acquire(timeout=3) # workers of a parent that was killed take a moment to end
@@ -354,8 +372,8 @@ class _Workers:
         except EOFError:
             self._handle_death(conn)
             return
-        if kind=='epoch':
-            self.watch('epoch', self.busy[conn], *details)
+        if kind in ('epoch','said'):
+            self.watch(kind, self.busy[conn], *details)
             return
         if kind in ('done','failed'):
             todo = self.busy.pop(conn)

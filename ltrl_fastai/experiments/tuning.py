@@ -19,7 +19,7 @@ from ..core.checks import counted
 from ..core.files import write_json
 from ..methods.catalogue import method_constants
 from .plan import Variant, make_plan, merge_setting, resolve
-from .runner import Failed, read_result, run_file, run_plan
+from .runner import Failed, print_said, read_result, run_file, run_plan
 from .training import versions
 
 # %% ../../nbs/experiments/10_tuning.ipynb #bd230c2b
@@ -236,7 +236,7 @@ def tune(methods:list, # Names of methods
     cases = tuning_cases(methods, grid, list(factors), **settings)
     arguments = {'without': None, 'with': reflective or {}}
     sides = [(case, side, _Side(case, arguments[side], seeds)) for case in cases for side in _sides]
-    watcher = watcher or (lambda plan: contextlib.nullcontext(noop))
+    watcher = watcher or (lambda plan: contextlib.nullcontext(print_said))
     score = 'class-balanced validation accuracy in percent, mean over the seeds'
     about = dict(grid=default_grid if grid is None else grid, score=score, seeds=seeds, final_seeds=final_seeds,
                  redraw=paired_data, command=command, versions=versions())

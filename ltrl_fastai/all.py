@@ -170,7 +170,7 @@ _renamed = {
     'Companion': 'CallbackWithHelpers', 'Remembers': 'CallbackWithMemory', 'EvenClasses': 'ClassAwareSampling',
     'SixThenThree': 'TeacherAndStudent', 'balanced_head': 'balancing_callbacks', 'eval_view': 'without_augmentation',
     'tau_normed': 'tau_norm_head', 'world_loaders': 'shifted_loaders', 'worlds': 'test_distributions',
-    'with_reversed_ranks': 'with_reversed_ranks',
+    'mirrored': 'with_reversed_ranks',
 }
 
 

@@ -524,7 +524,7 @@ def test_mistakes_exit_with_2(tmp_path):
             'no folder or file': [str(tmp_path/'nothing'), '--out', out],
             'ends in .csv': [str(tmp_path/'file'), '--out', out],
             'is a folder': [data, '--out', data], 'ends in .html': [data, '--out', str(tmp_path/'a.csv')],
-            'file is a file, where': [data, '--out', str(tmp_path/'file/deeper/a.html')],
+            'file is a file and no folder': [data, '--out', str(tmp_path/'file/deeper/a.html')],
             'is not replaced': [data, '--out', str(tmp_path/'mine.html')],
             'expected `few`': [data, '--out', out, '--many', '3', '--few', '8']}.items():
         r = runner.invoke(app, ['inspect', *args])

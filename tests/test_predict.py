@@ -385,7 +385,7 @@ def test_options_of_the_command(digits_model, learn, some, tmp_path):
     (['0.png', '--bs', '0'], '--bs'), (['0.png', '--workers', '-1'], '--workers'),
     (['0.png', '--out', 'a.txt'], '.csv or .json'), (['0.png', '--format', 'xml'], '--format'),
     (['0.png', '--out', '.', '--format', 'csv'], 'is a folder'),
-    (['0.png', '--out', '0.png/a.csv'], "can't be written"),
+    (['0.png', '--out', '0.png/a.csv'], "can't be made"),
     (['0.png', '--prior', 'blanced'], "expected 'train', 'balanced' or a CSV file"),
 ], ids=str)
 def test_wrong_use(digits_model, some, tmp_path, monkeypatch, args, reason):

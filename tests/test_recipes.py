@@ -9,7 +9,8 @@ import torch
 from command_line import ltrl_here, start_ltrl
 from ltrl_fastai.cli.main import app
 from ltrl_fastai.experiments.plan import hash_of
-from ltrl_fastai.experiments.recipes import Recipe, caveat, compare_reported, matching, recipe, recipes
+from ltrl_fastai.experiments.recipes import (
+    Recipe, caveat, compare_reported, later_recipes, matching, recipe, recipes)
 from ltrl_fastai.experiments.summary import slides_row
 from ltrl_fastai.experiments.training import RunSettings
 from ltrl_fastai.methods.nets import create_net
@@ -196,7 +197,7 @@ def test_a_shortened_schedule():
 
 def test_list(tmp_path):
     every = json.loads(run('recipes', '--json', cwd=tmp_path))
-    assert [o['name'] for o in every] == list(recipes) and every[0]['reported'] == {'all': 59.1}
+    assert [o['name'] for o in every] == [*recipes, *later_recipes] and every[0]['reported'] == {'all': 59.1}
     assert Recipe(**{k: tuple(v) if k == 'notes' else v for k, v in every[40].items()}) == list(recipes.values())[40]
     said = said_here('recipes', 'TABLE4/')
     assert said.count('\ntable4/') == 17

@@ -88,7 +88,7 @@ def _class_table(audit, bar, width):
     table.add_column('class', overflow='ellipsis', no_wrap=True, max_width=40)
     table.add_column('group')
     for split in audit.counts: table.add_column(split, justify='right', no_wrap=True) # short, for narrow terminals
-    name_width = min(40, max(len(o['name']) for o in rows))
+    name_width = min(40, max((len(o['name']) for o in rows), default=0))
     longest = min(24, max(4, width-22-8*len(audit.counts)-name_width)) # columns of a bar
     table.add_column('')
     largest = max((o['train'] for o in rows), default=0) or 1

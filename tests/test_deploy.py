@@ -208,11 +208,12 @@ def test_a_net_that_has_diverged_is_not_saved(digits, tmp_path):
 
 
 def test_weights_and_biases_without_internet_access(digits, tmp_path, monkeypatch):
-    pytest.importorskip('wandb')
+    wandb = pytest.importorskip('wandb')
     monkeypatch.setenv('WANDB_MODE', 'offline')
     monkeypatch.setenv('WANDB_SILENT', 'true')
     done = ltrl_here('train', '--dataset', digits, *options, '--log', 'wandb', '--out', tmp_path/'run', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    wandb.finish()  # as the end of a process does
     assert list((tmp_path/'run/logs').rglob('*.wandb'))
 
 

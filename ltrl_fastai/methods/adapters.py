@@ -119,9 +119,15 @@ class _Names:
     patches:str # The convolution of patches, within the transformer
 
 _libraries = dict(
-    torchvision=_Names('encoder.layers', 'ln_2', 'mlp', None, 'self_attention', 'in_proj_weight', 'conv_proj'),
-    timm=_Names('blocks', 'norm2', 'mlp', 'ls2', 'attn.qkv', 'weight', 'patch_embed.proj'),
-    open_clip=_Names('transformer.resblocks', 'ln_2', 'mlp', 'ls_2', 'attn', 'in_proj_weight', 'conv1'),
+    torchvision=_Names(
+        layers='encoder.layers', norm='ln_2', mlp='mlp', scale=None,
+        queries='self_attention', weight='in_proj_weight', patches='conv_proj'),
+    timm=_Names(
+        layers='blocks', norm='norm2', mlp='mlp', scale='ls2',
+        queries='attn.qkv', weight='weight', patches='patch_embed.proj'),
+    open_clip=_Names(
+        layers='transformer.resblocks', norm='ln_2', mlp='mlp', scale='ls_2',
+        queries='attn', weight='in_proj_weight', patches='conv1'),
 )
 
 def _submodule(module, path):

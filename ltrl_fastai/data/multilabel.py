@@ -34,7 +34,7 @@ def label_matrix(ds:Any # A fastai `Datasets` with a `MultiCategoryBlock`, or an
 
 def label_counts(dls:Any # `DataLoaders`, or a dataset
                 ) -> Tensor: # `(C,)` int64
-    "Training images of each label; raises `TypeError` if this is no multi-label data."
+    "Training images of each label; raises `TypeError` for data that are not multi-label."
     if isinstance(dls, Learner): raise TypeError(
         "label_counts: expected DataLoaders or a dataset, got a Learner: `label_counts(learn.dls)`.")
     return label_matrix(dls.train_ds if isinstance(dls, DataLoaders) else dls).sum(0)
@@ -65,10 +65,11 @@ def _draw_scenes(digits, pool, n, shares, rng):
     for image,of_image in zip(images, labels):
         is_filled = rng.random(4)<.6
         is_filled[rng.integers(4)] = True # no image is empty
-        for (top,left),c in zip(corners, rng.choice(len(pool), 4, p=shares)):
-            if not is_filled[corners.index((top,left))]: continue
-            image[0, top:top+8, left:left+8] = digits[rng.choice(pool[c])]
-            of_image[c] = 1
+        drawn = rng.choice(len(pool), 4, p=shares)
+        for (top,left),filled,digit in zip(corners, is_filled, drawn):
+            if not filled: continue
+            image[0, top:top+8, left:left+8] = digits[rng.choice(pool[digit])]
+            of_image[digit] = 1
     return torch.from_numpy(images),torch.from_numpy(labels)
 
 def digit_scenes(imbalance_factor:float=50, # How many times a zero is more frequent than a nine in training
@@ -88,7 +89,8 @@ def digit_scenes(imbalance_factor:float=50, # How many times a zero is more freq
     shares = [tailed/tailed.sum(), even, even]
     vocab = [str(i) for i in range(10)]
     drawn = [_draw_scenes(digits, *o, rng) for o in zip(parts, (n_train,n_valid,n_test), shares)]
-    counts = drawn[0][1].sum(0)
+    _,train_labels = drawn[0]
+    counts = train_labels.sum(0)
     if not counts.all(): raise ValueError(
         f"n_train: no training image has a {vocab[int(counts.argmin())]}. Take more than {n_train}, or a lower "
         "imbalance_factor.")

@@ -35,7 +35,7 @@ class Calibration:
     kind:str='temperature' # One of `calibration_kinds`
     temperatures:tuple|None=None # `(C,)` temperature of each class; None: `temperature` for all
     biases:tuple|None=None # `(C,)` added to the logits of each class after they are divided; None: nothing
-    note:str|None=None # What a user should know of the fit
+    note:str|None=None # What a user should know about the fit
 
     @property
     def class_temperatures(self) -> Tensor: # `(C,)` float64
@@ -55,7 +55,7 @@ class Calibration:
         return self.class_biases+self._log_prior(prior)
 
     def _log_prior(self, prior):
-        "What turns log probabilities as trained into those under a prior, up to a constant"
+        "`(C,)` what is added to log probabilities as trained to get those under a prior, up to a constant"
         n_classes = len(self.class_counts)
         if prior is None: return torch.zeros(n_classes, dtype=torch.float64)
         log_train = _log_frequencies(self.class_counts)
@@ -86,7 +86,7 @@ class Calibration:
         return adjusted.softmax(1).float()
 
     def as_dict(self) -> dict: # As JSON can hold it
-        "Return the fields, for `Calibration(**fields)`; those of its default value are left out."
+        "Return the fields, for `Calibration(**fields)`, without those at their default."
         fields = {o.name: getattr(self, o.name) for o in dataclasses.fields(self)
                   if o.default is dataclasses.MISSING or getattr(self, o.name)!=o.default}
         return {name: list(o) if isinstance(o, tuple) else o for name,o in fields.items()}
@@ -130,8 +130,9 @@ def fit_calibration(logits:Tensor, # `(N, C)` of validation images, on which the
 
 def _chosen_kind(z, y, log_train, groups, kind):
     "The kind that the images suffice for, None if they suffice for none, and a note if it is not the one asked for"
-    few_images = f"There were only {len(y)} validation images"
-    if len(y)<_least_images: return None,None if kind=='temperature' else f"{few_images}, so logits are as trained."
+    if len(y)<_least_images:
+        note = f"There were only {len(y)} validation images, so logits are as trained."
+        return None,(None if kind=='temperature' else note)
     if kind=='temperature': return kind,None
     candidates = calibration_kinds[1:] if kind=='auto' else (kind,)
     best = 'temperature'
@@ -171,7 +172,7 @@ def _fitted(z, y, log_train, groups, kind):
 _deviation = .5 # prior standard deviation of log temperatures of groups and classes, and of biases
 
 def _most_likely_by_class(z, y, log_train, groups, kind, start):
-    "As `_fitted`, for temperatures of groups, and with 'class' and 'vector' of classes"
+    "As `_fitted`, with a temperature for each group and, for the kinds 'class' and 'vector', for each class"
     n_groups,n_classes = groups.shape
     sizes = dict(common=2, group=n_groups, own=n_classes if kind!='shot' else 0,
                  biases=n_classes if kind=='vector' else 0)
@@ -217,8 +218,11 @@ def read_prior(file:str|Path, # A CSV file of class names and frequencies (or co
     if not file.is_file():
         raise ValueError(f"prior: expected 'train', 'balanced' or a CSV file, but {file} is not there. "
                          "'estimate' is for `ltrl predict` and `ltrl evaluate`.")
-    rows = [(i,o) for i,o in enumerate(csv.reader(decode_file(file).splitlines()), 1) if any(map(str.strip, o))]
-    if rows and not _is_number(rows[0][1][-1]): rows = rows[1:] # a header
+    lines = enumerate(csv.reader(decode_file(file).splitlines()), 1)
+    rows = [(line,values) for line,values in lines if any(map(str.strip, values))]
+    if rows:
+        _,first_values = rows[0]
+        if not _is_number(first_values[-1]): rows = rows[1:] # a header
     names = [str(o) for o in vocab]
     res = {}
     for line,values in rows:

@@ -45,7 +45,7 @@ def estimate_prior(logits:Tensor, # `(N, C)` of unlabelled images
                    calibration:Calibration, # Of the model: see `fit_calibration`
                    level:float=.05 # Largest p value with which the estimate is used; 1: always
                   ) -> PriorEstimate:
-    "Estimate class frequencies by EM (Saerens et al. 2002); raises `ValueError` for no calibration or bad logits."
+    "Estimate class frequencies by EM (Saerens et al. 2002); raises `ValueError` for bad logits or no calibration."
     _check_calibrated(calibration)
     check_number('level', level, 'a probability', least=0, most=1)
     n_classes = len(calibration.class_counts)
@@ -75,11 +75,11 @@ def _not_estimated(start, n):
         "Probabilities are as trained."))
 
 def _most_likely_prior(ratios, start, pull):
-    "Frequencies of the highest likelihood, with `pull` more images that have the frequencies `start`, and steps"
+    "Frequencies of the highest likelihood, as if `pull` more images had the frequencies `start`, and the steps taken"
     prior,change,steps = start,math.inf,0
     while change>=1e-7 and steps<_most_steps:
-        expected = prior*((1/(ratios@prior))@ratios)
-        updated = (expected+pull*start)/(len(ratios)+pull)
+        expected_images = prior*((1/(ratios@prior))@ratios) # of each class: the sum of q over images
+        updated = (expected_images+pull*start)/(len(ratios)+pull)
         change = (updated-prior).abs().sum()
         prior = updated
         steps += 1

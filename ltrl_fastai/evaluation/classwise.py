@@ -17,7 +17,8 @@ def classwise_gaps(probabilities:np.ndarray, # `(N, C)`
                    n_bins:int=15 # Bins of the same width
                   ) -> np.ndarray: # `(C, n_bins)` sums of weight * (is of the class - probability)
     "Return sums by class and bin, which add up over batches; raises `ValueError` if shapes do not match."
-    p,y = np.asarray(probabilities, float),np.asarray(targets)
+    p = np.asarray(probabilities, float)
+    y = np.asarray(targets)
     if p.ndim!=2 or y.shape!=p.shape[:1]: raise ValueError(
         f"probabilities: expected a row for each of {len(y)} targets, got {p.shape}.")
     n_classes = p.shape[1]
@@ -42,7 +43,9 @@ def errors_by_prediction(confidence:Collection, # `(N,)` probability of the pred
                          weights:Collection|None=None # `(N,)` weight of each image; default: all the same
                         ) -> np.ndarray: # `(n_groups,)` from 0 to 1; NaN for a group without predictions
     "Return the calibration error of the images that are predicted as each class, or as one of each group."
-    confidence,hits,groups = np.asarray(confidence, float),np.asarray(hits, float),np.asarray(groups)
+    confidence = np.asarray(confidence, float)
+    hits = np.asarray(hits, float)
+    groups = np.asarray(groups)
     w = np.ones_like(confidence) if weights is None else np.asarray(weights, float)
     res = np.full(n_groups, np.nan)
     order = np.argsort(groups, kind='stable')

@@ -16,7 +16,8 @@ def label_precisions(scores:Tensor, # `(N, C)` logits or probabilities; only the
                      targets:Tensor # `(N, C)` labels of 0 and 1
                     ) -> Tensor: # `(C,)` float64 from 0 to 1; NaN for a label without a positive
     "Return the average precision of each label; raises `ValueError` if shapes do not match or a score is NaN."
-    s,y = scores.as_subclass(Tensor).detach().cpu().double(),targets.as_subclass(Tensor).detach().cpu()
+    s = scores.as_subclass(Tensor).detach().cpu().double()
+    y = targets.as_subclass(Tensor).detach().cpu()
     if s.ndim!=2 or s.shape!=y.shape: raise ValueError(
         f"targets: expected a row of labels for each row of scores {tuple(s.shape)}, got {tuple(y.shape)}.")
     if not ((y==0) | (y==1)).all(): raise ValueError("targets: expected labels of 0 and 1.")
@@ -41,9 +42,8 @@ class ShotPrecision(Metric):
     def accumulate(self, learn):
         scores,targets = learn.to_detach(learn.pred),learn.to_detach(learn.y) # from all processes
         if scores.ndim!=2 or scores.shape!=targets.shape or scores.shape[1]!=len(self.mask): raise ValueError(
-            f"targets: expected labels (images, {len(self.mask)}) for the same shape of predictions, got "
-            f"{tuple(targets.shape)} and {tuple(scores.shape)}. Accuracy of single-label data by shot is "
-            "`shot_accuracies`.")
+            f"targets: expected labels and predictions of shape (images, {len(self.mask)}), got {tuple(targets.shape)} "
+            f"and {tuple(scores.shape)}. For single-label data take `shot_accuracies`.")
         self._scores.append(scores.as_subclass(Tensor)[:,self.mask])
         self._targets.append(targets.as_subclass(Tensor)[:,self.mask])
     @property

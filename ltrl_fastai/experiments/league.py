@@ -18,7 +18,7 @@ from .summary import load_results, runs_table, show_gain, summarise
 def league(folders:dict, # Output folders of `ltrl compare --methods all`, by title
            costs:dict|None=None # Cost of a step by method: `methods` in the file of `ltrl bench --out`
           ) -> pd.DataFrame: # A row for each method
-    "Facts, reported and measured accuracy in percent, and cost of every method; raises `FileNotFoundError`."
+    "Facts, reported and measured accuracy (%), and cost of methods; raises `FileNotFoundError` for a missing folder."
     measured = {title: _by_method(folder) for title,folder in folders.items()}
     rows = []
     for name,facts in method_facts.items():
@@ -41,7 +41,7 @@ def _by_method(folder):
     return res
 
 def _measured(rows, title):
-    "The columns of a test bed"
+    "The columns of a test bed, for one method"
     if rows is None: return {f'{title}: All': math.nan, f'{title}: Few': math.nan, f'{title}: gain of RL': '-'}
     without = rows['without']
     gain = show_gain(rows['with'], 'all') if 'with' in rows else '-'
@@ -72,10 +72,10 @@ for (const head of document.querySelectorAll('table.sortable th')) {
 </script>
 """
 
-def sortable_table(table:pd.DataFrame, # Numbers, and texts that begin with a number or do not
+def sortable_table(table:pd.DataFrame, # Columns of numbers, of text, or of text that begins with a number
                    decimals:dict|None=None # Decimal places by column. Default: 1
                   ) -> str: # HTML
-    "A table that is sorted by a click on a heading: numbers by value, what is missing always last."
+    "Return a table that a click on a heading sorts: numbers by value, missing values always last."
     kinds = {name: 'number' if _is_numeric(table[name]) else 'text' for name in table}
     head = ''.join(f'<th data-kind="{kind}">{html.escape(str(name))}</th>' for name,kind in kinds.items())
     lines = []
@@ -86,7 +86,7 @@ def sortable_table(table:pd.DataFrame, # Numbers, and texts that begin with a nu
     return (f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table>{_script}')
 
 def _number_of(value):
-    "A number, or that at the begin of a text; NaN for '-' and what is missing; None for any other text"
+    "A number, or the number that begins a text; NaN for '-' or a missing value; None for any other text"
     if value is None or value=='-': return math.nan
     if not isinstance(value, str): return float(value)
     try: return float(value.split(' ')[0])

@@ -17,7 +17,7 @@ from .heads import head_of
 
 # %% ../../nbs/methods/33_adapters.ipynb #fed887fc
 class AdaptFormer(nn.Module):
-    "A bottleneck for the branch beside an MLP, with a layer norm of its own and a learned scale; 0 at first."
+    "A bottleneck beside an MLP, with its own layer norm and a learned scale; its output is 0 at first."
     def __init__(self,
         dim:int, # Width of the transformer
         size:int # Units of the bottleneck
@@ -38,7 +38,7 @@ class BesideMLP(nn.Module):
     def __init__(self,
         norm:nn.Module, # Layer norm before the MLP
         mlp:nn.Module, # The MLP, and what follows it in its branch
-        adapter:nn.Module # Takes what the layer norm takes
+        adapter:nn.Module # Gets the input of the layer norm
     ):
         super().__init__()
         self.norm,self.mlp,self.adapter = norm,mlp,adapter
@@ -48,7 +48,7 @@ class BesideMLP(nn.Module):
 
 # %% ../../nbs/methods/33_adapters.ipynb #cc27dab4
 class LowRankQueryValue(nn.Module):
-    "An attention layer whose weights of queries and values are changed by a matrix of low rank; not changed at first."
+    "An attention layer with a low-rank change of its query and value weights; the change is 0 at first."
     def __init__(self,
         layer:nn.Module, # An attention, or its linear layer of queries, keys and values
         weight:str, # Name of the `(3 dim, dim)` weight in `layer`
@@ -69,7 +69,7 @@ class LowRankQueryValue(nn.Module):
 
 def merge_low_rank(net:nn.Module # A net; changed in place
                   ) -> nn.Module: # The net, without `LowRankQueryValue`
-    "Add what LoRA has learned to the weights, for a model that is exported: it computes the same, and faster."
+    "Merge LoRA into the weights, for export: the model computes the same, and faster."
     for parent in list(net.modules()):
         for name,m in list(parent.named_children()):
             if not isinstance(m, LowRankQueryValue): continue
@@ -79,13 +79,13 @@ def merge_low_rank(net:nn.Module # A net; changed in place
 
 # %% ../../nbs/methods/33_adapters.ipynb #9f66c40b
 class Prompted(nn.Module):
-    "A transformer layer with learned tokens behind those of its input, where they replace the prompts before them."
+    "A transformer layer that appends learned tokens to its input, in place of the previous layer's prompts."
     def __init__(self,
         layer:nn.Module, # A transformer layer of `(B, T, dim)` tokens
         dim:int, # Width of the transformer
         size:int, # Number of prompts
         bound:float, # Prompts are drawn from `-bound` to `bound`
-        n_before:int=0 # Prompts at the end of the input
+        n_before:int=0 # Prompts of the previous layer at the end of the input, which are replaced
     ):
         super().__init__()
         self.layer,self.n_before = layer,n_before
@@ -119,22 +119,29 @@ class _Names:
     patches:str # The convolution of patches, within the transformer
 
 _libraries = dict(
-    torchvision=_Names('encoder.layers', 'ln_2', 'mlp', None, 'self_attention', 'in_proj_weight', 'conv_proj'),
-    timm=_Names('blocks', 'norm2', 'mlp', 'ls2', 'attn.qkv', 'weight', 'patch_embed.proj'),
-    open_clip=_Names('transformer.resblocks', 'ln_2', 'mlp', 'ls_2', 'attn', 'in_proj_weight', 'conv1'),
+    torchvision=_Names(
+        layers='encoder.layers', norm='ln_2', mlp='mlp', scale=None,
+        queries='self_attention', weight='in_proj_weight', patches='conv_proj'),
+    timm=_Names(
+        layers='blocks', norm='norm2', mlp='mlp', scale='ls2',
+        queries='attn.qkv', weight='weight', patches='patch_embed.proj'),
+    open_clip=_Names(
+        layers='transformer.resblocks', norm='ln_2', mlp='mlp', scale='ls_2',
+        queries='attn', weight='in_proj_weight', patches='conv1'),
 )
 
-def _at(module, path):
+def _submodule(module, path):
     "The submodule at a dotted path, or None"
     for name in path.split('.'): module = getattr(module, name, None)
     return module
 
-def _is_named(net, names):
-    "Does a module have the parts of a transformer under these names?"
-    layers = _at(net, names.layers)
+def _has_parts(net, names):
+    "Whether a module has the parts of a transformer under these names"
+    layers = _submodule(net, names.layers)
     if not isinstance(layers, (nn.Sequential,nn.ModuleList)) or not len(layers): return False
-    in_layer = (names.norm, names.mlp, names.queries)
-    return isinstance(_at(net, names.patches), nn.Conv2d) and all(_at(layers[0], o) is not None for o in in_layer)
+    if not isinstance(_submodule(net, names.patches), nn.Conv2d): return False
+    parts_of_layer = (names.norm, names.mlp, names.queries)
+    return all(_submodule(layers[0], o) is not None for o in parts_of_layer)
 
 def _is_adapted(net):
     return any(isinstance(m, (BesideMLP,LowRankQueryValue,Prompted)) for m in net.modules())
@@ -146,20 +153,21 @@ def find_vit(net:nn.Module # A net, or one that contains it
         f"net: this {type(net).__name__} has adapters already. Begin with the pretrained net.")
     for m in net.modules():
         for names in _libraries.values():
-            if _is_named(m, names): return m,names
+            if _has_parts(m, names): return m,names
     raise ValueError(
-        f"net: this {type(net).__name__} is no vision transformer that adapters are known for. Take one of torchvision "
+        f"net: this {type(net).__name__} is no vision transformer of a supported library. Take one of torchvision "
         "('vit_b_16', ...), of timm ('vit_base_patch16_224', ...) or of open_clip ('ViT-B-16-quickgelu', ...).")
 
 def layer_range(layers:int|Collection|None, # None: all; a number: the last ones; (start, end): from 0, without end
                 n:int # Layers of the net
                ) -> range: # Of layers
-    "Return the layers to adapt; raises `ValueError` if there are none such."
+    "Return the layers to adapt; raises `ValueError` if the net has no such layers."
     if layers is None: return range(n)
     is_pair = isinstance(layers, (tuple,list)) and len(layers)==2
-    start,end = (n-layers, n) if isinstance(layers, int) else layers if is_pair else (None,None)
-    is_whole = all(isinstance(o, int) and not isinstance(o, bool) for o in (layers if is_pair else [layers]))
-    if is_whole and start is not None and 0<=start<end<=n: return range(start, end)
+    numbers = layers if is_pair else [layers]
+    if all(isinstance(o, int) and not isinstance(o, bool) for o in numbers):
+        start,end = numbers if is_pair else (n-layers, n)
+        if 0<=start<end<=n: return range(start, end)
     raise ValueError(f"layers: this net has {n} layers. Expected a number of last layers, 1 to {n}, or a pair (start, "
                      f"end) with 0 <= start < end <= {n}, got {layers!r}.")
 
@@ -173,7 +181,7 @@ def bottleneck_size(n_classes:int, # Number of classes
 def _add_adaptformer(vit, names, layers, size, dim):
     for layer in layers:
         mlp = getattr(layer, names.mlp)
-        scale = names.scale and getattr(layer, names.scale, None)
+        scale = getattr(layer, names.scale, None) if names.scale else None
         if scale is not None and not isinstance(scale, nn.Identity):
             mlp = nn.Sequential(mlp, scale)
             setattr(layer, names.scale, nn.Identity())
@@ -183,16 +191,16 @@ def _add_adaptformer(vit, names, layers, size, dim):
 def _add_lora(vit, names, layers, size, dim):
     path,_,last = names.queries.rpartition('.')
     for layer in layers:
-        queries = _at(layer, names.queries)
+        queries = _submodule(layer, names.queries)
         setattr(layer.get_submodule(path), last, LowRankQueryValue(queries, names.weight, dim, size))
 
 def _prompt_bound(vit, names, dim):
     "The bound of VPT's initial prompts (Xavier's, for a patch of three colours)"
-    patch = _at(vit, names.patches).kernel_size
+    patch = _submodule(vit, names.patches).kernel_size
     return math.sqrt(6/(3*patch[0]*patch[1]+dim))
 
 def _add_prompts(vit, names, indices, size, dim):
-    layers = _at(vit, names.layers)
+    layers = _submodule(vit, names.layers)
     bound = _prompt_bound(vit, names, dim)
     for i in indices: layers[i] = Prompted(layers[i], dim, size, bound, n_before=size if i>indices[0] else 0)
     layers[len(layers)-1] = WithoutPrompts(layers[len(layers)-1], size)
@@ -212,14 +220,14 @@ def adapt_vit(net:nn.Module, # A classifier with a transformer of torchvision, t
     "Freeze a net and add adapters to its transformer; raises `ValueError` for an argument that does not fit."
     one_of('adapter', adapter, _adapters)
     vit,names = find_vit(net)
-    blocks = _at(vit, names.layers)
+    blocks = _submodule(vit, names.layers)
     indices = layer_range(layers, len(blocks))
     chosen = [blocks[i] for i in indices]
-    dim = _at(vit, names.patches).out_channels
+    dim = _submodule(vit, names.patches).out_channels
     head = head_of(net)[1]
     if adapter=='vpt-shallow' and layers is not None: raise ValueError(
         "layers: shallow prompts belong to the first layer and pass through all of them. Leave it out.")
-    if adapter=='bias' and size is not None: raise ValueError("size: biases have none to choose. Leave it out.")
+    if adapter=='bias' and size is not None: raise ValueError("size: biases have no size. Leave it out.")
     if size is None: size = 10 if adapter.startswith('vpt') else bottleneck_size(head.out_features, len(blocks))
     if not isinstance(size, int) or size<1: raise ValueError(f"size: expected a whole number from 1 on, got {size!r}.")
     device = next(vit.parameters()).device
@@ -249,6 +257,8 @@ def parameter_counts(net:nn.Module # A classifier
     in_head = {id(p) for p in head.parameters()}
     res = dict(adapters=0, head=0, frozen=0)
     for p in net.parameters():
-        kind = 'frozen' if not p.requires_grad else 'head' if id(p) in in_head else 'adapters'
+        if not p.requires_grad: kind = 'frozen'
+        elif id(p) in in_head: kind = 'head'
+        else: kind = 'adapters'
         res[kind] += p.numel()
     return res

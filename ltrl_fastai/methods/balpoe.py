@@ -38,6 +38,6 @@ class BalPoELoss(ExpertsLoss):
         return logits+self.shifts.mean(0).to(logits)
     def summary_logits(self, pred:Tensor # `(B, K, C)` in training
                       ) -> list: # Of logits `(B, C)`
-        "Return the logits whose labels the published summary softens: each expert's, with its shift."
+        "Return the shifted logits of each expert, to which the published summary applies soft labels."
         if pred.ndim!=3: return [self.trained_logits(pred)]
         return [z+shift.to(z) for z,shift in zip(pred.unbind(1), self.shifts)]

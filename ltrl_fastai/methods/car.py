@@ -27,9 +27,9 @@ def soft_confusion(logits:Tensor, # `(B, C)`
 
 # %% ../../nbs/methods/39_car.ipynb #668e929d
 def largest_singular_value(matrix:Tensor, # `(C, C)` without negative entries
-                  start:Tensor|None=None, # `(C,)` right singular vector to begin with; default: all classes alike
-                  steps:int=8 # Power iterations
-                 ) -> tuple[Tensor, Tensor]: # Scalar, and the right singular vector `(C,)`
+                           start:Tensor|None=None, # `(C,)` right singular vector to begin with; default: all equal
+                           steps:int=8 # Power iterations
+                          ) -> tuple[Tensor, Tensor]: # Scalar, and the right singular vector `(C,)`
     "Return the largest singular value of a matrix without negative entries, by power iteration."
     with torch.no_grad():
         fixed = matrix.detach()
@@ -51,7 +51,7 @@ class ConfusionRegularizer(Callback):
         class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         strength:float=.3, # Weight of the spectral norm in the loss
         momentum:float=.5, # Share of the previous average in the next, from 0 to below 1
-        smoothing:float=.5, # Added to the class frequencies in the weights
+        smoothing:float=.5, # Added to class frequencies; class weights are the inverse square roots of the sums
         temperature:float=1. # See `soft_confusion`
     ):
         if strength<0 or smoothing<0 or temperature<=0: raise ValueError(
@@ -69,10 +69,10 @@ class ConfusionRegularizer(Callback):
         check_logits(logits, len(targets), len(self.weights))
         confusion = soft_confusion(logits, targets, self.temperature)
         self.weights = self.weights.to(logits.device)
-        of_all = Ranks.of(self.learn.model).mean(confusion)
-        if self.average is None: previous,momentum = torch.zeros_like(of_all),0.
-        else: previous,momentum = self.average.to(of_all),self.momentum
-        self.average = momentum*previous + (1-momentum)*of_all
+        over_ranks = Ranks.of(self.learn.model).mean(confusion)
+        if self.average is None: previous,momentum = torch.zeros_like(over_ranks),0.
+        else: previous,momentum = self.average.to(over_ranks),self.momentum
+        self.average = momentum*previous + (1-momentum)*over_ranks
         weighted = (momentum*previous + (1-momentum)*confusion)*self.weights.to(confusion)
         norm,self.direction = largest_singular_value(weighted, self.direction)
         self.norm = norm.detach()

@@ -19,7 +19,7 @@ def random_box(height:int, # Of the image, in pixels
                width:int, # Of the image, in pixels
                share:float # Share of the image that the box covers, before it is cut at the border
               ) -> tuple[slice, slice]: # Rows and columns
-    "Choose a box of an even size, at most that share, with its centre anywhere in the image; uses PyTorch's generator."
+    "Choose a random box with even sides that covers at most a share of an image, by PyTorch's random numbers."
     half_height,half_width = [int(size*math.sqrt(share))//2 for size in (height,width)]
     row,column = [torch.randint(size, ()).item() for size in (height,width)]
     rows = slice(max(row-half_height, 0), min(row+half_height, height))
@@ -30,7 +30,7 @@ class GlobalLocalMix(Callback):
     "Mix one view of each image globally and one locally, for a `TwoHeadNet`; raises `ValueError` unless `alpha>0`."
     order,run_valid,_stateattrs = 0,False,('_partners','_shares')
     _partners = _shares = None
-    def __init__(self, alpha:float=1. # Of the Beta distribution of the share
+    def __init__(self, alpha:float=1. # Parameter of the Beta distribution that the share is drawn from
                 ):
         if alpha<=0: raise ValueError(f"alpha: expected more than 0, got {alpha}")
         self.alpha = alpha
@@ -54,7 +54,7 @@ class GlobalLocalMix(Callback):
 
 # %% ../../nbs/methods/38_glmc.ipynb #0a56b686
 class TwoHeadNet(nn.Module):
-    "A net with a plain and a rebalanced head, which predicts, and a projection with a predictor."
+    "A net with a plain head, a rebalanced head for predictions, a projection and a predictor."
     def __init__(self, body:nn.Module, # Module that computes features `(B, D)`
                  head:nn.Module, # The head that is rebalanced, and predicts
                  dims:int=128 # Dimensions of a projection
@@ -69,11 +69,11 @@ class TwoHeadNet(nn.Module):
         "Return the head that predicts."
         return self.head
     def forward(self, *views):
-        # in training logits of both heads `(2, B, C)`, projections and predictions `(2, B, dims)`, else logits
+        # In training: logits `(2, B, C)` of both heads, projections, predictions `(2, B, dims)`. Otherwise: logits
         if not self.training or len(views)==1: return self.head(self.body(views[0]))
         feats = self.body(torch.cat(views))
         def by_view(x): return x.unflatten(0, (len(views), len(views[0])))
-        # the head's first input, that of the global mixture, is the one that Knowledge Summary summarises
+        # Knowledge Summary uses the first input of the head: the features of the global mixture
         balanced = torch.stack([self.head(f) for f in by_view(feats)])
         projections = self.project(feats)
         return by_view(self.plain_head(feats)),balanced,by_view(projections),by_view(self.predict(projections))
@@ -88,7 +88,7 @@ def two_head_net(net:nn.Module, # A classifier that can be split
 
 # %% ../../nbs/methods/38_glmc.ipynb #ba295575
 class GLMCLoss(MethodLoss):
-    "Mixed cross-entropies of two heads, and consistency (Du et al. 2023); raises `ValueError` if it is negative."
+    "Mixed cross-entropies of two heads, and consistency (Du et al. 2023); raises `ValueError` for a bad argument."
     balances_classes = True # the head that predicts is trained with class weights
     def __init__(self,
         class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1

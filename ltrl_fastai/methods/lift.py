@@ -71,7 +71,7 @@ def text_features(net:nn.Module, # A net that contains a `ClipNet` with its text
 def _clip_of(net): return first(m for m in net.modules() if getattr(m, 'text_tower', None) is not None)
 
 class InitHead(Callback):
-    "Start the head of a `lift_net` at what CLIP says of class names, or at class means; once for the life of a net."
+    "Initialise the head of a `lift_net` from CLIP's features of class names, or from class means; once per net."
     order,run_valid = TrainEvalCallback.order+1,False # the net is on its device, and no `Checkpoint` is loaded yet
     def __init__(self,
         init:str='auto' # 'text', 'mean', 'none', or 'auto': 'text' if the net has a text tower and classes have words
@@ -84,11 +84,13 @@ class InitHead(Callback):
             f"InitHead: expected a net made by lift_net, got one with a {type(head).__name__}. Make it by `lift_net`.")
         if self.init=='none' or head.initialised: return
         names = getattr(self.dls, 'vocab', None) or []
-        use_text = self.init=='text' or self.init=='auto' and _clip_of(net) is not None and _have_words(names)
-        if use_text: weight,known = text_features(net, names),torch.ones(head.out_features, dtype=torch.bool)
+        can_use_text = _clip_of(net) is not None and _have_words(names)
+        if self.init=='text' or (self.init=='auto' and can_use_text):
+            weight = text_features(net, names)
+            known = torch.ones(head.out_features, dtype=torch.bool)
         else:
-            weight,n = class_means(self.learn, head.out_features)
-            known = n>0
+            weight,n_images = class_means(self.learn, head.out_features)
+            known = n_images>0
         with torch.no_grad(): head.weight[known] = F.normalize(weight[known], dim=1).to(head.weight)
         head.initialised.fill_(True)
 
@@ -125,20 +127,20 @@ class CroppedNet(nn.Module):
         return torch.stack([self.net(o).float() for o in five_crops(x, self.expand)]).mean(0)
 
 class FiveCrops(Callback):
-    "Average logits over `five_crops` of each image in `get_preds`; a fit and its validation see one."
+    "Average logits over `five_crops` of each image in `get_preds`; a fit and its validation use one crop."
     order = -30 # before callbacks that read predictions
-    _others = ()
+    _other_crops = ()
     def __init__(self,
         expand:int|None=None # Pixels to enlarge by; default: see `usual_expansion`
     ):
         self.expand = expand
     def before_batch(self):
-        self._others = ()
+        self._other_crops = ()
         if self.training or not hasattr(self.learn, 'gather_preds'): return
-        one,*self._others = five_crops(self.x.as_subclass(Tensor), self.expand)
-        self.learn.xb = (one, *self.xb[1:])
+        first_crop,*self._other_crops = five_crops(self.x.as_subclass(Tensor), self.expand)
+        self.learn.xb = (first_crop, *self.xb[1:])
     def after_pred(self):
-        if not self._others: return
-        logits = [self.pred, *(self.model(o, *self.xb[1:]) for o in self._others)]
-        self._others = ()
+        if not self._other_crops: return
+        logits = [self.pred, *(self.model(o, *self.xb[1:]) for o in self._other_crops)]
+        self._other_crops = ()
         self.learn.pred = torch.stack([o.float() for o in logits]).mean(0)

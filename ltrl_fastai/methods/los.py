@@ -17,7 +17,7 @@ from .method import Stage, check_trained
 def los_margin(n_classes:int, # Number of classes
                smoothing:float=.98 # Share of each label that is spread over all classes, above 0
               ) -> float: # Difference of logits
-    "Return how far the right logit is above each other one where the over-smoothed loss is smallest."
+    "Return by how much the right logit exceeds each other one where the over-smoothed loss is smallest."
     check_number('smoothing', smoothing, 'a share', above=0, most=1)
     return math.log1p(n_classes*(1-smoothing)/smoothing)
 

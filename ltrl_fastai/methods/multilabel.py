@@ -90,11 +90,12 @@ class DistributionBalancedLoss(MultiLabelLoss):
         trained = self.trained_logits(logits)
         positive = F.softplus(-trained)
         negative = F.softplus(self.neg_scale*trained)
-        losses = targets*positive+(1-targets)*negative/self.neg_scale
-        if self.gamma: # the probability of the truth is exp(-positive) or exp(-negative)
-            losses = (targets*positive*(-torch.expm1(-positive))**self.gamma
-                      +(1-targets)*negative/self.neg_scale*(-torch.expm1(-negative))**self.gamma)
-        return self.weights(targets)*losses
+        positive_loss = targets*positive
+        negative_loss = (1-targets)*negative/self.neg_scale
+        if self.gamma: # focal factors 1-p, where the probability p of the truth is exp(-positive) or exp(-negative)
+            positive_loss = positive_loss*(-torch.expm1(-positive))**self.gamma
+            negative_loss = negative_loss*(-torch.expm1(-negative))**self.gamma
+        return self.weights(targets)*(positive_loss+negative_loss)
 
 def _check_power(name, value):
     "Raise `ValueError` for a power whose gradient at 0 is infinite"

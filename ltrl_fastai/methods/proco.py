@@ -62,7 +62,7 @@ class ClassDistributions(ProjectedNet):
         self.register_buffer('counts', torch.zeros(2, head.out_features))
     @torch.no_grad()
     def begin_epoch(self):
-        "Forget the epoch before the previous one."
+        "Start an epoch: the present one becomes the previous one, and the one before it is forgotten."
         for o in (self.sums,self.counts):
             o[0] = o[1]
             o[1] = 0
@@ -113,7 +113,7 @@ class UpdateDistributions(Callback):
 
 # %% ../../nbs/methods/37_proco.ipynb #3f721dae
 class ProCoLoss(MethodLoss):
-    "Balanced Softmax and its contrastive twin (Du et al. 2024); raises `ValueError` for an invalid argument."
+    "Balanced Softmax and a contrast with class distributions (Du et al. 2024); raises `ValueError` for a bad argument."
     def __init__(self,
         class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         contrast:float=1., # Weight of the contrast; the cross-entropy weighs 1

@@ -59,7 +59,7 @@ def repeats_note(class_counts:Collection, # Training images of each class, at le
 
 # %% ../../nbs/methods/25_sampling.ipynb #48d8139d
 class Resampling(ClassAwareSampling):
-    "Sample classes in given shares, and print how often images repeat; raises `TypeError` for loaders not of fastai."
+    "Sample classes in given shares, and print how often images repeat; raises `TypeError` for a PyTorch loader."
     _stateattrs = (*ClassAwareSampling._stateattrs,'_counts','_shares','_printed')
     _counts = _shares = _printed = None
     def __init__(self,
@@ -133,8 +133,8 @@ class ProgressiveSampling(Resampling):
 class DeferredSampling(Resampling):
     "Sample classes equally often in the last epochs (Cao et al. 2019); raises `ValueError` for an invalid argument."
     def __init__(self,
-        start:float=.8, # Share of the epochs as the loader samples: 0.8 means from epoch 160 of 200 on; 1 for all
-        beta:float|None=.9999, # Shares are n times `effective_weights`, as in the authors' code; None: equal shares
+        start:float=.8, # Share of the epochs before resampling begins: 0.8 of 200 means from epoch 160 on; 1: never
+        beta:float|None=.9999, # Shares are counts times `effective_weights`, as the authors have it; None: equal
         bs:int|None=None, # Batch size, at most the number of images; default: the loader's
         note:bool=True # Print how often images repeat, once, in the first process?
     ):
@@ -155,11 +155,11 @@ def weighted_order(weights:Collection, # `(N,)` weight of each image, 0 or more
     "Draw each image as often as its weight says, rounded up or down (systematic sampling)."
     weights = torch.as_tensor(weights, dtype=torch.float64)
     n = len(weights) if n is None else n
-    order = torch.randperm(len(weights)) # neighbours exclude each other, so they must be random
-    passed = (weights[order].cumsum(0)/weights.sum()*n).clamp(max=n)
-    passed[-1] = n
-    ticks = (passed+torch.rand(1, dtype=torch.float64)).floor().long()
-    n_draws = ticks.diff(prepend=ticks.new_zeros(1))
+    order = torch.randperm(len(weights)) # draws of neighbours depend on each other, so neighbours must be random
+    expected_so_far = (weights[order].cumsum(0)/weights.sum()*n).clamp(max=n)
+    expected_so_far[-1] = n
+    drawn_so_far = (expected_so_far+torch.rand(1, dtype=torch.float64)).floor().long()
+    n_draws = drawn_so_far.diff(prepend=drawn_so_far.new_zeros(1))
     indices = order.repeat_interleave(n_draws)
     return indices[torch.randperm(len(indices))].tolist()
 

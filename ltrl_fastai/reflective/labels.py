@@ -37,14 +37,14 @@ def label_review_loss(logits:Tensor, # `(B, C)` current logits
 def correct_labels(logits:Tensor, # `(B, C)`
                    targets:Tensor # `(B, C)` labels of 0 and 1
                   ) -> Tensor: # `(B, C)` bool
-    "Return which labels are predicted right: a logit above 0 for those that are present, and only for those."
+    "Return which labels are predicted correctly: a logit above 0 if the label is present, else 0 or below."
     return (logits>0)==(targets>.5)
 
 # %% ../../nbs/reflective/12_labels.ipynb #f73139c8
 def _label_code(targets):
-    "`(B,)` a number of each row of labels, which another row has only by chance"
+    "`(B,)` a hash of each row of labels"
     places = torch.arange(1, targets.shape[1]+1, device=targets.device)
-    codes = (places*7919)%65521
+    codes = (places*7919)%65521 # two primes, so that sums of different labels rarely agree
     return (targets>.5).long().mul(codes).sum(1)%(2**31-1)
 
 class LabelReview(CallbackWithMemory):
@@ -54,13 +54,13 @@ class LabelReview(CallbackWithMemory):
     columns = ('base_loss','review_loss','review_weight','right')
     remembered = ('teachers','share_found')
     _stateattrs = ('teachers','share_found','_recalled','_found','_dataset','_of_lineage')
-    teachers = share_found = None # remembered logits, and the share of present labels that they had right
+    teachers = share_found = None # remembered logits; the share of present labels that they predict correctly
     _recalled = _found = None
     def __init__(self,
         tau:float=2., # Temperature of both distributions
         weight:float=1., # Weight of the review loss if all present labels were right
-        adapt:float=1., # Power of the share of present labels that were right, which scales the weight
-        memory:float=.5, # Share of old logits in the teacher's running mean; 0: last visit alone
+        adapt:float=1., # The weight is multiplied by (share of present labels that were right)**adapt
+        memory:float=.5, # Share of old logits in the teacher's running mean; 0: only the last visit
         store:str='auto' # A kind of `make_store`
     ):
         check_number('tau', tau, 'a temperature', above=0)
@@ -92,7 +92,7 @@ class LabelReview(CallbackWithMemory):
         self.belongs()
         if self.teachers is not None and len(self.teachers)!=self.learn.sample_ids.n_items: self.reset()
         self._recalled = None
-        self._found = None # present labels that are right, and present labels, of this epoch
+        self._found = None # numbers `(2,)` of this epoch: present labels that are right, and present labels
         self._checked_labels = False
         self.strength = None if self.share_found is None else self.weight*self.share_found**self.adapt
 
@@ -114,12 +114,13 @@ class LabelReview(CallbackWithMemory):
         is_right = correct_labels(terms.trained_logits(logits.detach()), targets)
         terms.log('right', is_right.float().mean())
         teacher = self._running_mean(logits.detach())
-        is_right = correct_labels(terms.trained_logits(teacher), targets)
+        teacher_is_right = correct_labels(terms.trained_logits(teacher), targets)
         is_present = targets>.5
-        found = torch.stack([(is_right & is_present).sum(), is_present.sum()])
+        found = torch.stack([(teacher_is_right & is_present).sum(), is_present.sum()])
         self._found = found if self._found is None else self._found+found
         ids = self.learn.sample_ids
-        self.teachers.remember(ids.all_ids, teacher, _label_code(targets), is_right.all(1), ids.host_ids, terms.ranks)
+        codes = _label_code(targets)
+        self.teachers.remember(ids.all_ids, teacher, codes, teacher_is_right.all(1), ids.host_ids, terms.ranks)
 
     def _batch(self):
         "Logits and labels `(B, C)` of the batch; raises `ValueError` if targets are not rows of zeros and ones"
@@ -130,7 +131,7 @@ class LabelReview(CallbackWithMemory):
         check_logits(logits, len(targets), targets.shape[1])
         if not self._checked_labels: # reading values waits for the device: once an epoch is enough
             if not ((targets==0) | (targets==1)).all(): raise ValueError(
-                f"{expected}, got other numbers. MixUp and CutMix mix labels, and can't be used with it.")
+                f"{expected}, got other numbers. MixUp and CutMix mix labels, and are incompatible with it.")
             self._checked_labels = True
         return logits.as_subclass(Tensor),targets.as_subclass(Tensor)
 

@@ -10,7 +10,7 @@ from fastai.vision.all import (Adam, Callback, CancelBackwardException, CancelBa
                                Learner, SGD, nn, set_seed)
 from ltrl_fastai.all import (BalancedSoftmaxLoss, Checkpoint, Diagnosis, KnowledgeCorrection, KnowledgeReview,
                              KnowledgeSummary, ReflectiveLearning, digits_lt)
-from ltrl_fastai.methods.sam import SAM
+from ltrl_fastai.methods.sam import FocalSAM, ImbSAM, SAM
 from parts import all_three
 
 
@@ -53,7 +53,8 @@ class ScaledFloat32(CpuAMP):
 
 companions = dict(
     alone=lambda: [], accumulation=lambda: [GradientAccumulation(100)], clip=lambda: [GradientClip(.5)],
-    mixup=lambda: [MixUp()], bf16=lambda: [CpuAMP('bf16')], fp16=lambda: [CpuAMP('fp16')], reflective=lambda: [all_three()],
+    mixup=lambda: [MixUp()], bf16=lambda: [CpuAMP('bf16')], fp16=lambda: [CpuAMP('fp16')],
+    reflective=lambda: [all_three()],
     paper=lambda: [ReflectiveLearning(preset='paper', ks=True, kc=True)],
     published=lambda: [ReflectiveLearning(preset='published', ks=True, kc=True)],
     everything=lambda: [all_three(), GradientAccumulation(100), GradientClip(.5), ScaledFloat32(), Diagnosis()])
@@ -266,7 +267,8 @@ def test_each_sample_is_remembered_once():
     assert torch.equal(*[o.knowledge_summary.centers for o in learns])
     assert torch.equal(*[o.generalization_gap.train_counts for o in learns])
     assert sam.generalization_gap.train_counts[1].sum() == sum(len(b[1]) for b in sam.dls.train)
-    assert plain.diagnosis.kl[1:] == sam.diagnosis.kl[1:] and plain.diagnosis.train_accuracy == sam.diagnosis.train_accuracy
+    assert plain.diagnosis.kl[1:] == sam.diagnosis.kl[1:]
+    assert plain.diagnosis.train_accuracy == sam.diagnosis.train_accuracy
     for a, b in zip(plain.loss_terms.history, sam.loss_terms.history):
         assert {k: v for k, v in a.items() if k != 'conflicts'} == {k: v for k, v in b.items() if k != 'conflicts'}
 
@@ -369,3 +371,44 @@ def test_it_rests_in_lr_find():
 def test_export_keeps_the_radius_alone(tmp_path):
     learn = fit(learner(SAM(.25), loss=CrossEntropyLossFlat()))
     assert learn.sam.rho == .25 and not learn.sam._weights and learn.sam._before is None
+
+
+def counts(): return digits_lt(device='cpu', n_max=40).class_counts
+
+
+no_sharpness = dict(no_rare=lambda: ImbSAM(counts(), rare=0, rho=.5), no_weight=lambda: FocalSAM(counts(), weight=0.))
+all_sharp = dict(all_rare=lambda: ImbSAM(counts(), rare=10**6, rho=.3),
+                 all_alike=lambda: FocalSAM(counts(), gamma=0., weight=1., rho=.3))
+review_and_summary = partial(ReflectiveLearning, preset='v0.0.1', ks=True)
+
+
+@pytest.mark.parametrize('make', no_sharpness.values(), ids=no_sharpness)
+@pytest.mark.parametrize('cbs', [lambda: [], lambda: [review_and_summary(), GradientAccumulation(100)]],
+                         ids=['alone', 'reflective'])
+def test_without_a_sharp_class_it_is_plain_training(make, cbs):
+    "To the last bit"
+    assert torch.equal(state(fit(learner(make(), *cbs()), 2)), state(fit(learner(*cbs()), 2)))
+
+
+@pytest.mark.parametrize('make', all_sharp.values(), ids=all_sharp)
+@pytest.mark.parametrize('cbs', [lambda: [], lambda: [GradientAccumulation(100), ScaledFloat32()]],
+                         ids=['alone', 'scaled'])
+def test_with_all_classes_sharp_it_is_sam(make, cbs):
+    results = [state(fit(learner(o, *cbs(), make=plain_net, opt_func=SGD), 2)) for o in (make(), SAM(.3))]
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
+
+
+def test_class_weights_of_the_loss_are_kept():
+    "A weighted mean is no mean of weighted losses: it is divided by the sum of weights"
+    def loss(): return CrossEntropyLossFlat(weight=torch.linspace(.2, 3., 10))
+    results = [state(fit(learner(o, make=plain_net, opt_func=SGD, loss=loss()), 2))
+               for o in (ImbSAM(counts(), rare=10**6, rho=.3), SAM(.3))]
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
+
+
+def test_what_a_sharpness_by_class_cannot_be_used_with_is_named():
+    with pytest.raises(ValueError, match="ImbSAM can't be used with KnowledgeCorrection.*kc=False"):
+        fit(learner(ImbSAM(counts()), all_three()))
+    with pytest.raises(ValueError, match="FocalSAM can't be used with MixUp"):
+        fit(learner(FocalSAM(counts()), MixUp()))
+    with pytest.raises(ValueError, match='SAM and ImbSAM'): fit(learner(SAM(), ImbSAM(counts())))

@@ -8,6 +8,8 @@ from ltrl_fastai.reflective.samples import WithIds, SampleIds
 from ltrl_fastai.core.ranks import Ranks, allow_cpu_ranks
 from ltrl_fastai.experiments.checkpoint import Checkpoint
 from ltrl_fastai.methods.optimizer import nesterov_step, benchmark_sgd, body_and_head, BodyRate
+from ltrl_fastai.methods.sam import SAM, FocalSAM, ImbSAM
+from ltrl_fastai.methods.averages import WeightAverage
 from ltrl_fastai.methods.finetuning import finetuned_net, FrozenStats, HeadFirst
 from ltrl_fastai.methods.adapters import adapt_vit, parameter_counts
 from ltrl_fastai.methods.lift import FiveCrops, InitHead, five_crops, lift_net
@@ -102,7 +104,7 @@ __all__ = [
     'presets', 'ReflectiveLearning', 'review_risks', 'KnowledgeReview', 'class_predictions', 'shared_predictions',
     'KnowledgeSummary', 'KnowledgeCorrection', 'unevenness', 'GeneralizationGap', 'WithIds', 'SampleIds', 'Ranks',
     'allow_cpu_ranks', 'Checkpoint', 'nesterov_step', 'benchmark_sgd', 'body_and_head', 'BodyRate', 'finetuned_net',
-    'FrozenStats', 'HeadFirst', 'KeepBest', 'LabelAgreement',
+    'FrozenStats', 'HeadFirst', 'SAM', 'ImbSAM', 'FocalSAM', 'WeightAverage', 'KeepBest', 'LabelAgreement',
     # Load data, and look for faults in it
     'Audit', 'inspect_images', 'audit_text', 'audit_html',
     'long_tail_indices', 'long_tail_subset', 'LongTailSplitter', 'dataset_targets', 'without_augmentation',

@@ -88,6 +88,7 @@ class LabelAgreement(CallbackWithHelpers):
     "Record in training how often and how surely the network agrees with each label. Changes no weight."
     order = LossTerms.order+1
     run_valid = False
+    in_second_pass = False # it records each sample once
     needs = (SampleIds,LossTerms)
     _stateattrs = ('record','_dataset')
     record = None # A `LabelRecord` of the training items; None before the first batch

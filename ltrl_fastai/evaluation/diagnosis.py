@@ -21,6 +21,7 @@ class Diagnosis(CallbackWithMemory):
     "Record by epoch and class: KL divergence to the last prediction of each sample, and training accuracy."
     order = LossTerms.order+1
     run_valid = False
+    in_second_pass = False # it records each sample once
     needs = (SampleIds,LossTerms)
     remembered = ('last',)
     _stateattrs = ('last','kl','train_accuracy','_sums','_dataset','_of_lineage')

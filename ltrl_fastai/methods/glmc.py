@@ -30,6 +30,7 @@ class GlobalLocalMix(Callback):
     "Mix one view of each image globally and one locally, for a `TwoHeadNet`; raises `ValueError` unless `alpha>0`."
     order,run_valid,_stateattrs = 0,False,('_partners','_shares')
     _partners = _shares = None
+    in_second_pass = True
     def __init__(self, alpha:float=1. # Parameter of the Beta distribution that the share is drawn from
                 ):
         if alpha<=0: raise ValueError(f"alpha: expected more than 0, got {alpha}")

@@ -129,6 +129,7 @@ class CroppedNet(nn.Module):
 class FiveCrops(Callback):
     "Average logits over `five_crops` of each image in `get_preds`; a fit and its validation use one crop."
     order = -30 # before callbacks that read predictions
+    in_second_pass = False # nor in the first
     _other_crops = ()
     def __init__(self,
         expand:int|None=None # Pixels to enlarge by; default: see `usual_expansion`

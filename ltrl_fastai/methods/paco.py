@@ -79,6 +79,7 @@ def queued_net(net:nn.Module, # A classifier that can be split
 class KeyQueue(Callback):
     "Update the queue and the momentum copy of a `QueuedNet`; raises `TypeError` for another model."
     run_valid = False
+    in_second_pass = False # keys are queued once
     def before_fit(self):
         model = get_model(self.learn.model)
         if not isinstance(model, QueuedNet): raise TypeError(

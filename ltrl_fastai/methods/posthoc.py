@@ -14,6 +14,7 @@ from ..core.counts import check_class_counts
 class LogitAdjustment(Callback):
     "Subtract tau times the log prior from logits, outside of training (Menon et al. 2021, eq. 9)."
     order = -20 # before callbacks that read predictions
+    in_second_pass = False # nor in the first
     def __init__(self,
         class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         tau:float=1. # Factor on the log prior

@@ -95,6 +95,7 @@ def distributions_net(net:nn.Module, # A classifier that can be split
 class UpdateDistributions(Callback):
     "Update the distributions before the loss is computed; raises `TypeError` for another model."
     run_valid = False
+    in_second_pass = True # `SAM` restores what is updated twice: it is in buffers of the net
     def before_fit(self):
         model = get_model(self.learn.model)
         if not isinstance(model, ClassDistributions): raise TypeError(

@@ -44,6 +44,7 @@ def unevenness(class_counts:Tensor, # `(C,)` training images by class
 class GeneralizationGap(CallbackWithMemory):
     "Measure training minus best validation accuracy after each epoch, as `strength`; None while the parts rest."
     order,run_valid = GradientAccumulation.order-3,True
+    in_second_pass = False # it counts each sample once
     remembered = ('train_counts','valid_counts','best_valid','fitted','strength')
     _stateattrs = (*remembered,'_of_lineage','_dataset')
     most_uneven = .25 # `unevenness` of the loss above which the parts rest

@@ -51,6 +51,7 @@ class LabelReview(CallbackWithMemory):
     "Review each label whose remembered prediction is right; raises `ValueError` or `TypeError` for a bad argument."
     order,run_valid = GradientAccumulation.order-2,False
     needs = (SampleIds,LossTerms)
+    in_second_pass = True
     columns = ('base_loss','review_loss','review_weight','right')
     remembered = ('teachers','share_found')
     _stateattrs = ('teachers','share_found','_recalled','_found','_dataset','_of_lineage')
@@ -98,6 +99,7 @@ class LabelReview(CallbackWithMemory):
 
     def after_pred(self):
         "Recall what is remembered of the samples of this batch."
+        if self.learn.loss_terms.second_pass: return # the first pass has recalled it, and replaced it since
         self._recalled = None
         ids = self.learn.sample_ids
         if self.teachers is None or not self.teachers.any_visited(ids.host_ids): return
@@ -110,6 +112,7 @@ class LabelReview(CallbackWithMemory):
         if self.teachers is None: self.teachers = self._new_memory(logits)
         check_logits(logits, len(targets), self.teachers.n_classes)
         if self._recalled is not None and self.strength is not None and self.weight: self._add_review(logits, targets)
+        if terms.second_pass: return # only the predictions of the first pass are remembered
         terms.log('review_weight', logits.new_zeros(()) if self.strength is None else self.strength)
         is_right = correct_labels(terms.trained_logits(logits.detach()), targets)
         terms.log('right', is_right.float().mean())

@@ -68,6 +68,7 @@ class KnowledgeReview(CallbackWithMemory):
     "Add the KL divergence from remembered predictions (LTRL eq. 1 to 4); raises `ValueError` if arguments clash."
     order,run_valid = GradientAccumulation.order-2,False
     needs = (SampleIds,GeneralizationGap,LossTerms)
+    in_second_pass = True
     columns = ('base_loss','review_loss','review_weight','right')
     remembered = ('teachers',)
     _stateattrs = ('teachers','_recalled','_dataset','_of_lineage')
@@ -167,6 +168,7 @@ class KnowledgeReview(CallbackWithMemory):
 
     def after_pred(self):
         "Recall what is remembered of the samples of this batch."
+        if self.learn.loss_terms.second_pass: return # the first pass has recalled it, and replaced it since
         self._recalled = None
         if self.teachers is None or not (self._reviews or self.memory): return
         ids = self.learn.sample_ids
@@ -183,6 +185,7 @@ class KnowledgeReview(CallbackWithMemory):
         check_logits(logits, len(targets), self.teachers.n_classes)
         student = self._scaled_by_count(logits, targets) if self.count_scale else logits
         if self._recalled is not None and self._reviews: self._add_review(student, targets)
+        if terms.second_pass: return # only the predictions of the first pass are remembered
         terms.log('review_weight', logits.new_zeros(()) if self.strength is None else torch.as_tensor(self.strength))
         right = self._trained(logits.detach()).argmax(1)==targets
         terms.log('right', right.float().mean())

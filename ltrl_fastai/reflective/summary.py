@@ -40,6 +40,7 @@ class KnowledgeSummary(CallbackWithMemory):
     "Soften labels by what classes have in common (LTRL eq. 5 to 8); raises `ValueError` for an invalid option."
     order,run_valid = GradientAccumulation.order-2,False
     needs = (GeneralizationGap,LossTerms)
+    in_second_pass = True
     columns = ('base_loss','summary_loss')
     remembered = ('bank','centers','similarity','train_accuracy','predictions')
     _stateattrs = (*remembered,'_head_input','_head_module','_dataset','_of_lineage',
@@ -116,16 +117,20 @@ class KnowledgeSummary(CallbackWithMemory):
         logits,targets = terms.batch()
         n_classes = logits.shape[1]
         if self._n_known_classes not in (None,n_classes): self.reset()
-        trained = terms.trained_logits(logits.detach())
-        if self._by_features: self._collect_features(targets, n_classes)
-        else: self._collect_predictions(trained if self.on=='trained' else logits.detach(), targets)
-        self._n_correct = self._n_correct+(trained.argmax(1)==targets).sum()
-        self._n_samples += len(targets)
+        if not terms.second_pass: self._collect(logits.detach(), targets)
         soft = self._soft_labels(targets, n_classes)
         if soft is None: return
         if self.on=='trained': logits = terms.trained_logits(logits)
         if self.mode=='add': terms.add('summary', self.weight*self.strength*soft_cross_entropy(logits, soft))
         else: self._replace_label(logits, soft - F.one_hot(targets, n_classes))
+
+    def _collect(self, logits, targets):
+        "Collect the features or predictions of this batch, and count the correct ones"
+        trained = self.learn.loss_terms.trained_logits(logits)
+        if self._by_features: self._collect_features(targets, logits.shape[1])
+        else: self._collect_predictions(trained if self.on=='trained' else logits, targets)
+        self._n_correct = self._n_correct+(trained.argmax(1)==targets).sum()
+        self._n_samples += len(targets)
 
     def _replace_label(self, logits, difference):
         "Add to the loss what changes if `difference` is added to its labels, for each expert if there are several"

@@ -145,6 +145,8 @@ class LossTerms(Callback):
     order,run_valid = Recorder.order+1,False
     _stateattrs = ('terms','projected','sums','counts','grads','record',
                    '_full_loss','_batch_grads','_lineage','_weights')
+    in_second_pass = True # see `SAM`
+    second_pass = False # is the loss of this batch computed again, with other weights?
     terms = None # of this batch, by name
     projected = () # terms whose gradient may be projected
     grads = None # gradient of the terms of this step, by parameter
@@ -202,7 +204,8 @@ class LossTerms(Callback):
     def log(self, name:str, # Name of the mean, and of its column if there is one
             value:Tensor # Scalar; its graph is not kept
            ):
-        "Add `value` to this epoch's mean of `name`, weighted by the batch size."
+        "Add `value` to this epoch's mean of `name`, weighted by the batch size; ignored in a second pass."
+        if self.second_pass: return
         bs = find_bs(self.yb)
         self.sums[name] = self.sums.get(name, 0.) + value.detach().float()*bs
         self.counts[name] = self.counts.get(name, 0) + bs

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import unicodedata
 import warnings
 import zlib
 
@@ -28,6 +29,7 @@ from ltrl_fastai.all import (
     frozen_loaders, imagenet_lt, inaturalist18, load_cifar, long_tailed, open_image, own_images, CifarResNet, Lite0)
 from ltrl_fastai.data import images as images_module
 from ltrl_fastai.data import lists as lists_module
+from ltrl_fastai.data.labelled import match_classes
 from ltrl_fastai.data.listfiles import read_inat, read_list
 from ltrl_fastai.data.lists import DataNote, list_sets
 from ltrl_fastai.data.own import read_folder
@@ -105,6 +107,39 @@ def test_fault_07_a_class_in_another_folder_of_the_test_split(tmp_path):
     folders(tmp_path/'test', {'w/cap': 1})
     with pytest.raises(ValueError, match='no training image is of class v/mushroom/cap, w/cap.*there are v/cap'):
         read_folder(tmp_path)
+
+
+def test_fault_07_parents_that_contradict_each_other_are_not_matched(tmp_path):
+    "A test image of an apartment is none of a church"
+    folders(tmp_path/'train', {'church/outdoor': 3, 'bar': 3})
+    folders(tmp_path/'test', {'apartment/outdoor': 2, 'bar': 1})
+    with pytest.raises(ValueError, match='no training image is of class apartment/outdoor.*there are church/outdoor'):
+        read_folder(tmp_path)
+
+
+@pytest.mark.parametrize('names', [
+    ['ant/train', 'ant/test', 'bee/train', 'bee/test'], ['images/train/ant', 'images/train/bee', 'images/val/ant']])
+def test_fault_07_splits_below_the_top_are_not_classes(tmp_path, names):
+    with pytest.raises(ValueError, match='the splits lie below it, in .*Expected the splits first'):
+        read_folder(folders(tmp_path, dict.fromkeys(names, 2)))
+    assert read_folder(folders(tmp_path/'toys', {'toys/train': 2, 'toys/car': 2}))[1] == ['car', 'train']
+
+
+def test_fault_07_names_from_a_mac_are_the_same_names(tmp_path):
+    "A Mac writes an accent as a character of its own"
+    composed, apart = (unicodedata.normalize(o, 'café') for o in ('NFC', 'NFD'))
+    assert composed != apart
+    folders(tmp_path, {f'train/{composed}': 4, 'train/tea': 4, f'test/{apart}': 2, 'test/tea': 1})
+    lists, vocab = read_folder(tmp_path)
+    assert vocab == [composed, 'tea'] and lists['test'].labels == [0, 0, 1]
+    assert match_classes([composed, apart], [apart, 'tea']) == {composed: 0, apart: 0}
+    rows = [f'{i}.png,{o}' for i, o in enumerate([composed, apart, 'tea', 'tea'])]
+    lists, vocab = read_csv(table(tmp_path, rows))
+    assert vocab == [composed, 'tea'] and lists['train'].labels == [0, 0, 1, 1]
+    for other in (apart, f'{composed} '):
+        root = folders(tmp_path/repr(other), {composed: 2, other: 2, 'tea': 2})
+        with pytest.raises(ValueError, match='two folders have the same name .café., written differently'):
+            read_folder(root)
 
 
 def test_fault_07_a_class_above_a_class_and_names_of_three_parts(tmp_path):

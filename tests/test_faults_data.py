@@ -28,6 +28,7 @@ from ltrl_fastai.all import (
     broken_images, cifar100_frozen_lt, cifar10_lt, class_counts, dataset_targets, digits_lt, frozen_features,
     frozen_loaders, imagenet_lt, inaturalist18, load_cifar, long_tailed, open_image, own_images, CifarResNet, Lite0)
 from ltrl_fastai.data import images as images_module
+from ltrl_fastai.data.images import UnreadableImage
 from ltrl_fastai.data import lists as lists_module
 from ltrl_fastai.data.labelled import match_classes
 from ltrl_fastai.data.listfiles import read_inat, read_list
@@ -1121,3 +1122,15 @@ def test_dark_images_of_16_bits_are_named(tmp_path):
     (tmp_path/'a/told.png').unlink()
     dark = next(o for o in inspect_images(tmp_path).findings if o.kind == 'dark-16-bit')
     assert set(dark.files) == {'a/dim.png', 'b/bright.png'}
+
+
+def test_fault_10_variants_arrays_and_open_images(tmp_path):
+    "Sixteen bits without a file: `learn.predict` on an array, or on an image that was opened before"
+    levels = np.array([[0, 4000, 20000, 50000, 65535]]*3, dtype=np.uint16)
+    Image.fromarray(levels).save(tmp_path/'x.tif')
+    for source in (levels, Image.fromarray(levels), Image.open(tmp_path/'x.tif')):
+        read = open_image(source)
+        assert read.mode == 'RGB'
+        assert np.array(read)[0].tolist() == [[v]*3 for v in (0, 16, 78, 195, 255)]
+    for source in (levels/65535, levels.astype(np.float32), torch.rand(3, 4, 4)):
+        with pytest.raises(UnreadableImage, match="can't be read: .*(float|uint8)"): open_image(source)

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import types
 import unicodedata
 import warnings
 import zlib
@@ -1134,3 +1135,23 @@ def test_fault_10_variants_arrays_and_open_images(tmp_path):
         assert np.array(read)[0].tolist() == [[v]*3 for v in (0, 16, 78, 195, 255)]
     for source in (levels/65535, levels.astype(np.float32), torch.rand(3, 4, 4)):
         with pytest.raises(UnreadableImage, match="can't be read: .*(float|uint8)"): open_image(source)
+
+
+def test_fault_12_variants_what_is_read_through_a_module(tmp_path, monkeypatch):
+    "A constant in the file of one's networks is changed"
+    mine = types.ModuleType('my_nets')
+    exec('SCALE = 1\ndef features(x): return x.flatten(1).float()[:, :3]*SCALE', vars(mine))
+    mine.inner = types.ModuleType('my_nets.inner')
+    mine.inner.shift, mine.unread = 0, 0
+    monkeypatch.setitem(sys.modules, 'my_nets', mine)
+    images = torch.arange(2*3*4*4, dtype=torch.uint8).reshape(2, 3, 4, 4)
+
+    def extract(x): return mine.features(x)+mine.inner.shift
+    first = frozen_features(images, extract, tmp_path)
+    mine.unread = 1
+    frozen_features(images, extract, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1  # not computed again
+    mine.SCALE = 2
+    assert torch.equal(frozen_features(images, extract, tmp_path), 2*first)
+    mine.inner.shift = 1
+    assert torch.equal(frozen_features(images, extract, tmp_path), 2*first+1)

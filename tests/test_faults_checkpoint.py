@@ -5,6 +5,7 @@ import warnings
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import PIL.Image
 import pytest
 import torch
@@ -41,6 +42,7 @@ from fastai.vision.all import (
 from sklearn.metrics import confusion_matrix
 
 from ltrl_fastai.all import (
+    BalancedSoftmaxLoss,
     Checkpoint,
     Method,
     ReflectiveLearning,
@@ -240,6 +242,45 @@ def test_fault_01_state_of_a_callback(tmp_path):
 
 
 # 2: optimizers
+
+
+def test_fault_01_the_error_gives_no_advice_on_foreign_files(tmp_path):
+    "PyTorch's advice, to trust the file, is of no use to one who saves"
+    learn = learner(tmp_path, metrics=Value(lambda n: pd.Timestamp('2026-01-01')))
+    with pytest.raises(TypeError, match="The value of '.*' in epoch 0 .* can't hold, .*Timestamp") as caught:
+        quiet(learn, 1, cbs=Checkpoint(tmp_path/'fit.pt'))
+    assert 'trust' not in str(caught.value) and '\x1b' not in str(caught.value)
+
+
+def test_fault_01_a_callback_without_a_state_saves_none(tmp_path):
+    "fastai delegates `cb.state_dict` to the model, whose weights would be saved once more for each callback"
+    quiet(learner(tmp_path, cbs=ReflectiveLearning()), 1, cbs=Checkpoint(tmp_path/'fit.pt'))
+    saved = torch.load(tmp_path/'fit.pt', weights_only=True)['callbacks']
+    assert {'knowledge_review', 'loss_terms'} <= set(saved)
+    assert not {'recorder', 'train_eval', 'reflective_learning', 'checkpoint'} & set(saved)
+
+
+def another_loss(path): return learner(path, loss_func=BalancedSoftmaxLoss([1]*10))
+def another_batch_size(path): return learner(path, dls=digits_lt(device='cpu', n_max=40, bs=48))
+def without_reflective_learning(path): return learner(path)
+
+
+@pytest.mark.parametrize('make, said', [
+    (another_loss, 'loss function.*CrossEntropyLoss.* there, BalancedSoftmax.* here'),
+    (another_batch_size, r'batch size \(32 there, 48 here\)'),
+    (without_reflective_learning, 'holds the state of .*knowledge_review.* this fit has no such callback')])
+def test_fault_09_another_fit_is_refused_before_it_starts(make, said, tmp_path):
+    "Its state would be lost, or loaded into something else, after an epoch or more"
+    cbs = ReflectiveLearning() if make is without_reflective_learning else None
+    with pytest.raises(InterruptedError):
+        quiet(learner(tmp_path, cbs=cbs), 3, cbs=[Checkpoint(tmp_path/'fit.pt'), Crash(1)])
+    changed = make(tmp_path)
+    before = weights(changed)
+    with pytest.raises(ValueError, match=f'(?s)another fit.*{said}'):
+        quiet(changed, 3, cbs=Checkpoint(tmp_path/'fit.pt'))
+    assert torch.equal(weights(changed), before) and done(tmp_path/'fit.pt') == 1
+    same_again = quiet(learner(tmp_path, cbs=ReflectiveLearning() if cbs else None), 3, cbs=Checkpoint(tmp_path/'fit.pt'))
+    assert len(same_again.recorder.values) == 3
 
 
 def wrapped(cls, **kwargs):

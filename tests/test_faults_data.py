@@ -8,6 +8,8 @@ import struct
 import subprocess
 import sys
 import threading
+import types
+import unicodedata
 import warnings
 import zlib
 
@@ -27,7 +29,9 @@ from ltrl_fastai.all import (
     broken_images, cifar100_frozen_lt, cifar10_lt, class_counts, dataset_targets, digits_lt, frozen_features,
     frozen_loaders, imagenet_lt, inaturalist18, load_cifar, long_tailed, open_image, own_images, CifarResNet, Lite0)
 from ltrl_fastai.data import images as images_module
+from ltrl_fastai.data.images import UnreadableImage
 from ltrl_fastai.data import lists as lists_module
+from ltrl_fastai.data.labelled import match_classes
 from ltrl_fastai.data.listfiles import read_inat, read_list
 from ltrl_fastai.data.lists import DataNote, list_sets
 from ltrl_fastai.data.own import read_folder
@@ -105,6 +109,39 @@ def test_fault_07_a_class_in_another_folder_of_the_test_split(tmp_path):
     folders(tmp_path/'test', {'w/cap': 1})
     with pytest.raises(ValueError, match='no training image is of class v/mushroom/cap, w/cap.*there are v/cap'):
         read_folder(tmp_path)
+
+
+def test_fault_07_parents_that_contradict_each_other_are_not_matched(tmp_path):
+    "A test image of an apartment is none of a church"
+    folders(tmp_path/'train', {'church/outdoor': 3, 'bar': 3})
+    folders(tmp_path/'test', {'apartment/outdoor': 2, 'bar': 1})
+    with pytest.raises(ValueError, match='no training image is of class apartment/outdoor.*there are church/outdoor'):
+        read_folder(tmp_path)
+
+
+@pytest.mark.parametrize('names', [
+    ['ant/train', 'ant/test', 'bee/train', 'bee/test'], ['images/train/ant', 'images/train/bee', 'images/val/ant']])
+def test_fault_07_splits_below_the_top_are_not_classes(tmp_path, names):
+    with pytest.raises(ValueError, match='the splits lie below it, in .*Expected the splits first'):
+        read_folder(folders(tmp_path, dict.fromkeys(names, 2)))
+    assert read_folder(folders(tmp_path/'toys', {'toys/train': 2, 'toys/car': 2}))[1] == ['car', 'train']
+
+
+def test_fault_07_names_from_a_mac_are_the_same_names(tmp_path):
+    "A Mac writes an accent as a character of its own"
+    composed, apart = (unicodedata.normalize(o, 'café') for o in ('NFC', 'NFD'))
+    assert composed != apart
+    folders(tmp_path, {f'train/{composed}': 4, 'train/tea': 4, f'test/{apart}': 2, 'test/tea': 1})
+    lists, vocab = read_folder(tmp_path)
+    assert vocab == [composed, 'tea'] and lists['test'].labels == [0, 0, 1]
+    assert match_classes([composed, apart], [apart, 'tea']) == {composed: 0, apart: 0}
+    rows = [f'{i}.png,{o}' for i, o in enumerate([composed, apart, 'tea', 'tea'])]
+    lists, vocab = read_csv(table(tmp_path, rows))
+    assert vocab == [composed, 'tea'] and lists['train'].labels == [0, 0, 1, 1]
+    for other in (apart, f'{composed} '):
+        root = folders(tmp_path/repr(other), {composed: 2, other: 2, 'tea': 2})
+        with pytest.raises(ValueError, match='two folders have the same name .café., written differently'):
+            read_folder(root)
 
 
 def test_fault_07_a_class_above_a_class_and_names_of_three_parts(tmp_path):
@@ -1086,3 +1123,35 @@ def test_dark_images_of_16_bits_are_named(tmp_path):
     (tmp_path/'a/told.png').unlink()
     dark = next(o for o in inspect_images(tmp_path).findings if o.kind == 'dark-16-bit')
     assert set(dark.files) == {'a/dim.png', 'b/bright.png'}
+
+
+def test_fault_10_variants_arrays_and_open_images(tmp_path):
+    "Sixteen bits without a file: `learn.predict` on an array, or on an image that was opened before"
+    levels = np.array([[0, 4000, 20000, 50000, 65535]]*3, dtype=np.uint16)
+    Image.fromarray(levels).save(tmp_path/'x.tif')
+    for source in (levels, Image.fromarray(levels), Image.open(tmp_path/'x.tif')):
+        read = open_image(source)
+        assert read.mode == 'RGB'
+        assert np.array(read)[0].tolist() == [[v]*3 for v in (0, 16, 78, 195, 255)]
+    for source in (levels/65535, levels.astype(np.float32), torch.rand(3, 4, 4)):
+        with pytest.raises(UnreadableImage, match="can't be read: .*(float|uint8)"): open_image(source)
+
+
+def test_fault_12_variants_what_is_read_through_a_module(tmp_path, monkeypatch):
+    "A constant in the file of one's networks is changed"
+    mine = types.ModuleType('my_nets')
+    exec('SCALE = 1\ndef features(x): return x.flatten(1).float()[:, :3]*SCALE', vars(mine))
+    mine.inner = types.ModuleType('my_nets.inner')
+    mine.inner.shift, mine.unread = 0, 0
+    monkeypatch.setitem(sys.modules, 'my_nets', mine)
+    images = torch.arange(2*3*4*4, dtype=torch.uint8).reshape(2, 3, 4, 4)
+
+    def extract(x): return mine.features(x)+mine.inner.shift
+    first = frozen_features(images, extract, tmp_path)
+    mine.unread = 1
+    frozen_features(images, extract, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1  # not computed again
+    mine.SCALE = 2
+    assert torch.equal(frozen_features(images, extract, tmp_path), 2*first)
+    mine.inner.shift = 1
+    assert torch.equal(frozen_features(images, extract, tmp_path), 2*first+1)

@@ -74,6 +74,18 @@ changes = [loaded, another_model, removed_and_added, other_data, state_dict_load
            two_units_swapped, trained_elsewhere]
 
 
+def items_moved(learn, tmp_path):
+    "Within the first class of the same data set"
+    ds = learn.dls.train_ds
+    own = (ds.targets == 0).nonzero().flatten()
+    ds.x[own] = ds.x[own.flip(0)]
+def items_replaced(learn, tmp_path):
+    ds = learn.dls.train_ds
+    ds.x = 255-ds.x
+
+changes += [items_moved, items_replaced]
+
+
 @pytest.mark.parametrize('change', changes)
 def test_fault_06_memories_are_dropped_with_the_model_or_the_data(change, tmp_path):
     learn = learner(constant())
@@ -111,6 +123,15 @@ class Items:
         self.scale = scale
     def __len__(self): return len(self.items)
     def __getitem__(self, i): return self.scale*torch.randn(4), i % 3
+
+
+def test_fault_06_a_list_of_items_that_is_sorted_in_place():
+    items = list(range(60))
+    learn = small_learner(Items(items))
+    fit(learn, 2)
+    assert remembers(learn)
+    items[0], items[3] = items[3], items[0]
+    assert starts_anew(learn)
 
 
 def small_learner(train):

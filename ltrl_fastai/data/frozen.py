@@ -75,10 +75,16 @@ def _by_name(o):
     package = (o.__module__ or '').split('.')[0]
     found = sys.modules.get(o.__module__)
     for part in o.__qualname__.split('.'): found = getattr(found, part, None)
+    if found is not o or not _is_installed(package): return None
+    return o.__module__,o.__qualname__,getattr(sys.modules[package], '__version__', '')
+
+def _is_installed(package):
+    "Whether a package belongs to Python or was installed, so that its version stands for its code"
     file = getattr(sys.modules.get(package), '__file__', None)
     is_installed = bool(file) and not {'site-packages','dist-packages'}.isdisjoint(Path(file).parts)
-    if found is not o or not (is_installed or package in sys.stdlib_module_names): return None
-    return o.__module__,o.__qualname__,getattr(sys.modules[package], '__version__', '')
+    return is_installed or package in sys.stdlib_module_names
+
+def _is_own_module(o): return isinstance(o, types.ModuleType) and not _is_installed(o.__name__.split('.')[0])
 
 class _Digest:
     "Hashes of objects by their content: values, code and weights, but not their place in memory"
@@ -130,7 +136,15 @@ class _Digest:
         free = {k: c for k,c in zip(o.__code__.co_freevars, o.__closure__ or ()) if k not in written}
         cells = {k: c.cell_contents for k,c in free.items() if not _is_empty(c)}
         code = [self(o.__code__), self(o.__defaults__), self(o.__kwdefaults__)]
-        return ['function', *code, *self.values(globals_), *self.values(cells)]
+        attributes = {name for one in _codes(o.__code__) for name in one.co_names}
+        through = [self.module(v, attributes) for v in (*globals_.values(), *cells.values()) if _is_own_module(v)]
+        return ['function', *code, *self.values(globals_), *self.values(cells), *through]
+
+    def module(self, o, names):
+        "Hash of what code reads through a module of the user's own, such as `my_nets` in `my_nets.features(x)`"
+        read = {k: vars(o)[k] for k in sorted(names) if k in vars(o) and vars(o)[k] is not o}
+        hashes = [self.module(v, names) if _is_own_module(v) else self(v) for v in read.values()]
+        return _hash('through', o.__name__, *read, *hashes)
 
     def instance(self, o):
         "Parts of an object: its class, and the attributes that a call does not only write to"

@@ -72,10 +72,20 @@ def _eight_bit(im, kind):
             "save it with 8 bits a channel, or as 16-bit PNG")
     return im.convert('RGB')
 
+def _without_file(source):
+    "A Pillow image of a tensor or an array; raises `UnreadableImage` if its numbers are no pixels"
+    try: return PILImage.create(source)
+    except (TypeError,ValueError) as e: raise UnreadableImage(
+        f"The image can't be read: it is a {type(source).__name__} of shape {tuple(source.shape)} and {source.dtype}. "
+        "Expected uint8 `(H, W)` or `(H, W, 3)`, or uint16 `(H, W)`.") from e
+
 def open_image(source:Path|str|Tensor|ndarray|bytes|PIL.Image.Image # A file, or anything that `PILImage.create` accepts
               ) -> PILImage: # RGB
     "An image as 8-bit RGB, scaled by its significant bits; raises `UnreadableImage` if a file can't be read."
-    if not isinstance(source, (str,Path,bytes)): return PILImage.create(source)
+    if not isinstance(source, (str,Path,bytes)):
+        im = source if isinstance(source, PIL.Image.Image) else _without_file(source)
+        try: return PILImage.create(_eight_bit(im, getattr(im, 'format', None)))
+        except ValueError as e: raise UnreadableImage(f"The image can't be read: {_reason(e)}.") from e
     try:
         with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as im:
             note_bits(im)

@@ -16,7 +16,8 @@ from .benchmarks import abbreviated, without_images
 from .images import UnreadableImage, broken_images, dark_note, should_check
 from .listfiles import ImageList, check_images
 from .lists import broken_note, _describe_broken
-from .own import read_rows, _check_class_folders, _folders_in, _other_files, _split_folders, _split_of
+from .own import read_rows, _check_class_folders, _class_name, _folders_in, _other_files
+from .own import _split_folders, _split_of
 
 # %% ../../nbs/data/15_labelled.ipynb #0c32155c
 _split_notes = dict(
@@ -59,7 +60,7 @@ def _images_of_folder(path, split):
     if not files: raise ValueError(
         f"{folder}: expected a folder of images for each class, found no image.{_other_files(folder)}")
     _check_class_folders(chosen, folder, files)
-    labels = [f.parent.relative_to(folder).as_posix() for f in files]
+    labels = [_class_name(f.parent.relative_to(folder).as_posix()) for f in files]
     return _located(folder, path, [str(f.relative_to(path)) for f in files], labels),chosen
 
 def _images_of_csv(path, split, columns):
@@ -90,9 +91,9 @@ def match_classes(names:list, # Class names of images, or paths of class folders
                   vocab:list # Class names of a model
                  ) -> dict: # Class index by name; None for a name that the model does not know
     "Match class names to the classes of a model; raises `ValueError` if two names could be the same class."
-    index = {str(o): i for i,o in enumerate(vocab)}
-    res = {o: index.get(o) for o in names}
-    taken = {k for k in res if k in index}
+    index = {_class_name(str(o)): i for i,o in enumerate(vocab)}
+    res = {o: index.get(_class_name(o)) for o in names}
+    taken = {_class_name(k) for k in res}&set(index)
     claims = {}
     for name in (o for o,i in res.items() if i is None):
         similar = [o for o in index if o not in taken and (_ends_with(name, o) or _ends_with(o, name))]

@@ -7,7 +7,7 @@ __all__ = ['short_names', 'read_folder', 'read_rows', 'read_csv', 'common_size',
 
 # %% ../../nbs/data/05_own.ipynb #9bd33094
 from fastai.vision.all import *
-import csv, PIL.Image
+import csv, unicodedata, PIL.Image
 from ..core.checks import check_data_path
 from .benchmarks import abbreviated, without_images
 from .images import dark_note, should_check
@@ -85,6 +85,25 @@ def short_names(paths:list # Folders of classes, with `/` between their parts
         return first(end for end,count in zip(ends, counts) if count[end]==1 or end==ends[-1])
     return [short(o) for o in parts]
 
+def _class_name(text):
+    "One form of a name: a Mac may write `é` as two characters, an `e` and an accent, where Linux writes one"
+    return unicodedata.normalize('NFC', text)
+
+def _check_class_names(folders, folder):
+    "Check that folders are classes, with names that can be told apart; raises `ValueError` otherwise"
+    by_look = {}
+    for o in sorted(folders):
+        look = _class_name(' '.join(o.split()))
+        other = by_look.setdefault(look, o)
+        if other!=o: raise ValueError(
+            f"{folder}: two folders have the same name {look!r}, written differently: {ascii(other)} and {ascii(o)}. "
+            "Move the images of one class into one folder, or rename one of them.")
+    splits = [first(_split_of(part) for part in o.split('/') if _split_of(part)) for o in folders]
+    if None not in splits and 'train' in splits and len(set(splits))>1: raise ValueError(
+        f"{folder}: the splits lie below it, in {abbreviated(sorted(folders))}, and would be a part of the classes. "
+        "Expected the splits first: train/class/image.jpg, test/class/image.jpg. If they lie together in one folder: "
+        "give that folder.")
+
 def read_folder(path:Path # A folder with a folder for each class, or with such folders in `train`, `valid` and `test`
                ) -> tuple: # `ImageList` by split, and class names
     "List the images of a folder; raises `ValueError` if it is not clear what the classes are."
@@ -103,6 +122,8 @@ def _read_folder(path):
         f"image.{_other_files(splits['train'])}")
     for k,fs in files.items(): _check_class_folders(k, splits[k], fs)
     folders = {k: [f.parent.relative_to(splits[k]).as_posix() for f in fs] for k,fs in files.items()}
+    for k,names in folders.items(): _check_class_names(set(names), splits[k])
+    folders = {k: [_class_name(o) for o in names] for k,names in folders.items()}
     classes = sorted(set(folders['train']))
     named = sorted(zip(short_names(classes), classes))
     index = {folder: i for i,(_,folder) in enumerate(named)}
@@ -120,11 +141,19 @@ def _read_folder(path):
         lists[k] = _located(ImageList(splits[k], paths, [index[o] for o in folders[k]]), path)
     return lists,[name for name,_ in named],notes
 
+def _has_parts(longer, shorter):
+    "Does one path have all folders of another, in their order, and the same last one?"
+    parts = iter(longer.split('/'))
+    return Path(longer).name==Path(shorter).name and all(o in parts for o in shorter.split('/'))
+
 def _match_classes(unknown, folders, classes, folder, train):
-    "The training class of each unknown folder of a split, if one class and one folder have that name"
+    "The training class of each unknown folder, if one of both has that name, and parents that do not contradict it"
     def same_name(o, paths): return [c for c in paths if Path(c).name==Path(o).name]
-    matches = {o: same_name(o, classes)[0] for o in unknown
-               if len(same_name(o, classes))==1 and len(same_name(o, folders))==1}
+    def only_class(o):
+        found = same_name(o, classes)
+        if len(found)!=1 or len(same_name(o, folders))!=1: return None
+        return found[0] if _has_parts(o, found[0]) or _has_parts(found[0], o) else None
+    matches = {o: only_class(o) for o in unknown if only_class(o)}
     unmatched = sorted(unknown-set(matches))
     if unmatched:
         similar = sorted({c for o in unmatched for c in same_name(o, classes)}) or classes
@@ -234,7 +263,7 @@ def _rows(records, header, columns, file):
             f"{where}: expected {len(header)} values ({', '.join(header)}), got {len(values)}: "
             f"{', '.join(values)!r}. Write a value for each column; put a value with a comma between quotes.")
         path = values[position['path']].strip()
-        label = values[position['label']].strip()
+        label = _class_name(values[position['label']].strip())
         if not path or not label: raise ValueError(
             f"{where}: expected a path and a label, got {path!r} and {label!r}. Fill them in, or remove the line.")
         split = 'train'

@@ -11,7 +11,7 @@ from ..core.files import path_below
 from ..core.ranks import Ranks
 from ..core.tensors import device_of
 from ..reflective.samples import SampleIds
-from ..reflective.terms import CallbackWithHelpers, LossTerms, same_items
+from ..reflective.terms import CallbackWithHelpers, KeptItems, LossTerms
 
 # %% ../../nbs/deploy/06_suspects.ipynb #493967e4
 class LabelRecord:
@@ -96,8 +96,8 @@ class LabelAgreement(CallbackWithHelpers):
 
     def before_train(self):
         dataset = getattr(self.learn.dl, 'dataset', None)
-        if self._dataset is not None and not same_items(self._dataset, dataset): self.record = None
-        self._dataset = dataset
+        if self._dataset is not None and not self._dataset.are_of(dataset): self.record = None
+        self._dataset = KeptItems(dataset)
     def after_loss(self):
         ids,terms = self.learn.sample_ids,self.learn.loss_terms
         logits,targets = terms.batch()
@@ -112,7 +112,7 @@ class LabelAgreement(CallbackWithHelpers):
                        ):
         "Continue a record."
         saved = state['record']
-        self._dataset = learn.dls.train.dataset
+        self._dataset = KeptItems(learn.dls.train.dataset)
         self.record = None if saved is None else LabelRecord.from_state(saved, device_of(learn.model))
 
 # %% ../../nbs/deploy/06_suspects.ipynb #3268bdf4

@@ -6,6 +6,7 @@
 __all__ = ['UnreadableCheckpoint', 'ForeignCheckpoint', 'Checkpoint']
 
 # %% ../../nbs/experiments/00_checkpoint.ipynb #96e59b3f
+import pickle
 import shutil
 from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
@@ -32,6 +33,12 @@ def _loss_module(loss):
 def _loss_state(loss):
     module = _loss_module(loss)
     return {} if module is None else module.state_dict()
+
+def _loss_kind(loss):
+    "The name of a loss function, and of the class or function inside"
+    inner = getattr(loss, 'func', None) # of fastai's losses, and of `functools.partial`
+    named = [o for o in (loss, inner) if o is not None]
+    return ' '.join(getattr(o, '__qualname__', None) or type(o).__qualname__ for o in named)
 
 def _load_loss_state(loss, state):
     "Restore the state of a loss function, including buffers that were None at first"
@@ -70,7 +77,8 @@ _remembered_by = {
     TrackerCallback: ('best','new_best','wait'), SaveModelCallback: ('last_saved_path',),
     GradientAccumulation: ('count',), ShowGraphCallback: ('nb_batches',)}
 _identity_labels = dict(
-    samples='number of training samples', kind='kind of optimizer', groups='division into parameter groups')
+    samples='number of training samples', bs='batch size', loss='loss function', kind='kind of optimizer',
+    groups='division into parameter groups')
 _schedule_positions = (0.,.25,.5,.75,.99)
 
 def _with_suffix(file, suffix): return file.with_name(file.name+suffix)
@@ -108,6 +116,7 @@ class Checkpoint(Callback):
     _saved = None # the state that is being resumed
     _data = None # the listing of the data
     _lr = () # the learning rates that the fit was given
+    _begun:dict = {} # what callbacks may change in a fit, as it was at the beginning
     _logs:dict = {} # by name of a logger: where rows of this fit start
     seconds = 0. # that the fit took before it was interrupted
     _run = True # see `run`
@@ -175,7 +184,8 @@ class Checkpoint(Callback):
         return res
     def _all_of(self, cls): return list(self._named(cls).values())
     def _with_state(self):
-        def has_state(cb): return hasattr(cb, 'state_dict') and hasattr(cb, 'load_state_dict')
+        # of the class: a callback without one has the model's, as fastai delegates to the learner and on to the model
+        def has_state(cb): return hasattr(type(cb), 'state_dict') and hasattr(type(cb), 'load_state_dict')
         return {name: cb for name,cb in self._named().items() if has_state(cb)}
     def _loaders(self):
         "The learner's loaders by number, and those that callbacks hold by name"
@@ -210,7 +220,7 @@ class Checkpoint(Callback):
             model={name: list(v.shape) for name,v in tensors if isinstance(v, Tensor)},
             samples=len(dataset) if hasattr(dataset, '__len__') else None,
             optimizer=sorted(opt.hypers[0]), schedule=self._schedule(),
-            kind=optimizer_kind(opt), groups=[len(group) for group in opt.param_lists]))
+            kind=optimizer_kind(opt), groups=[len(group) for group in opt.param_lists], **self._begun))
 
     def _schedule(self):
         "The learning rate that the fit was given, and five values of each scheduled hyperparameter"
@@ -287,10 +297,12 @@ class Checkpoint(Callback):
             if unsavable is None: raise
             path,value,error = unsavable
             kind,reason = f'{type(value).__module__}.{type(value).__qualname__}',str(error).partition('\n')[0]
+            # PyTorch's advice is for readers of foreign files
+            reason = '' if isinstance(error, pickle.UnpicklingError) else f' ({type(error).__name__}: {reason})'
             raise TypeError(
-                f"{self._place(path)} is of a type that a checkpoint can't hold, {kind} "
-                f"({type(error).__name__}: {reason}). Nothing was written. Use numbers, strings, arrays or tensors, "
-                "or lists and dicts of them; or fit without `Checkpoint`.") from e
+                f"{self._place(path)} is of a type that a checkpoint can't hold, {kind}{reason}. Nothing was written. "
+                "Use numbers, strings, arrays or tensors, or lists and dicts of them; or fit without `Checkpoint`."
+                ) from e
 
     def _place(self, path):
         "Describe in words where a value is in the state"
@@ -335,7 +347,7 @@ class Checkpoint(Callback):
         n_ranks = len(state['ranks'])
         if n_ranks!=self.ranks.size: raise ForeignCheckpoint(
             f"{file} is of {n_ranks} processes, and here are {self.ranks.size}: start as many.")
-        self._check_callbacks(state)
+        self._check_callbacks(file, state)
         return state
 
     def _check_identity(self, file, state):
@@ -352,12 +364,17 @@ class Checkpoint(Callback):
         if changed:
             labels = ' and another '.join(_identity_labels.get(key, key) for key in changed)
             details = _schedule_difference(saved['schedule'], current['schedule']) if 'schedule' in changed else ''
+            details += ''.join(f" ({saved[k]} there, {current[k]} here)" for k in ('bs','loss') if k in changed)
             if other_data: details += f': {other_data}'
             raise ForeignCheckpoint(f"{file} is the checkpoint of another fit: of another {labels}{details}.")
         if other_data: raise ForeignCheckpoint(f"{file} is the checkpoint of a fit on other data: {other_data}.")
 
-    def _check_callbacks(self, state):
-        "Let callbacks check whether what they keep in files of their own is complete"
+    def _check_callbacks(self, file, state):
+        "Check that no callback's state would be lost, and let callbacks check what they keep in files of their own"
+        lost = [name for name in state['callbacks'] if name not in self._named()]
+        if lost: raise ForeignCheckpoint(
+            f"{file} is the checkpoint of another fit: it holds the state of {', '.join(lost)}, and this fit has no "
+            "such callback. Add it.")
         if self._next: return # the files belong to the next fit
         for name,cb in self._with_state().items():
             if not hasattr(cb, 'check_state') or name not in state['callbacks']: continue
@@ -374,6 +391,10 @@ class Checkpoint(Callback):
         self.seconds,self._started,self._done = 0.,time.time(),0
         self._muted,self._saved,self._is_refused = None,None,False # of a fit that crashed
         self._lr = [group['lr'] for group in learn.opt.hypers]
+        train = learn.dls.train
+        self._begun = dict(
+            bs=first(o for o in (getattr(train, k, None) for k in ('bs','batch_size')) if isinstance(o, int)),
+            loss=_loss_kind(learn.loss_func))
         self._data = data_listing(learn.dls)
         reason = why_not_resumable(learn.opt)
         if reason:

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoaders, Learner, nn, set_seed
-from ltrl_fastai.all import (BalancedSoftmaxLoss, Checkpoint, KnowledgeReview, KnowledgeSummary, LDAMLoss,
+from ltrl_fastai.all import (BalancedSoftmaxLoss, Checkpoint, DeferredWeights, KnowledgeReview, KnowledgeSummary, LDAMLoss,
                              ReflectiveLearning, class_counts, create_net, digits_lt, methods)
 from ltrl_fastai.reflective import review
 from ltrl_fastai.reflective.gap import GeneralizationGap, balanced_accuracies, unevenness
@@ -298,3 +298,44 @@ def test_risks_are_checked_once_a_fit(monkeypatch):
 def test_the_default_causes_no_warning(recwarn):
     fit(learner(ReflectiveLearning()), 4)
     assert review_warnings(recwarn) == []
+
+
+def with_deferred_weights(cbs):
+    "A learner whose cross-entropy treats classes evenly from the second half of a fit on"
+    return learner([DeferredWeights(small_counts(), start=.5), *cbs], loss=CrossEntropyLossFlat())
+
+
+def test_nothing_of_an_uneven_loss_is_reviewed():
+    "In the epoch in which class weights begin, teachers are made anew; only then is there something to review"
+    class WeightsByEpoch(Callback):
+        def __init__(self): self.weights, self.teachers, self.turned = [], [], []
+        def after_train(self):
+            self.weights.append(weights(self.learn))
+            if hasattr(self.learn, 'knowledge_review'): self.teachers.append(self.learn.knowledge_review.teachers)
+        def before_batch(self):
+            if self.training and self.iter == 0 and hasattr(self.learn, 'generalization_gap'):
+                self.turned.append(self.learn.generalization_gap.became_even)
+    plain, reflective = WeightsByEpoch(), WeightsByEpoch()
+    fit(with_deferred_weights([plain]), 24)
+    learn = fit(with_deferred_weights([ReflectiveLearning(), reflective]), 24)
+    assert [epoch for epoch, turned in enumerate(reflective.turned) if turned] == [12]
+    assert all(a.equal(b) for a, b in zip(plain.weights[:13], reflective.weights))
+    assert reflective.teachers[11] is not reflective.teachers[12]
+    assert reflective.teachers[12] is reflective.teachers[23]
+    review_weights = [o['review_weight'] for o in learn.loss_terms.history]
+    assert not any(review_weights[:13]) and any(review_weights[13:])
+    assert not plain.weights[23].equal(reflective.weights[23])
+
+
+def test_a_fit_is_resumed_at_the_turn_to_an_even_loss(tmp_path):
+    "What the last epoch's loss was is in the checkpoint"
+    class StopAfter(Callback):
+        def __init__(self, epoch): self.last = epoch
+        def after_epoch(self):
+            if self.epoch == self.last: raise KeyboardInterrupt
+    whole = fit(with_deferred_weights([ReflectiveLearning()]), 16)
+    file = tmp_path/'fit.pt'
+    with pytest.raises(KeyboardInterrupt):
+        fit(with_deferred_weights([ReflectiveLearning(), Checkpoint(file), StopAfter(8)]), 16)
+    again = fit(with_deferred_weights([ReflectiveLearning(), Checkpoint(file)]), 16)
+    assert weights(again).equal(weights(whole))

@@ -45,14 +45,17 @@ class GeneralizationGap(CallbackWithMemory):
     "Measure training minus best validation accuracy after each epoch, as `strength`; None while the parts rest."
     order,run_valid = GradientAccumulation.order-3,True
     in_second_pass = False # it counts each sample once
-    remembered = ('train_counts','valid_counts','best_valid','fitted','strength')
+    remembered = ('train_counts','valid_counts','best_valid','fitted','strength','uneven')
     _stateattrs = (*remembered,'_of_lineage','_dataset')
     most_uneven = .25 # `unevenness` of the loss above which the parts rest
     train_counts = valid_counts = best_valid = fitted = strength = resting = _printed = None
+    uneven = None # Did the loss of the last epoch treat classes unevenly? None in the first epoch
+    became_even = False # Has this changed with this epoch, as with deferred class weights?
 
     def state_dict(self) -> dict:
         "The counts of the last epoch, and the best validation accuracy before it, for `Checkpoint`."
-        return dict(train_counts=self.train_counts, valid_counts=self.valid_counts, best_valid=self.best_valid)
+        return dict(train_counts=self.train_counts, valid_counts=self.valid_counts, best_valid=self.best_valid,
+                    uneven=self.uneven)
     def load_state_dict(self, state:dict, # Result of `state_dict`
                         learn:Learner # Learner with the same model and data
                        ):
@@ -61,11 +64,14 @@ class GeneralizationGap(CallbackWithMemory):
         device = device_of(learn.model)
         for name in ('train_counts','valid_counts','best_valid'):
             if state[name] is not None: setattr(self, name, state[name].to(device))
+        self.uneven = state.get('uneven') # files of an earlier version have none
         self.take_back(learn)
 
     def before_train(self):
         self.belongs()
+        was_uneven = self.uneven
         self.strength,self.resting = self._measure()
+        self.became_even = bool(was_uneven and not self.uneven)
         self._print_resting()
         self.train_counts = None
 
@@ -95,7 +101,8 @@ class GeneralizationGap(CallbackWithMemory):
         if self.train_counts is None: return None,None # the first epoch
         terms = self.learn.loss_terms
         train = terms.ranks.sum(self.train_counts)
-        if unevenness(train[1], terms.fit_loss)>self.most_uneven:
+        self.uneven = bool(unevenness(train[1], terms.fit_loss)>self.most_uneven)
+        if self.uneven:
             return None,(f"{_name(terms.fit_loss)} does not treat classes evenly, so that regularising it costs "
                          "accuracy on some of them. `BalancedSoftmaxLoss(class_counts(dls))` does")
         if self.valid_counts is None or self.valid_counts.shape!=self.train_counts.shape:

@@ -15,7 +15,6 @@ import resource
 import tempfile
 from ..data.fast import ImageTensors, pad_crop, random_flip, small_image_tfms, tensor_dataloaders
 from ..methods.catalogue import methods
-from ..methods.facts import method_facts
 from ..methods.losses import BalancedSoftmaxLoss
 from ..methods.nets import create_net
 from ..reflective.functional import class_similarity
@@ -352,7 +351,7 @@ def bench_training(net:str='resnet32', # See `create_net`
                 ours_vs_plain=round(_median(ours_s/plain_s), 4))
 
 # %% ../../nbs/experiments/06_bench.ipynb #e5e1801d
-def bench_methods(names:Collection=tuple(method_facts), # Names in `methods`
+def bench_methods(names:Collection|None=None, # Names in `methods`. Default: all but those that adapt a pretrained net
                   net:str='resnet32', # See `create_net`
                   bs:int=128, # Batch size
                   n_classes:int=100, # Number of classes
@@ -360,6 +359,7 @@ def bench_methods(names:Collection=tuple(method_facts), # Names in `methods`
                   device:str|torch.device='cpu' # Device of the steps
                  ) -> dict: # Median ratios by method: a step of its first stage over a step of cross-entropy
     "Time a step of each method over a step of cross-entropy; raises `KeyError` for an unknown method."
+    if names is None: names = [name for name,method in methods.items() if not method.pretrained]
     torch.manual_seed(0)
     x = torch.randint(0, 256, (2*bs,3,32,32), dtype=torch.uint8)
     y = torch.arange(2*bs)%n_classes
@@ -406,7 +406,7 @@ def bench(only:Collection=parts, # Some of `parts`
         res['loader'] = bench_loader(_size(2048, quick))
         echo(f"loader: {res['loader']}")
     if 'methods' in only:
-        names = ('softmax','sade') if quick else tuple(method_facts)
+        names = ('softmax','sade') if quick else None
         res['methods'] = bench_methods(names, 'resnet8' if quick else 'resnet32', device=device)
         echo(f"methods: {res['methods']}")
     return res

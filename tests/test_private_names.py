@@ -150,7 +150,15 @@ def quantized_tensors_are_made():
     return by_tensor.dequantize().eq(2).all().item() and by_channel.dequantize().eq(1).all().item()
 
 
+def writing_to_a_tensor_is_counted():
+    t = torch.zeros(2)
+    before = t._version
+    t.add_(1)
+    return t._version > before
+
+
 known = {  # a check of each name, and its purpose
+    '_version': (writing_to_a_tensor_is_counted, 'whether the items of a data set were changed in place'),
     '_getframe': (frames_can_be_inspected, 'which call an event belongs to'),
     '_with_events': (events_have_a_type, 'whether an event belongs to a fit'),
     '_n_inp': (inspection_of_an_item_is_kept, 'whether a loader has inspected an item'),

@@ -279,7 +279,8 @@ def test_fault_09_another_fit_is_refused_before_it_starts(make, said, tmp_path):
     with pytest.raises(ValueError, match=f'(?s)another fit.*{said}'):
         quiet(changed, 3, cbs=Checkpoint(tmp_path/'fit.pt'))
     assert torch.equal(weights(changed), before) and done(tmp_path/'fit.pt') == 1
-    same_again = quiet(learner(tmp_path, cbs=ReflectiveLearning() if cbs else None), 3, cbs=Checkpoint(tmp_path/'fit.pt'))
+    again = learner(tmp_path, cbs=ReflectiveLearning() if cbs else None)
+    same_again = quiet(again, 3, cbs=Checkpoint(tmp_path/'fit.pt'))
     assert len(same_again.recorder.values) == 3
 
 

@@ -3,8 +3,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoaders, Learner, nn, set_seed
-from ltrl_fastai.all import (BalancedSoftmaxLoss, Checkpoint, DeferredWeights, KnowledgeReview, KnowledgeSummary, LDAMLoss,
-                             ReflectiveLearning, class_counts, create_net, digits_lt, methods)
+from ltrl_fastai.all import (BalancedSoftmaxLoss, Checkpoint, DeferredWeights, KnowledgeReview, KnowledgeSummary,
+                             LDAMLoss, ReflectiveLearning, class_counts, create_net, digits_lt, methods)
 from ltrl_fastai.reflective import review
 from ltrl_fastai.reflective.gap import GeneralizationGap, balanced_accuracies, unevenness
 from ltrl_fastai.reflective.review import review_risks

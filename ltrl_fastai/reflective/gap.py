@@ -49,8 +49,7 @@ class GeneralizationGap(CallbackWithMemory):
     _stateattrs = (*remembered,'_of_lineage','_dataset')
     most_uneven = .25 # `unevenness` of the loss above which the parts rest
     train_counts = valid_counts = best_valid = fitted = strength = resting = _printed = None
-    uneven = None # Did the loss of the last epoch treat classes unevenly? None in the first epoch
-    became_even = False # Has this changed with this epoch, as with deferred class weights?
+    uneven = None # Has the loss treated classes unevenly in an epoch of the last fit? None before it is measured
 
     def state_dict(self) -> dict:
         "The counts of the last epoch, and the best validation accuracy before it, for `Checkpoint`."
@@ -71,7 +70,7 @@ class GeneralizationGap(CallbackWithMemory):
         self.belongs()
         was_uneven = self.uneven
         self.strength,self.resting = self._measure()
-        self.became_even = bool(was_uneven and not self.uneven)
+        if was_uneven and not self.uneven: self._forget_teachers()
         self._print_resting()
         self.train_counts = None
 
@@ -101,10 +100,13 @@ class GeneralizationGap(CallbackWithMemory):
         if self.train_counts is None: return None,None # the first epoch
         terms = self.learn.loss_terms
         train = terms.ranks.sum(self.train_counts)
-        self.uneven = bool(unevenness(train[1], terms.fit_loss)>self.most_uneven)
-        if self.uneven:
+        is_uneven = bool(unevenness(train[1], terms.fit_loss)>self.most_uneven)
+        self.uneven = is_uneven or bool(self.uneven and self.epoch>0)
+        if is_uneven:
             return None,(f"{_name(terms.fit_loss)} does not treat classes evenly, so that regularising it costs "
                          "accuracy on some of them. `BalancedSoftmaxLoss(class_counts(dls))` does")
+        if self.uneven:
+            return None,"in earlier epochs of this fit, the loss did not treat classes evenly"
         if self.valid_counts is None or self.valid_counts.shape!=self.train_counts.shape:
             return None,"there are no validation images to measure the generalization gap on"
         fitted,valid = balanced_accuracies(train, terms.ranks.sum(self.valid_counts))
@@ -112,10 +114,18 @@ class GeneralizationGap(CallbackWithMemory):
         self.best_valid = valid.clone() if self.best_valid is None else torch.maximum(self.best_valid, valid)
         return (fitted-self.best_valid).clamp(min=0.),None
 
+    @property
+    def _followers(self):
+        "The parts of the learner that act by the gap"
+        return [cb for cb in self.learn.cbs if getattr(cb, 'adapt', None)=='auto']
+
+    def _forget_teachers(self):
+        "Let the parts forget what was predicted under a loss that favours some classes: it would keep favouring them"
+        for cb in self._followers: cb.reset()
+
     def _print_resting(self):
         "Print once, in the first process, why the parts rest, if the learner has any that would act"
-        would_act = any(getattr(cb, 'adapt', None)=='auto' for cb in self.learn.cbs)
-        if not self.resting or not would_act or self.resting==self._printed: return
+        if not self.resting or not self._followers or self.resting==self._printed: return
         self._printed = self.resting
         if self.learn.loss_terms.ranks.rank: return
         print(f"Reflective Learning rests: {self.resting}. To act all the same, set a fixed strength: "

@@ -136,8 +136,6 @@ class KnowledgeReview(CallbackWithMemory):
         self.belongs()
         if self.teachers is not None and len(self.teachers)!=self.learn.sample_ids.n_items:
             self.reset() # ids now refer to other samples
-        if self.adapt=='auto' and self.learn.generalization_gap.became_even:
-            self.reset() # what was predicted under a loss that favours frequent classes would keep favouring them
         self._recalled = None
         self.strength = None
         self.logit_shift = 0.

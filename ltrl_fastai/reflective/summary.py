@@ -89,7 +89,6 @@ class KnowledgeSummary(CallbackWithMemory):
 
     def before_train(self):
         self.belongs()
-        if self.adapt=='auto' and self.learn.generalization_gap.became_even: self.reset() # as teachers of the review
         self._n_correct = 0.
         self._n_samples = 0
         self._class_sums = None

@@ -8,10 +8,10 @@ __all__ = ['ProjectedNet', 'CentredNet', 'centred_net', 'BCLLoss']
 # %% ../../nbs/methods/36_bcl.ipynb #96920415
 from collections.abc import Collection
 from fastai.basics import *
-from ..core.counts import check_class_counts
+from ..core.checks import check_number
 from .heads import head_of
 from .experts import split_whole
-from .method import MethodLoss
+from .method import ContrastiveLoss
 
 # %% ../../nbs/methods/36_bcl.ipynb #819604a8
 def _projection(n_features, hidden, dims):
@@ -65,7 +65,7 @@ def centred_net(net:nn.Module, # A classifier that can be split
     return CentredNet(body, head_of(net)[1], dims, hidden)
 
 # %% ../../nbs/methods/36_bcl.ipynb #a7f29198
-class BCLLoss(MethodLoss):
+class BCLLoss(ContrastiveLoss):
     "Balanced Softmax and balanced contrast (Zhu et al. 2022); raises `ValueError` for an invalid argument."
     def __init__(self,
         class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
@@ -73,18 +73,10 @@ class BCLLoss(MethodLoss):
         temperature:float=.1, # Temperature of the similarities
         reduction:str='mean' # 'mean', 'sum' or 'none'
     ):
-        super().__init__(reduction)
-        if contrast<0 or temperature<=0: raise ValueError(
-            f"BCL: expected a contrast of 0 or more and a temperature above 0, got {contrast} and {temperature}")
-        n = check_class_counts(class_counts)
-        self.contrast_weight,self.temperature = contrast,temperature
-        self.register_buffer('log_prior', (n/n.sum()).log())
+        super().__init__(class_counts, temperature, reduction)
+        check_number('contrast', contrast, 'a weight', least=0)
+        self.contrast_weight = contrast
 
-    def logits_of(self, pred): return pred[0] if isinstance(pred, tuple) else pred
-    def trained_logits(self, logits:Tensor # `(B, C)`
-                      ) -> Tensor: # `(B, C)`
-        "Return the logits of the distribution that is trained: z + log prior."
-        return logits+self.log_prior.to(logits)
     def contrast(self, projections:Tensor, # `(V, B, dims)` of all views, of length one
                  centres:Tensor, # `(C, dims)`, of length one
                  targets:Tensor # `(B,)`
@@ -108,8 +100,5 @@ class BCLLoss(MethodLoss):
             "BCL: expected logits, projections and centres in training: "
             "make the net by `centred_net`, and train it on `two_views(dls)`.")
         logits,projections,centres = pred
-        n_classes = len(self.log_prior)
-        if logits.shape[1]!=n_classes: raise ValueError(
-            f"logits: expected {n_classes} classes, as there are class counts, got {logits.shape[1]}.")
         cross_entropy = F.cross_entropy(self.trained_logits(logits), targets, reduction='none')
         return cross_entropy + self.contrast_weight*self.contrast(projections, centres, targets)

@@ -8,10 +8,10 @@ __all__ = ['QueuedNet', 'queued_net', 'KeyQueue', 'PaCoLoss']
 # %% ../../nbs/methods/18_paco.ipynb #4f5c5b6d
 from collections.abc import Collection
 from fastai.basics import *
-from ..core.counts import check_class_counts
+from ..core.checks import check_number
 from .heads import head_of
 from .experts import split_whole
-from .method import MethodLoss
+from .method import ContrastiveLoss
 from ..core.ranks import Ranks
 
 # %% ../../nbs/methods/18_paco.ipynb #0ba12601
@@ -91,7 +91,7 @@ class KeyQueue(Callback):
         get_model(self.learn.model).enqueue(ranks.gather(keys), ranks.gather(self.y.as_subclass(Tensor)))
     def after_step(self): get_model(self.learn.model).follow()
 
-class PaCoLoss(MethodLoss):
+class PaCoLoss(ContrastiveLoss):
     "Contrastive loss with class centres (Cui et al. 2021, eq. 4); raises `ValueError` for an invalid argument."
     def __init__(self,
         class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
@@ -99,26 +99,16 @@ class PaCoLoss(MethodLoss):
         temperature:float=.05, # Temperature of the similarities
         reduction:str='mean' # 'mean', 'sum' or 'none'
     ):
-        super().__init__(reduction)
-        if alpha<0 or temperature<=0: raise ValueError(
-            f"expected alpha of 0 or more and a temperature above 0, got {alpha} and {temperature}")
-        n = check_class_counts(class_counts)
-        self.alpha,self.temperature = alpha,temperature
-        self.register_buffer('log_prior', (n/n.sum()).log())
+        super().__init__(class_counts, temperature, reduction)
+        check_number('alpha', alpha, 'a weight', least=0)
+        self.alpha = alpha
 
-    def logits_of(self, pred): return pred[0] if isinstance(pred, tuple) else pred
-    def trained_logits(self, logits:Tensor # `(B, C)`
-                      ) -> Tensor: # `(B, C)`
-        "Return the logits of the distribution that is trained: z + log prior."
-        return logits+self.log_prior.to(logits)
     def parts(self, pred, targets):
         if not isinstance(pred, tuple): raise ValueError(
             "PaCo: expected logits, queries, keys and queue in training: "
             "make the net by `queued_net`, and train it on `two_views(dls)`.")
         logits,queries,keys,queue,queue_labels = pred
         n_classes = len(self.log_prior)
-        if logits.shape[1]!=n_classes: raise ValueError(
-            f"logits: expected {n_classes} classes, as there are class counts, got {logits.shape[1]}.")
         samples = torch.cat([queries, keys, queue])
         labels = torch.cat([targets, targets, queue_labels])
         similarity = (queries@samples.T)/self.temperature

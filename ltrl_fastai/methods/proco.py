@@ -8,11 +8,11 @@ __all__ = ['log_normaliser_ratio', 'ClassDistributions', 'distributions_net', 'U
 # %% ../../nbs/methods/37_proco.ipynb #6f3539d8
 from collections.abc import Collection
 from fastai.basics import *
-from ..core.counts import check_class_counts
+from ..core.checks import check_number
 from ..core.ranks import Ranks
 from .heads import head_of
 from .experts import split_whole
-from .method import MethodLoss
+from .method import ContrastiveLoss
 from .bcl import ProjectedNet
 
 # %% ../../nbs/methods/37_proco.ipynb #b7d6eecf
@@ -113,7 +113,7 @@ class UpdateDistributions(Callback):
         self.learn.pred = logits,projections,*net.distributions()
 
 # %% ../../nbs/methods/37_proco.ipynb #3f721dae
-class ProCoLoss(MethodLoss):
+class ProCoLoss(ContrastiveLoss):
     "Balanced Softmax and a contrast with class distributions (Du et al. 2024); raises `ValueError` for a bad argument."
     def __init__(self,
         class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
@@ -121,18 +121,10 @@ class ProCoLoss(MethodLoss):
         temperature:float=.1, # Temperature of the similarities
         reduction:str='mean' # 'mean', 'sum' or 'none'
     ):
-        super().__init__(reduction)
-        if contrast<0 or temperature<=0: raise ValueError(
-            f"ProCo: expected a contrast of 0 or more and a temperature above 0, got {contrast} and {temperature}")
-        n = check_class_counts(class_counts)
-        self.contrast_weight,self.temperature = contrast,temperature
-        self.register_buffer('log_prior', (n/n.sum()).log())
+        super().__init__(class_counts, temperature, reduction)
+        check_number('contrast', contrast, 'a weight', least=0)
+        self.contrast_weight = contrast
 
-    def logits_of(self, pred): return pred[0] if isinstance(pred, tuple) else pred
-    def trained_logits(self, logits:Tensor # `(B, C)`
-                      ) -> Tensor: # `(B, C)`
-        "Return the logits of the distribution that is trained: z + log prior."
-        return logits+self.log_prior.to(logits)
     def contrast_logits(self, projections:Tensor, # `(..., dims)`, of length one
                         directions:Tensor, # `(C, dims)` of the classes, of length one
                         kappa:Tensor # `(C,)` concentrations
@@ -145,9 +137,6 @@ class ProCoLoss(MethodLoss):
             "ProCo: expected logits, projections, directions and concentrations in training: make the net by "
             "`distributions_net`, train it on `two_views(dls)`, and add `UpdateDistributions()` to the learner.")
         logits,projections,directions,kappa = pred
-        n_classes = len(self.log_prior)
-        if logits.shape[1]!=n_classes: raise ValueError(
-            f"logits: expected {n_classes} classes, as there are class counts, got {logits.shape[1]}.")
         loss = F.cross_entropy(self.trained_logits(logits), targets, reduction='none')
         of_views = self.trained_logits(self.contrast_logits(projections, directions, kappa))
         contrasts = [F.cross_entropy(o, targets, reduction='none') for o in of_views.unbind(0)]

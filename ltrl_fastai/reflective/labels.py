@@ -9,12 +9,12 @@ __all__ = ['label_review_loss', 'correct_labels', 'LabelReview']
 from fastai.basics import *
 from fastai.callback.training import GradientAccumulation
 from ..core.checks import check_number
-from ..core.ranks import Ranks
 from ..core.tensors import check_logits, device_of, upcast
 from .memory import TeacherMemory
 from .samples import SampleIds
-from .stores import check_store, make_store
-from .terms import CallbackWithMemory, LossTerms
+from .stores import make_store
+from .terms import LossTerms
+from .review import CallbackWithTeachers
 
 # %% ../../nbs/reflective/12_labels.ipynb #d7779686
 def label_review_loss(logits:Tensor, # `(B, C)` current logits
@@ -47,7 +47,7 @@ def _label_code(targets):
     codes = (places*7919)%65521 # two primes, so that sums of different labels rarely agree
     return (targets>.5).long().mul(codes).sum(1)%(2**31-1)
 
-class LabelReview(CallbackWithMemory):
+class LabelReview(CallbackWithTeachers):
     "Review each label whose remembered prediction is right; raises `ValueError` or `TypeError` for a bad argument."
     order,run_valid = GradientAccumulation.order-2,False
     needs = (SampleIds,LossTerms)
@@ -55,7 +55,7 @@ class LabelReview(CallbackWithMemory):
     columns = ('base_loss','review_loss','review_weight','right')
     remembered = ('teachers','share_found')
     _stateattrs = ('teachers','share_found','_recalled','_found','_dataset','_of_lineage')
-    teachers = share_found = None # remembered logits; the share of present labels that they predict correctly
+    share_found = None # the share of present labels that the teachers predict correctly
     _recalled = _found = None
     def __init__(self,
         tau:float=2., # Temperature of both distributions
@@ -71,23 +71,15 @@ class LabelReview(CallbackWithMemory):
         store_attr()
 
     def state_dict(self) -> dict:
-        "All teachers, for `Checkpoint`."
-        return dict(teachers=None if self.teachers is None else self.teachers.state_dict(),
-                    share_found=self.share_found)
-    def check_state(self, state:dict # Result of `state_dict`
-                   ):
-        "Check that `state` can be loaded; raises `ValueError` otherwise."
-        if state['teachers'] is not None: check_store(state['teachers']['store'])
+        "All teachers and `share_found`, for `Checkpoint`."
+        return dict(**super().state_dict(), share_found=self.share_found)
+
     def load_state_dict(self, state:dict, # Result of `state_dict`
                         learn:Learner # Learner with the same training data
                        ):
-        "Restore the teachers of the training samples of `learn`."
-        self.reset()
-        self.take_back(learn)
-        if state['teachers'] is None: return
-        device = device_of(learn.model)
-        self.teachers = TeacherMemory.from_state(state['teachers'], device, Ranks.of(learn.model).rank)
-        self.share_found = state['share_found'].to(device)
+        "Restore the teachers of the training samples of `learn`, and `share_found`."
+        super().load_state_dict(state, learn)
+        if self.teachers is not None: self.share_found = state['share_found'].to(device_of(learn.model))
 
     def before_train(self):
         self.belongs()

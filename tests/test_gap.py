@@ -184,7 +184,7 @@ def test_accuracies_of_counts():
     train = torch.tensor([[5., 4.], [5., 4.]])
     valid = torch.tensor([[3., 1.], [4., 2.]])
     assert balanced_accuracies(train, valid).tolist() == [1., .75]
-    assert balanced_accuracies(train, valid, least=1).tolist() == [1., .625]
+    assert balanced_accuracies(train, valid, min_images=1).tolist() == [1., .625]
     assert balanced_accuracies(torch.zeros(2, 2), valid).tolist() == [0., 0.]
 
 

@@ -15,10 +15,10 @@ from .terms import CallbackWithMemory
 # %% ../../nbs/reflective/11_gap.ipynb #e34692c6
 def balanced_accuracies(train:Tensor, # `(2, C)` correctly predicted training images, and all training images, by class
                         valid:Tensor, # `(2, C)` the same for validation images
-                        least:int=3 # Validation images that a class needs to be included
+                        min_images:int=3 # Validation images that a class needs to be included
                        ) -> Tensor: # `(2,)` training and validation accuracy, from 0 to 1; 0 without any class
     "Mean accuracy over classes that have training images and enough validation images."
-    included = (train[1]>0) & (valid[1]>=least)
+    included = (train[1]>0) & (valid[1]>=min_images)
     accuracies = torch.stack([right/total.clamp(min=1) for right,total in (train,valid)])
     return torch.where(included, accuracies, 0.).sum(1)/included.sum().clamp(min=1)
 

@@ -2503,6 +2503,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'ltrl_fastai/experiments/summary.py'),
                                                  'ltrl_fastai.experiments.summary._tuned_roles': ( 'experiments/summary.html#_tuned_roles',
                                                                                                    'ltrl_fastai/experiments/summary.py'),
+                                                 'ltrl_fastai.experiments.summary._tuned_row': ( 'experiments/summary.html#_tuned_row',
+                                                                                                 'ltrl_fastai/experiments/summary.py'),
                                                  'ltrl_fastai.experiments.summary._unpack': ( 'experiments/summary.html#_unpack',
                                                                                               'ltrl_fastai/experiments/summary.py'),
                                                  'ltrl_fastai.experiments.summary._variant_row': ( 'experiments/summary.html#_variant_row',

@@ -418,13 +418,13 @@ def _dark_findings(deep):
     limit = 2**15 if highest<2**15 else 2**12 # no image uses the upper half; else those below a sixteenth
     dark = [(place.path, low, high) for place,(low,high) in deep if 0<high<limit]
     described = [f'{path} ({low:,} to {high:,})' for path,low,high in dark]
-    return _finding_of(
-        [path for path,_,_ in dark], 'dark-16-bit', 'warning',
-        f"{_number(len(dark), 'image')} of 16 bits {'uses' if len(dark)==1 else 'use'} a small part of the 65,535 "
-        f"levels: "
-        f"{_named(described)}. {'It is' if len(dark)==1 else 'They are'} read as dark or nearly black.",
-        "If the camera has fewer bits, multiply the levels (12 bits by 16), or save the images with 8 bits. A PNG with "
-        "an sBIT chunk and a TIFF with the tag MaxSampleValue are scaled by what they say.")
+    uses,they_are = ('uses','It is') if len(dark)==1 else ('use','They are')
+    text = (f"{_number(len(dark), 'image')} of 16 bits {uses} a small part of the 65,535 levels: {_named(described)}. "
+            f"{they_are} read as dark or nearly black.")
+    advice = ("If the camera has fewer bits, multiply the levels (12 bits by 16), or save the images with 8 bits. A PNG "
+              "with an sBIT chunk and a TIFF with the tag MaxSampleValue are scaled by what they say.")
+    paths = [path for path,_,_ in dark]
+    return _finding_of(paths, kind='dark-16-bit', severity='warning', text=text, advice=advice)
 
 def _colour_findings(listing, readable):
     "Findings about the kind of pixels: 16 bits, greyscale, palette, CMYK"

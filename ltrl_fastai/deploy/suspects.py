@@ -137,9 +137,9 @@ def _file_of(dataset, i):
 def suspects(record:LabelRecord|LabelAgreement, # A record, or the callback that keeps it
              dls:DataLoaders, # The loaders of the training
              max_suspects:int=100, # Largest number of suspects
-             doubt:float=.5, # Least doubt: see `label_doubt`
-             right:float=.5, # Largest share of visits at which the label was predicted
-             visits:int=3 # Least number of visits
+             min_doubt:float=.5, # Least doubt: see `label_doubt`
+             max_right:float=.5, # Largest share of visits at which the label was predicted
+             min_visits:int=3 # Least number of visits
             ) -> list: # Of dicts of plain types, the most doubtful first
     "List the training items whose labels are probably wrong; raises `ValueError` if nothing was recorded."
     if isinstance(record, LabelAgreement): record = record.record
@@ -150,7 +150,8 @@ def suspects(record:LabelRecord|LabelAgreement, # A record, or the callback that
         f"dls: expected the loaders of the training, with {len(record)} items, got {len(dataset)}.")
     table = record.table()
     table['doubt'] = label_doubt(table)
-    is_suspect = (table.doubt>=doubt) & (table.own<table.other) & (table.right<=right) & (table.visits>=visits)
+    is_doubtful = (table.doubt>=min_doubt) & (table.own<table.other) & (table.right<=max_right)
+    is_suspect = is_doubtful & (table.visits>=min_visits)
     ranked = table[is_suspect].sort_values('doubt', ascending=False, kind='stable')[:max_suspects]
     root = getattr(dls, 'root', None)
     res = []

@@ -239,18 +239,20 @@ def recommend(results:list, # As `load_results` gives, all of one data set
     runner_up = next(o for o in ranked if o is not chosen)
     is_tested = not any(np.isnan(o.scores('accuracy')).any() for o in candidates)
     compared = None if plain is chosen else plain
+    cost = over_softmax = test_accuracy = test_over_softmax = None
+    if plain is not None and plain.seconds>0: cost = round(chosen.seconds/plain.seconds, 5)
+    if compared is not None: over_softmax = _gain(chosen, compared)
+    if is_tested: test_accuracy = round(float(chosen.scores('accuracy').mean()), 5)
+    if is_tested and compared is not None: test_over_softmax = _gain(chosen, compared, 'accuracy')
     words = shlex.split(command)
+    more_seeds = '' if verdict=='clear' else _with_more_seeds(words, n_seeds)
     return Recommendation(
         data=_data_name(results[0]), variant=chosen.variant, method=chosen.method, reflective=chosen.reflective,
         verdict=verdict, seeds=n_seeds, candidates=len(candidates), best=best.variant,
         not_worse=[o.variant for o in not_worse], least_lead=margin, valid_accuracy=chosen.mean,
-        runner_up=runner_up.variant, over_runner_up=_gain(chosen, runner_up),
-        over_softmax=None if compared is None else _gain(chosen, compared),
-        cost=round(chosen.seconds/plain.seconds, 5) if plain is not None and plain.seconds>0 else None,
-        test_accuracy=round(float(chosen.scores('accuracy').mean()), 5) if is_tested else None,
-        test_over_softmax=_gain(chosen, compared, 'accuracy') if is_tested and compared is not None else None,
-        train=train_command(chosen.settings, _value_of(words, '--data')),
-        more_seeds='' if verdict=='clear' else _with_more_seeds(words, n_seeds),
+        runner_up=runner_up.variant, over_runner_up=_gain(chosen, runner_up), over_softmax=over_softmax, cost=cost,
+        test_accuracy=test_accuracy, test_over_softmax=test_over_softmax,
+        train=train_command(chosen.settings, _value_of(words, '--data')), more_seeds=more_seeds,
         notes=notes+_few_images(chosen))
 
 def recommendations(results:list, # As `load_results` gives

@@ -320,16 +320,24 @@ _questions = {
     'best': '(c) best with, over best without',
 }
 
+def _tuned_row(r):
+    "A row of `tuned_gains` as texts by column"
+    return {
+        'gain of Reflective Learning': _questions[r.baseline],
+        'pairs': r.pairs,
+        'All without': _number(r['all']),
+        'All with': _number(r.all_rl),
+        'gain of All (95%)': show_gain(r, 'all'),
+        'gain of Few (95%)': show_gain(r, 'few'),
+    }
+
 def tuned_markdown(gains:pd.DataFrame # As `tuned_gains` gives
                   ) -> str: # Empty for no gains
     "A table of the three gains for each data set and method, and the settings that were chosen."
     if not len(gains): return ''
     lines = []
     for group,g in gains.groupby('group', sort=False):
-        rows = [{'gain of Reflective Learning': _questions[r.baseline], 'pairs': r.pairs,
-                 'All without': _number(r['all']), 'All with': _number(r.all_rl),
-                 'gain of All (95%)': show_gain(r, 'all'), 'gain of Few (95%)': show_gain(r, 'few')}
-                for _,r in g.iterrows()]
+        rows = [_tuned_row(r) for _,r in g.iterrows()]
         best = g.iloc[-1]
         chosen = f"Chosen on validation images: {best['without']}; {best['with']}."
         lines += [f'### {group}, tuned', '', text_table(rows), '', chosen, '']

@@ -100,7 +100,7 @@ def test_the_parts_act_under_an_even_loss(loss, capsys):
     assert 'is off' not in capsys.readouterr().out
 
 
-def test_the_parts_rest_without_validation_images(capsys):
+def test_the_parts_are_off_without_validation_images(capsys):
     train_only = digits_lt(device='cpu', n_max=40, bs=16)
     train_only = DataLoaders(train_only.train, device='cpu')
     learn = learner(ReflectiveLearning(), dls=train_only)

@@ -191,7 +191,7 @@ class PretendDevice:
         self._replace(torch, 'autocast', self._autocast(torch.autocast))
         self._replace(torch, 'load', self._load(torch.load))
         self._replace(torch.cuda, 'current_stream', lambda device: Stream())
-        self._replace(stores, '_pins', is_there)
+        self._replace(stores, '_uses_pinned_memory', is_there)
         original = default_device  # this module's name is replaced too
         for o in list(sys.modules.values()):
             if getattr(o, '__dict__', {}).get('default_device') is original:

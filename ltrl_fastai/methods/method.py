@@ -43,8 +43,8 @@ class MethodLoss(nn.Module):
     def forward(self, pred, targets):
         pred = apply(_float32_tensor, pred)
         is_logits = isinstance(pred, Tensor) and pred.ndim==2
-        sample_loss = self.loss_of_logits if is_logits else self.loss_per_image
-        loss = sample_loss(pred, targets.as_subclass(Tensor))
+        compute_loss = self.loss_of_logits if is_logits else self.loss_per_image
+        loss = compute_loss(pred, targets.as_subclass(Tensor))
         if self.reduction=='none': return loss
         return loss.sum() if self.reduction=='sum' else loss.mean()
     def activation(self, x:Tensor # Logits `(B, C)`
@@ -61,7 +61,7 @@ def _float32_tensor(x):
     return upcast(x.as_subclass(Tensor)) if isinstance(x, Tensor) else x
 
 class ContrastiveLoss(MethodLoss):
-    "Base of losses with a contrast beside logits that are trained as z + log prior; raises `ValueError`."
+    "Base class: cross-entropy of z + log prior plus a contrastive loss; raises `ValueError` for a bad argument."
     def __init__(self,
         class_counts:Collection, # Training images of each class, each at least 1
         temperature:float, # Temperature of the similarities, above 0

@@ -421,8 +421,8 @@ def _dark_findings(deep):
     uses,they_are = ('uses','It is') if len(dark)==1 else ('use','They are')
     text = (f"{_number(len(dark), 'image')} of 16 bits {uses} a small part of the 65,535 levels: {_named(described)}. "
             f"{they_are} read as dark or nearly black.")
-    advice = ("If the camera has fewer bits, multiply the levels (12 bits by 16), or save the images with 8 bits. A PNG "
-              "with an sBIT chunk and a TIFF with the tag MaxSampleValue are scaled by what they say.")
+    advice = ("If the camera has fewer bits, multiply the levels (12 bits by 16), or save the images with 8 bits. A "
+              "PNG with an sBIT chunk and a TIFF with the tag MaxSampleValue are scaled by what they say.")
     paths = [path for path,_,_ in dark]
     return _finding_of(paths, kind='dark-16-bit', severity='warning', text=text, advice=advice)
 

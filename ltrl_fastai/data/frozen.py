@@ -96,7 +96,9 @@ class _Digest:
         is_plain = o is None or isinstance(o, (bool,int,float,complex,str,bytes,PurePath))
         if is_plain: return _hash(type(o).__name__, repr(o))
         if id(o) in self.done: return self.done[id(o)][0]
-        if id(o) in self.being_hashed: return _hash('within itself', len(self.being_hashed)-self.being_hashed.index(id(o)))
+        if id(o) in self.being_hashed:
+            depth = len(self.being_hashed)-self.being_hashed.index(id(o))
+            return _hash('within itself', depth)
         self.being_hashed.append(id(o))
         try: res = _hash(*self.parts(o))
         finally: self.being_hashed.pop()

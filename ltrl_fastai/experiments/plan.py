@@ -66,7 +66,7 @@ def _method_constants():
     return res
 
 def locate_setting(name:str # `epochs`, `tau`, `kr.tau`, `method.tau` or `preset`
-                  ) -> tuple: # (None, field of `RunSettings` or `method.constant`), (part, argument) or ('rl', 'preset')
+                  ) -> tuple: # (None, field or `method.constant`), (part, argument) or ('rl', 'preset')
     "Find out where a value of that name belongs; raises `ValueError` with the nearest name for an unknown one."
     if name.startswith(_of_method): return None,one_of('name of a setting', name, _method_constants())
     if name=='preset': return 'rl',name

@@ -45,7 +45,8 @@ class Methods(dict[str, _Entry]):
         super().__init__(methods)
         self.aliases = aliases
     def __missing__(self, name:str) -> _Entry:
-        raise KeyError(f"method: got {name!r}.{did_you_mean(name, self, aliases=self.aliases)} There are {', '.join(self)}.")
+        suggestion = did_you_mean(name, self, aliases=self.aliases)
+        raise KeyError(f"method: got {name!r}.{suggestion} There are {', '.join(self)}.")
 
 # %% ../../nbs/methods/24_facts.ipynb #0ed808fa
 _no_nesterov = dict(nesterov=False) # as the authors train

@@ -95,7 +95,7 @@ def _in_memory(folder):
         if str(o) in file_systems: return file_systems[str(o)] in ('tmpfs','ramfs')
     return False
 
-def _uses_pinned_memory(device): return torch.device(device).type=='cuda' # does it copy to pinned host memory by itself?
+def _uses_pinned_memory(device): return torch.device(device).type=='cuda'
 
 def _pinned_copy(t):
     "A copy of `t` in pinned host memory, which arrives asynchronously"

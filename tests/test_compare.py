@@ -163,7 +163,7 @@ def test_a_run_that_fails_stops_no_other(tmp_path):
 def test_what_all_runs_print_is_shown_once(tmp_path):
     args = ('compare', '--methods', 'softmax', '--set', 'epochs=2', '--set', 'net=resnet8', '--seeds', '2')
     said = run(*args, '--jobs', '1', '--out', 'a', cwd=tmp_path)
-    assert '4 computed' in said and said.count('Reflective Learning rests') == 1
+    assert '4 computed' in said and said.count('Reflective Learning is off') == 1
 
 
 @pytest.mark.slow

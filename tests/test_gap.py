@@ -1,4 +1,4 @@
-"Review and summary follow the generalization gap, and rest if it cannot be measured or the loss is uneven."
+"Review and summary follow the generalization gap; they are off if it cannot be measured or the loss is uneven."
 import pytest
 import torch
 import torch.nn.functional as F
@@ -82,10 +82,10 @@ uneven = dict(
 @pytest.mark.parametrize('loss', uneven)
 def test_an_uneven_loss_leaves_training_unchanged_to_the_bit(loss, capsys):
     loss = uneven[loss]()
-    resting = fit(learner(ReflectiveLearning(), loss), 4)
+    with_rl = fit(learner(ReflectiveLearning(), loss), 4)
     printed = capsys.readouterr().out
-    assert torch.equal(weights(resting), weights(fit(learner(None, loss), 4)))
-    assert printed.count('Reflective Learning rests') == 1
+    assert torch.equal(weights(with_rl), weights(fit(learner(None, loss), 4)))
+    assert printed.count('Reflective Learning is off') == 1
     assert 'does not treat classes evenly' in printed
 
 
@@ -97,7 +97,7 @@ def test_the_parts_act_under_an_even_loss(loss, capsys):
     loss = even[loss]()
     acting = fit(learner(ReflectiveLearning(), loss))
     assert not torch.equal(weights(acting), weights(fit(learner(None, loss))))
-    assert 'rests' not in capsys.readouterr().out
+    assert 'is off' not in capsys.readouterr().out
 
 
 def test_the_parts_rest_without_validation_images(capsys):
@@ -114,7 +114,7 @@ def test_the_parts_rest_without_validation_images(capsys):
 def test_a_fixed_strength_acts_and_prints_nothing(capsys):
     rl = ReflectiveLearning(kr=dict(weight=1., adapt=0.), ks=dict(adapt=0.))
     learn = fit(learner(rl, CrossEntropyLossFlat()), 3)
-    assert 'rests' not in capsys.readouterr().out
+    assert 'is off' not in capsys.readouterr().out
     assert learn.loss_terms.history[1]['review_loss'] > 0
 
 
@@ -184,7 +184,7 @@ def test_accuracies_of_counts():
     train = torch.tensor([[5., 4.], [5., 4.]])
     valid = torch.tensor([[3., 1.], [4., 2.]])
     assert balanced_accuracies(train, valid).tolist() == [1., .75]
-    assert balanced_accuracies(train, valid, least=1).tolist() == [1., .625]
+    assert balanced_accuracies(train, valid, min_images=1).tolist() == [1., .625]
     assert balanced_accuracies(torch.zeros(2, 2), valid).tolist() == [0., 0.]
 
 
@@ -310,12 +310,12 @@ def test_a_fit_that_begins_under_an_uneven_loss_is_left_alone():
     plain = fit(with_deferred_weights([]), 16)
     learn = fit(with_deferred_weights([ReflectiveLearning()]), 16)
     assert weights(learn).equal(weights(plain))
-    assert 'did not treat classes evenly' in learn.generalization_gap.resting
+    assert 'did not treat classes evenly' in learn.generalization_gap.why_off
     of_uneven_loss = learn.knowledge_review.teachers
     learn.remove_cbs(DeferredWeights)
     learn.loss_func = BalancedSoftmaxLoss(small_counts())
     fit(learn, 16)
-    assert learn.generalization_gap.resting is None
+    assert learn.generalization_gap.why_off is None
     assert learn.knowledge_review.teachers is not of_uneven_loss
     review_weights = [o['review_weight'] for o in learn.loss_terms.history]
     assert review_weights[0] == 0 and any(review_weights)

@@ -15,7 +15,7 @@ may_differ = ('code', 'threads')
 def trained(tmp_path_factory):
     "A folder with a result of a recipe, made smaller, and its plan"
     folder = tmp_path_factory.mktemp('slides')
-    plan = recipe_runs(['table1/BSCE/100'], [0], texts=quick)
+    plan = recipe_runs(['table1/BSCE/100'], [0], changes=quick)
     compute_run(plan_status(plan, folder)[0], folder)
     return folder, plan
 
@@ -74,7 +74,7 @@ def test_results_of_two_machines_count_together(trained):
 
 
 def test_settings_of_reflective_learning_skip_recipes_without_it():
-    plain, reflective = recipe_runs(['table1/BSCE/100', 'table1/BSCE+RL/100'], [0], texts=['preset=default'])
+    plain, reflective = recipe_runs(['table1/BSCE/100', 'table1/BSCE+RL/100'], [0], changes=['preset=default'])
     assert plain.settings.reflective is None and plain.mark['changed'] == {}
     assert reflective.settings.reflective['preset'] == 'default'
 

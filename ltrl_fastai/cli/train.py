@@ -531,9 +531,9 @@ def run(
     with contextlib.ExitStack() as stack:
         try:
             r = recipe(name)
-            texts = [*(set_ or [])]
-            if preset: texts.append(f'preset={preset}')
-            over,changed = changed_by(r, texts)
+            changes = [*(set_ or [])]
+            if preset: changes.append(f'preset={preset}')
+            over,changed = changed_by(r, changes)
             if data: over['data'] = str(data)
             settings = r.settings(budget, seed=seed, **over)
             mark,identity = r.mark(budget, changed),_identity([settings])

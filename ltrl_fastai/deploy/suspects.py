@@ -136,7 +136,7 @@ def _file_of(dataset, i):
 
 def suspects(record:LabelRecord|LabelAgreement, # A record, or the callback that keeps it
              dls:DataLoaders, # The loaders of the training
-             most:int=100, # Largest number of suspects
+             max_suspects:int=100, # Largest number of suspects
              doubt:float=.5, # Least doubt: see `label_doubt`
              right:float=.5, # Largest share of visits at which the label was predicted
              visits:int=3 # Least number of visits
@@ -151,7 +151,7 @@ def suspects(record:LabelRecord|LabelAgreement, # A record, or the callback that
     table = record.table()
     table['doubt'] = label_doubt(table)
     is_suspect = (table.doubt>=doubt) & (table.own<table.other) & (table.right<=right) & (table.visits>=visits)
-    ranked = table[is_suspect].sort_values('doubt', ascending=False, kind='stable')[:most]
+    ranked = table[is_suspect].sort_values('doubt', ascending=False, kind='stable')[:max_suspects]
     root = getattr(dls, 'root', None)
     res = []
     for i,o in ranked.iterrows():

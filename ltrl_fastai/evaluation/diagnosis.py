@@ -37,7 +37,7 @@ class Diagnosis(CallbackWithMemory):
         return list(self.train_accuracy)
 
     def before_train(self):
-        self.belongs()
+        self.reset_if_changed()
         self._sums = None
         if self.epoch==0:
             self.last = None
@@ -73,7 +73,7 @@ class Diagnosis(CallbackWithMemory):
         "Continue a record."
         self.kl = state['kl']
         self.train_accuracy = state['right']
-        self.take_back(learn)
+        self.accept_loaded(learn)
         last = state['last']
         self.last = None if last is None else TeacherMemory.from_state(last, device_of(learn.model))
 

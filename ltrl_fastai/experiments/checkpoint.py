@@ -523,7 +523,7 @@ class Checkpoint(Callback):
 
     def _resume_rank(self, state):
         "Restore what this rank remembers; its random generators last, since resuming draws random numbers"
-        for cb in self._all_of(LossTerms): cb.take_back(state['split'])
+        for cb in self._all_of(LossTerms): cb.restore_grads(state['split'])
         loaders = self._loaders()
         for name,states in state.get('use', {}).items():
             layers = loader_layers(loaders[name]) if name in loaders else []

@@ -549,14 +549,14 @@ later_recipes = {o.name: o for o in (
 
 # %% ../../nbs/experiments/08_recipes.ipynb #1cfb1cf5
 def changed_by(r:Recipe, # Stays as it is
-               texts:list # 'epochs=10', 'tau=4', 'preset=default', ...
+               changes:list # 'epochs=10', 'tau=4', 'preset=default', ...
               ) -> tuple: # Arguments for `Recipe.settings`, and the changed values by name
     "Apply the texts of `--set` to a recipe; raises `ValueError` if one can't be applied."
     from ltrl_fastai.experiments.plan import merge_setting, parse_setting
     from ltrl_fastai.reflective.learning import ReflectiveLearning
     reflective = deepcopy(r.reflective)
     over,changed = {},{}
-    for text in texts:
+    for text in changes:
         where,value = parse_setting(text)
         if where[0] is not None and reflective is None: raise ValueError(
             f"{text}: {r.name} is trained without Reflective Learning, so none of its arguments can be set.")

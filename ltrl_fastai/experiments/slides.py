@@ -34,7 +34,7 @@ def recipe_runs(patterns:Collection, # Names of recipes, or patterns, as `matchi
                 seeds:Collection, # Seeds of weights, batches and augmentation
                 device:str='cpu', # Kind of device that computes them
                 budget:float=1., # Share of the schedule
-                texts:Collection=(), # 'epochs=10', 'preset=default', ...: settings that are changed in all
+                changes:Collection=(), # 'epochs=10', 'preset=default', ...: settings that are changed in all
                 **settings # Other fields of `RunSettings`, such as `data`
                ) -> list: # Of `RecipeRun`, seed by seed
     "Plan the runs of recipes, equal ones once; raises `ValueError` for an unknown name or an invalid setting."
@@ -43,7 +43,7 @@ def recipe_runs(patterns:Collection, # Names of recipes, or patterns, as `matchi
     known = set()
     for seed in dict.fromkeys(seeds):
         for r in chosen.values():
-            overrides,changed = changed_by(r, [o for o in texts if _applies(r, o)])
+            overrides,changed = changed_by(r, [o for o in changes if _applies(r, o)])
             of_run = r.settings(budget, seed=seed, **overrides, **settings)
             factor = '' if of_run.imbalance_factor is None else f' IF {of_run.imbalance_factor:g}'
             group = f'{of_run.data_name}{factor} {of_run.method}'

@@ -91,7 +91,7 @@ class BinaryBalancedLoss(MethodLoss):
     ):
         super().__init__(reduction)
         self.register_buffer('weight', effective_weights(class_counts, beta))
-    def alone(self, logits, targets):
+    def loss_of_logits(self, logits, targets):
         n_classes = len(self.weight)
         if logits.shape[1]!=n_classes: raise ValueError(
             f"logits: expected {n_classes} classes, as there are class counts, got {logits.shape[1]}.")

@@ -24,14 +24,14 @@ class BalPoELoss(ExpertsLoss):
         log_prior = (n/n.sum()).log()
         self.register_buffer('shifts', torch.as_tensor(taus).float()[:,None]*log_prior)
 
-    def each(self, logits, k, targets):
+    def loss_per_expert(self, logits, k, targets):
         return F.cross_entropy(logits+self.shifts[k].to(logits), targets, reduction='none')
-    def parts(self, pred, targets):
+    def loss_per_image(self, pred, targets):
         n_experts,n_classes = self.shifts.shape
         if pred.ndim!=3 or pred.shape[1:]!=self.shifts.shape: raise ValueError(
             f"BalPoE: expected logits (B, {n_experts}, {n_classes}) of one expert per tau, with one class per class "
             f"count, got shape {tuple(pred.shape)}: `expert_net(net, {n_experts})`.")
-        return super().parts(pred, targets)/n_experts
+        return super().loss_per_image(pred, targets)/n_experts
     def trained_logits(self, logits:Tensor # `(B, C)`, mean of the experts
                       ) -> Tensor: # `(B, C)`
         "Return the logits of the distribution that the product of the experts trains: z + mean tau times log prior."

@@ -78,7 +78,7 @@ def bilateral_net(net:nn.Module, # A classifier that can be split
 class BBNLoss(MethodLoss):
     "Cross-entropy of the mixture with the targets of both batches (Zhou et al. 2020, eq. 3)."
     def logits_of(self, pred): return pred[1] if isinstance(pred, tuple) else pred
-    def parts(self, pred, targets):
+    def loss_per_image(self, pred, targets):
         if not isinstance(pred, tuple): raise ValueError(
             "BBN: the model gave one prediction, where a mixture of two batches was expected: "
             "make the net by `bilateral_net`, and add `ReversedBatch()` to the learner.")

@@ -95,7 +95,7 @@ class BCLLoss(ContrastiveLoss):
         attraction = (similarity*is_alike).sum(1)/is_alike.sum(1)
         loss = averaged.logsumexp(1)-attraction
         return loss.unflatten(0, projections.shape[:2]).mean(0)
-    def parts(self, pred, targets):
+    def loss_per_image(self, pred, targets):
         if not isinstance(pred, tuple): raise ValueError(
             "BCL: expected logits, projections and centres in training: "
             "make the net by `centred_net`, and train it on `two_views(dls)`.")

@@ -164,16 +164,16 @@ def split_late(net:nn.Module # A classifier that can be split
 
 # %% ../../nbs/methods/13_experts.ipynb #faddd720
 class ExpertsLoss(MethodLoss):
-    "Base class of losses for logits `(B, K, C)`: the sum over experts of `each`; the prediction is their mean."
-    def each(self, logits:Tensor, # `(B, C)` of one expert
-             k:int, # Index of the expert
-             targets:Tensor # `(B,)`
-            ) -> Tensor: # `(B,)`
+    "Base class of losses for logits `(B, K, C)`: the sum of `loss_per_expert`; the experts' mean predicts."
+    def loss_per_expert(self, logits:Tensor, # `(B, C)` of one expert
+                        k:int, # Index of the expert
+                        targets:Tensor # `(B,)`
+                       ) -> Tensor: # `(B,)`
         "Return the loss of one expert for each sample; by default, cross-entropy."
         return F.cross_entropy(logits, targets, reduction='none')
-    def parts(self, pred, targets):
+    def loss_per_image(self, pred, targets):
         if pred.ndim!=3: raise ValueError(
             f"{type(self).__name__}: expected logits (B, K, C) of experts in training, got shape {tuple(pred.shape)}. "
             "Make experts of the net first: `expert_net(net)`.")
-        return sum(self.each(z, k, targets) for k,z in enumerate(pred.unbind(1)))
+        return sum(self.loss_per_expert(z, k, targets) for k,z in enumerate(pred.unbind(1)))
     def logits_of(self, pred): return pred.mean(1) if pred.ndim==3 else pred

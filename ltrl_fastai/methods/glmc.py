@@ -104,7 +104,7 @@ class GLMCLoss(MethodLoss):
         self.register_buffer('class_weights', inverse/inverse.mean())
 
     def logits_of(self, pred): return pred[1][0] if isinstance(pred, tuple) else pred
-    def parts(self, pred, targets):
+    def loss_per_image(self, pred, targets):
         if not isinstance(pred, tuple) or len(pred)!=7: raise ValueError(
             "GLMC: expected the outputs of two heads for two mixtures, with partners and shares: make the net by "
             "`two_head_net`, train it on `two_views(dls)`, and add `GlobalLocalMix()` to the learner.")

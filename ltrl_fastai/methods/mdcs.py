@@ -28,9 +28,9 @@ class MDCSLoss(ExpertsLoss):
         self.kl_weight = weight
         self.register_buffer('shifts', tensor(lambdas).float()[:,None]*check_class_counts(class_counts).log())
 
-    def each(self, logits, k, targets):
+    def loss_per_expert(self, logits, k, targets):
         return F.cross_entropy(logits+self.shifts[k].to(logits), targets, reduction='none')
-    def parts(self, pred, targets): # `(2, B, K, C)`
+    def loss_per_image(self, pred, targets): # `(2, B, K, C)`
         n_experts,n_classes = self.shifts.shape
         if pred.ndim!=4 or len(pred)!=2 or pred.shape[2:]!=self.shifts.shape: raise ValueError(
             f"MDCS: expected logits (2, B, {n_experts}, {n_classes}) of two views and {n_experts} experts, "
@@ -42,7 +42,7 @@ class MDCSLoss(ExpertsLoss):
         kl = F.kl_div(F.log_softmax(strong, -1), log_p, reduction='none', log_target=True).sum(2)
         # a mean over the batch then is a mean over the images whose weak view is right
         kl = (kl*is_right*len(targets)/is_right.sum(0).clamp(min=1)).sum(1)
-        cross_entropy = (super().parts(pred[0], targets)+super().parts(pred[1], targets))/2
+        cross_entropy = (super().loss_per_image(pred[0], targets)+super().loss_per_image(pred[1], targets))/2
         return cross_entropy + self.kl_weight*self.ramp*kl
     def logits_of(self, pred): return super().logits_of(pred[0] if pred.ndim==4 else pred)
     def trained_logits(self, logits:Tensor # `(B, C)`, mean of the experts

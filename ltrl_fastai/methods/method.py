@@ -26,24 +26,24 @@ class MethodLoss(nn.Module):
                 ):
         super().__init__()
         self.reduction = reduction
-    def parts(self, pred:Any, # Model output in training
-              targets:Tensor # `(B,)` class indices
-             ) -> Tensor: # `(B,)`
+    def loss_per_image(self, pred:Any, # Model output in training
+                       targets:Tensor # `(B,)` class indices
+                      ) -> Tensor: # `(B,)`
         "Return the loss of each sample; by default, the loss of the predicted logits."
-        return self.alone(self.logits_of(pred), targets)
+        return self.loss_of_logits(self.logits_of(pred), targets)
     def logits_of(self, pred:Any # Model output
                  ) -> Tensor: # `(B, C)`
         "Return the logits within the model output that are the prediction."
         return pred
-    def alone(self, logits:Tensor, # `(B, C)`
-              targets:Tensor # `(B,)` class indices
-             ) -> Tensor: # `(B,)`
+    def loss_of_logits(self, logits:Tensor, # `(B, C)`
+                       targets:Tensor # `(B,)` class indices
+                      ) -> Tensor: # `(B,)`
         "Return the loss of each sample for plain logits, as used in validation."
         return F.cross_entropy(logits, targets, reduction='none')
     def forward(self, pred, targets):
         pred = apply(_float32_tensor, pred)
         is_logits = isinstance(pred, Tensor) and pred.ndim==2
-        sample_loss = self.alone if is_logits else self.parts
+        sample_loss = self.loss_of_logits if is_logits else self.loss_per_image
         loss = sample_loss(pred, targets.as_subclass(Tensor))
         if self.reduction=='none': return loss
         return loss.sum() if self.reduction=='sum' else loss.mean()

@@ -36,7 +36,7 @@ class LabelAwareSmoothing(MethodLoss):
         super().__init__(reduction)
         self.own = own
         self.register_buffer('eps', smoothing_by_class(class_counts, head, tail))
-    def alone(self, logits, targets):
+    def loss_of_logits(self, logits, targets):
         n_classes = len(self.eps)
         if logits.shape[1]!=n_classes: raise ValueError(
             f"logits: expected {n_classes} classes, as there are class counts, got {logits.shape[1]}.")

@@ -22,9 +22,9 @@ class MultiLabelLoss(nn.Module):
         super().__init__()
         self.reduction = one_of('reduction', reduction, ('mean','sum','none'))
         self.thresh = thresh
-    def each(self, logits:Tensor, # `(B, C)`
-             targets:Tensor # `(B, C)` from 0 to 1
-            ) -> Tensor: # `(B, C)`
+    def loss_per_label(self, logits:Tensor, # `(B, C)`
+                       targets:Tensor # `(B, C)` from 0 to 1
+                      ) -> Tensor: # `(B, C)`
         "Return the loss of each label; by default binary cross-entropy."
         return F.binary_cross_entropy_with_logits(logits, targets, reduction='none')
     def forward(self, logits:Tensor, targets:Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class MultiLabelLoss(nn.Module):
         if logits.ndim!=2 or logits.shape!=targets.shape: raise ValueError(
             f"targets: expected a row of zeros and ones for each row of logits {tuple(logits.shape)}, got "
             f"{tuple(targets.shape)}. Does the model's head have one output per label?")
-        loss = self.each(logits, targets)
+        loss = self.loss_per_label(logits, targets)
         if self.reduction=='none': return loss
         return loss.sum() if self.reduction=='sum' else loss.mean()
     def activation(self, x:Tensor # Logits `(B, C)`
@@ -86,7 +86,7 @@ class DistributionBalancedLoss(MultiLabelLoss):
         by_image = (targets*inverse).sum(1, keepdim=True)
         ratio = torch.where(by_image>0, inverse/by_image.clamp(min=1e-12), 1.) # 1 for an image without labels
         return self.alpha+torch.sigmoid(self.beta*(ratio-self.mu))
-    def each(self, logits, targets):
+    def loss_per_label(self, logits, targets):
         trained = self.trained_logits(logits)
         positive = F.softplus(-trained)
         negative = F.softplus(self.neg_scale*trained)
@@ -119,7 +119,7 @@ class AsymmetricLoss(MultiLabelLoss):
         self.gamma_neg = gamma_neg
         self.gamma_pos = gamma_pos
         self.margin = margin
-    def each(self, logits, targets):
+    def loss_per_label(self, logits, targets):
         p = logits.sigmoid()
         log_p = F.logsigmoid(logits)
         shifted = (p-self.margin).clamp(min=0)

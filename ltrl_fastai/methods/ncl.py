@@ -48,7 +48,7 @@ class NCLLoss(ExpertsLoss):
                       ) -> Tensor: # The same shape
         "Return the logits of the distribution that is trained: z + log n."
         return logits+self.log_counts.to(logits)
-    def parts(self, pred, targets): # `(B, K, C)`
+    def loss_per_image(self, pred, targets): # `(B, K, C)`
         n_classes = len(self.log_counts)
         if pred.ndim!=3 or pred.shape[1]<2 or pred.shape[2]!=n_classes: raise ValueError(
             f"NCL: expected logits (B, K, {n_classes}) of two nets or more, with one class per class count, "

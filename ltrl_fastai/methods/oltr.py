@@ -64,7 +64,7 @@ class OLTRLoss(MethodLoss):
         super().__init__(reduction)
         self.attract,self.repel,self.margin = weight,repel,margin
     def logits_of(self, pred): return pred[0] if isinstance(pred, tuple) else pred
-    def parts(self, pred, targets):
+    def loss_per_image(self, pred, targets):
         logits,x,centroids = pred
         squared = _distances(x, centroids).square()
         n_images,n_classes = squared.shape

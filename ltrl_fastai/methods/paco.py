@@ -103,7 +103,7 @@ class PaCoLoss(ContrastiveLoss):
         check_number('alpha', alpha, 'a weight', least=0)
         self.alpha = alpha
 
-    def parts(self, pred, targets):
+    def loss_per_image(self, pred, targets):
         if not isinstance(pred, tuple): raise ValueError(
             "PaCo: expected logits, queries, keys and queue in training: "
             "make the net by `queued_net`, and train it on `two_views(dls)`.")

@@ -49,7 +49,7 @@ def log_normaliser_ratio(kappa:Tensor, # Concentrations, each at least 0
 # %% ../../nbs/methods/37_proco.ipynb #bb2b08d4
 class ClassDistributions(ProjectedNet):
     "A `ProjectedNet` with a von Mises-Fisher distribution of the projections of each class."
-    most = 1e5 # largest concentration
+    max_concentration = 1e5 # largest concentration
     def __init__(self, body:nn.Module, # See `ProjectedNet`
                  head:nn.Module, # See `ProjectedNet`
                  dims:int=128, # Dimensions of a projection, at least 16
@@ -81,7 +81,7 @@ class ClassDistributions(ProjectedNet):
         length = mean.norm(dim=1).clamp(max=1.)
         dims = mean.shape[1]
         kappa = length*(dims-length**2)/((1-length)*(1+length)).clamp(min=1e-12)
-        return F.normalize(mean, dim=1),kappa.clamp(max=self.most)
+        return F.normalize(mean, dim=1),kappa.clamp(max=self.max_concentration)
 
 def distributions_net(net:nn.Module, # A classifier that can be split
                       counts:Collection|None=None, # Training images of each class; not used
@@ -132,7 +132,7 @@ class ProCoLoss(ContrastiveLoss):
         "Return the logarithm of the expected exp(z.s/T) over samples s of each class."
         change = 2*kappa*(projections@directions.T)/self.temperature + 1/self.temperature**2
         return log_normaliser_ratio(kappa, change, directions.shape[1])
-    def parts(self, pred, targets):
+    def loss_per_image(self, pred, targets):
         if not isinstance(pred, tuple) or len(pred)!=4: raise ValueError(
             "ProCo: expected logits, projections, directions and concentrations in training: make the net by "
             "`distributions_net`, train it on `two_views(dls)`, and add `UpdateDistributions()` to the learner.")

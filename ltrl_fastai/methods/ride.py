@@ -44,9 +44,9 @@ class RIDELoss(ExpertsLoss):
         self.register_buffer('temperature', t/t.max())
         self.register_buffer('weight', weight)
 
-    def each(self, logits, k, targets): return self.ldam(logits, targets)
-    def parts(self, pred, targets):
-        loss = super().parts(pred, targets)
+    def loss_per_expert(self, logits, k, targets): return self.ldam(logits, targets)
+    def loss_per_image(self, pred, targets):
+        loss = super().loss_per_image(pred, targets)
         mean = pred.detach().mean(1)
         if self.weight is None: t = pred.new_ones(1)
         else:
@@ -139,7 +139,7 @@ class GateLoss(MethodLoss):
         super().__init__(reduction)
         self.positive = positive
     def logits_of(self, pred): return pred[0].mean(1) if isinstance(pred, tuple) else pred
-    def parts(self, pred, targets):
+    def loss_per_image(self, pred, targets):
         logits,gates = pred
         is_right = _running_mean(logits).argmax(2)==targets[:,None] # `(B, K)`
         right_later = is_right.flip(1).cummax(1).values.flip(1)[:,1:] # by any of the means that include more experts
@@ -194,10 +194,10 @@ class Distilled(ExpertsLoss):
         pred = pred[0] if isinstance(pred, tuple) else pred
         if not hasattr(self.loss, 'summary_logits'): return [self.loss.logits_of(pred)]
         return self.loss.summary_logits(pred)
-    def parts(self, pred, targets):
+    def loss_per_image(self, pred, targets):
         z,teacher = pred
         t = self.temperature
-        loss = self.loss.parts(z, targets)
+        loss = self.loss.loss_per_image(z, targets)
         if self.published:
             kl = _kl(teacher/t, z.mean(1)/t).sum(-1)
             return z.shape[1]*(loss + self.alpha*t*t*kl)

@@ -38,12 +38,12 @@ class SADELoss(ExpertsLoss):
         shifts = [torch.zeros_like(n), log_prior, log_prior-tau*with_reversed_ranks(log_prior)]
         self.register_buffer('shifts', torch.stack(shifts))
 
-    def parts(self, pred, targets):
+    def loss_per_image(self, pred, targets):
         if pred.ndim!=3 or pred.shape[1:]!=self.shifts.shape: raise ValueError(
             f"SADE: expected logits (B, 3, {self.shifts.shape[1]}) of three experts, with one class per class count, "
             f"got shape {tuple(pred.shape)}: `expert_net(net, 3)`.")
-        return super().parts(pred, targets)
-    def each(self, logits, k, targets):
+        return super().loss_per_image(pred, targets)
+    def loss_per_expert(self, logits, k, targets):
         shifted = logits+self.shifts[k].to(logits)
         return F.cross_entropy(shifted, targets, reduction='none', label_smoothing=self.label_smoothing)
     def trained_logits(self, logits:Tensor # `(B, C)`, mean of the experts
@@ -66,7 +66,7 @@ def aggregate_experts(learn:Learner, # With an `ExpertNet` as its model
                       dl:DataLoader, # fastai loader of the images to classify; labels are not read
                       epochs:int=5, # Largest number of epochs
                       lr:float|None=None, # Learning rate of SGD; default: 0.025, larger for fewer than 1,580 steps
-                      least:float=.05 # Stop when a weight is at most this
+                      min_weight:float=.05 # Stop when a weight is at most this
                      ) -> Tensor: # `(K,)` weights, which are also set in the model
     "Fit expert weights to unlabelled images (Zhang et al. 2022, section 4.3); raises `ValueError` if it cannot."
     net = learn.model
@@ -81,11 +81,11 @@ def aggregate_experts(learn:Learner, # With an `ExpertNet` as its model
     lr = lr or .025*max(1, 1580/n_steps)
     net.eval()
     with dl.dataset.set_split_idx(0): # augmentation as in training
-        weights = _fit_expert_weights(net, loader, epochs, lr, least)
+        weights = _fit_expert_weights(net, loader, epochs, lr, min_weight)
     net.weights.copy_(weights)
     return weights
 
-def _fit_expert_weights(net, loader, epochs, lr, least):
+def _fit_expert_weights(net, loader, epochs, lr, min_weight):
     scores = torch.zeros(len(net.experts), device=net.weights.device, requires_grad=True)
     opt = torch.optim.SGD([scores], lr=lr, momentum=.9)
     for _ in range(epochs):
@@ -99,7 +99,7 @@ def _fit_expert_weights(net, loader, epochs, lr, least):
             (-F.cosine_similarity(*probabilities).mean()).backward()
             opt.step()
             weights = F.softmax(scores.detach(), 0)
-            if weights.min()<=least: return weights
+            if weights.min()<=min_weight: return weights
     return weights
 
 aggregation = Stage('expert weights fitted to unlabelled images', adapt=aggregate_experts, views=2)

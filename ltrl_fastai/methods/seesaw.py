@@ -19,30 +19,30 @@ class Seesaw(BalancedSoftmax):
         class_counts:Collection, # Training images of each class, each at least 1
         p:float=.8, # Power of the mitigation factor, 0 or more
         q:float=2., # Power of the compensation factor, 0 or more
-        least:float=.01, # Smallest probability of the right class that the compensation divides by; the authors' value
+        min_probability:float=.01, # Compensation divides by no smaller probability of the right class; the authors' value
         reduction:str='mean' # 'mean', 'sum' or 'none'
     ):
         super().__init__(class_counts, p, reduction)
         check_number('p', p, 'a power', least=0)
         check_number('q', q, 'a power', least=0)
-        check_number('least', least, 'a probability', above=0, most=1)
+        check_number('min_probability', min_probability, 'a probability', above=0, most=1)
         self.q = q
-        self.log_least = math.log(least)
+        self.log_min_probability = math.log(min_probability)
 
-    def factors(self, logits:Tensor, # `(B, C)`
-                targets:Tensor # `(B,)` class indices
-               ) -> Tensor: # `(B, C)`, without gradient
+    def log_factors(self, logits:Tensor, # `(B, C)`
+                    targets:Tensor # `(B,)` class indices
+                   ) -> Tensor: # `(B, C)`, without gradient
         "Return log S of each image and class; 0 for the right class."
         log_n = self.log_counts.to(logits)
         mitigation = self.tau*(log_n-log_n[targets][:,None]).clamp(max=0.)
         log_p = logits.detach().log_softmax(1)
-        own = log_p.gather(1, targets[:,None]).clamp(min=self.log_least)
+        own = log_p.gather(1, targets[:,None]).clamp(min=self.log_min_probability)
         return mitigation + self.q*(log_p-own).clamp(min=0.)
 
     def forward(self, logits:Tensor, targets:Tensor) -> Tensor:
         logits = upcast(logits)
         self.trained_logits(logits) # raises an error for another number of classes
-        seesaw_logits = logits+self.factors(logits, targets)
+        seesaw_logits = logits+self.log_factors(logits, targets)
         return F.cross_entropy(seesaw_logits, targets, reduction=self.reduction, label_smoothing=self.label_smoothing)
 
 class SeesawLoss(BalancedSoftmaxLoss):
@@ -51,8 +51,9 @@ class SeesawLoss(BalancedSoftmaxLoss):
         class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         p:float=.8, # Power of the mitigation factor
         q:float=2., # Power of the compensation factor
-        least:float=.01, # Smallest probability of the right class that the compensation divides by
+        min_probability:float=.01, # Compensation divides by no smaller probability of the right class
         axis:int=-1, # Class axis of the logits
         reduction:str='mean' # 'mean', 'sum' or 'none'
     ):
-        BaseLoss.__init__(self, Seesaw, class_counts, p=p, q=q, least=least, reduction=reduction, axis=axis)
+        BaseLoss.__init__(
+            self, Seesaw, class_counts, p=p, q=q, min_probability=min_probability, reduction=reduction, axis=axis)

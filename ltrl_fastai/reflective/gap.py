@@ -15,10 +15,10 @@ from .terms import CallbackWithMemory
 # %% ../../nbs/reflective/11_gap.ipynb #e34692c6
 def balanced_accuracies(train:Tensor, # `(2, C)` correctly predicted training images, and all training images, by class
                         valid:Tensor, # `(2, C)` the same for validation images
-                        least:int=3 # Validation images that a class needs to be included
+                        min_images:int=3 # Validation images that a class needs to be included
                        ) -> Tensor: # `(2,)` training and validation accuracy, from 0 to 1; 0 without any class
     "Mean accuracy over classes that have training images and enough validation images."
-    included = (train[1]>0) & (valid[1]>=least)
+    included = (train[1]>0) & (valid[1]>=min_images)
     accuracies = torch.stack([right/total.clamp(min=1) for right,total in (train,valid)])
     return torch.where(included, accuracies, 0.).sum(1)/included.sum().clamp(min=1)
 
@@ -42,13 +42,13 @@ def unevenness(class_counts:Tensor, # `(C,)` training images by class
 
 # %% ../../nbs/reflective/11_gap.ipynb #b0a32619
 class GeneralizationGap(CallbackWithMemory):
-    "Measure training minus best validation accuracy after each epoch, as `strength`; None while the parts rest."
+    "Measure training minus best validation accuracy after each epoch, as `strength`; None while the parts are off."
     order,run_valid = GradientAccumulation.order-3,True
     in_second_pass = False # it counts each sample once
-    remembered = ('train_counts','valid_counts','best_valid','fitted','strength','uneven')
+    remembered = ('train_counts','valid_counts','best_valid','train_accuracy','strength','uneven')
     _stateattrs = (*remembered,'_of_lineage','_dataset')
-    most_uneven = .25 # `unevenness` of the loss above which the parts rest
-    train_counts = valid_counts = best_valid = fitted = strength = resting = _printed = None
+    max_unevenness = .25 # `unevenness` of the loss above which the parts are off
+    train_counts = valid_counts = best_valid = train_accuracy = strength = why_off = _printed = None
     uneven = None # Has the loss treated classes unevenly in an epoch of the last fit? None before it is measured
 
     def state_dict(self) -> dict:
@@ -64,14 +64,14 @@ class GeneralizationGap(CallbackWithMemory):
         for name in ('train_counts','valid_counts','best_valid'):
             if state[name] is not None: setattr(self, name, state[name].to(device))
         self.uneven = state.get('uneven') # files of an earlier version have none
-        self.take_back(learn)
+        self.accept_loaded(learn)
 
     def before_train(self):
-        self.belongs()
+        self.reset_if_changed()
         was_uneven = self.uneven
-        self.strength,self.resting = self._measure()
+        self.strength,self.why_off = self._measure()
         if was_uneven and not self.uneven: self._forget_teachers()
-        self._print_resting()
+        self._print_why_off()
         self.train_counts = None
 
     def before_validate(self):
@@ -96,11 +96,11 @@ class GeneralizationGap(CallbackWithMemory):
         return counts.index_add(1, targets, torch.stack([right, torch.ones_like(right)]))
 
     def _measure(self):
-        "The strength, or None and the reason why the parts rest"
+        "The strength, or None and the reason why the parts are off"
         if self.train_counts is None: return None,None # the first epoch
         terms = self.learn.loss_terms
         train = terms.ranks.sum(self.train_counts)
-        is_uneven = bool(unevenness(train[1], terms.fit_loss)>self.most_uneven)
+        is_uneven = bool(unevenness(train[1], terms.fit_loss)>self.max_unevenness)
         self.uneven = is_uneven or bool(self.uneven and self.epoch>0)
         if is_uneven:
             return None,(f"{_name(terms.fit_loss)} does not treat classes evenly, so that regularising it costs "
@@ -109,10 +109,10 @@ class GeneralizationGap(CallbackWithMemory):
             return None,"in earlier epochs of this fit, the loss did not treat classes evenly"
         if self.valid_counts is None or self.valid_counts.shape!=self.train_counts.shape:
             return None,"there are no validation images to measure the generalization gap on"
-        fitted,valid = balanced_accuracies(train, terms.ranks.sum(self.valid_counts))
-        self.fitted = fitted.clone() # a view would keep both
+        train_accuracy,valid = balanced_accuracies(train, terms.ranks.sum(self.valid_counts))
+        self.train_accuracy = train_accuracy.clone() # a view would keep both
         self.best_valid = valid.clone() if self.best_valid is None else torch.maximum(self.best_valid, valid)
-        return (fitted-self.best_valid).clamp(min=0.),None
+        return (train_accuracy-self.best_valid).clamp(min=0.),None
 
     @property
     def _followers(self):
@@ -123,12 +123,12 @@ class GeneralizationGap(CallbackWithMemory):
         "Let the parts forget what was predicted under a loss that favours some classes: it would keep favouring them"
         for cb in self._followers: cb.reset()
 
-    def _print_resting(self):
-        "Print once, in the first process, why the parts rest, if the learner has any that would act"
-        if not self.resting or not self._followers or self.resting==self._printed: return
-        self._printed = self.resting
+    def _print_why_off(self):
+        "Print once, in the first process, why the parts are off, if the learner has any that would act"
+        if not self.why_off or not self._followers or self.why_off==self._printed: return
+        self._printed = self.why_off
         if self.learn.loss_terms.ranks.rank: return
-        print(f"Reflective Learning rests: {self.resting}. To act all the same, set a fixed strength: "
+        print(f"Reflective Learning is off: {self.why_off}. To act all the same, set a fixed strength: "
               "`ReflectiveLearning(kr=dict(weight=1., adapt=0.))`.")
 
 def _name(loss):

@@ -82,7 +82,7 @@ class LabelReview(CallbackWithTeachers):
         if self.teachers is not None: self.share_found = state['share_found'].to(device_of(learn.model))
 
     def before_train(self):
-        self.belongs()
+        self.reset_if_changed()
         if self.teachers is not None and len(self.teachers)!=self.learn.sample_ids.n_items: self.reset()
         self._recalled = None
         self._found = None # numbers `(2,)` of this epoch: present labels that are right, and present labels

@@ -127,11 +127,11 @@ class FeatureBank:
     "The features and targets of one epoch, for the class centres at its end."
     def __init__(self, n_classes:int, # Number of classes
                  n_items:int=0, # Expected number of features, which decides their precision
-                 most:int=2**30 # Bytes above which features are stored in half precision
+                 max_bytes:int=2**30 # Bytes above which features are stored in half precision
                 ):
         self.n_classes = n_classes
         self.n_items = n_items
-        self.most = most
+        self.max_bytes = max_bytes
         self.clear()
     def clear(self):
         "Forget all features, for a new epoch."
@@ -164,7 +164,7 @@ class FeatureBank:
             f"features: expected {self.blocks[0].shape[1]} dimensions as in the batches before, got {dims}. "
             "Centres need inputs of one size.")
         finite = features.isfinite().all(1) # an overflow would make its class's median NaN
-        if self.n_items*dims*features.element_size()>self.most:
+        if self.n_items*dims*features.element_size()>self.max_bytes:
             limits = torch.finfo(torch.float16)
             features = features.clamp(limits.min, limits.max).half()
         self._append(features, torch.where(finite, check_targets(targets, self.n_classes), self.n_classes))

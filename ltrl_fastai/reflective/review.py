@@ -83,7 +83,7 @@ class CallbackWithTeachers(CallbackWithMemory):
                        ):
         "Restore the teachers of the training samples of `learn`."
         self.reset()
-        self.take_back(learn)
+        self.accept_loaded(learn)
         if state['teachers'] is None: return
         self.teachers = TeacherMemory.from_state(state['teachers'], device_of(learn.model), Ranks.of(learn.model).rank)
 
@@ -136,7 +136,7 @@ class KnowledgeReview(CallbackWithTeachers):
     def before_fit(self): self._checked_risks = False
 
     def before_train(self):
-        self.belongs()
+        self.reset_if_changed()
         if self.teachers is not None and len(self.teachers)!=self.learn.sample_ids.n_items:
             self.reset() # ids now refer to other samples
         self._recalled = None
@@ -149,9 +149,9 @@ class KnowledgeReview(CallbackWithTeachers):
         if self._reviews and not self._checked_risks: self._warn_of_risks()
 
     def _measured_share(self):
-        "The generalization gap times the fourth power of the training accuracy; None while the review rests"
+        "The generalization gap times the fourth power of the training accuracy; None while the review is off"
         gap = self.learn.generalization_gap
-        return None if gap.strength is None else gap.strength*gap.fitted**4
+        return None if gap.strength is None else gap.strength*gap.train_accuracy**4
 
     def _warn_of_risks(self):
         "Warn of each risk of the settings once, in the first process; reads from the device, so once a fit is enough"

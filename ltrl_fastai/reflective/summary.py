@@ -79,7 +79,7 @@ class KnowledgeSummary(CallbackWithMemory):
                        ):
         "Restore the centres or mean predictions of the classes of `learn`."
         self.reset()
-        self.take_back(learn)
+        self.accept_loaded(learn)
         device = device_of(learn.model)
         restored = {k: v.to(device) for k,v in state.items() if v is not None}
         self.centers = restored.get('centers')
@@ -88,7 +88,7 @@ class KnowledgeSummary(CallbackWithMemory):
         if self.centers is not None: self.similarity = class_similarity(self.centers)
 
     def before_train(self):
-        self.belongs()
+        self.reset_if_changed()
         self._n_correct = 0.
         self._n_samples = 0
         self._class_sums = None
@@ -174,7 +174,7 @@ class KnowledgeSummary(CallbackWithMemory):
         self._class_sums = self._class_sums.index_add(0, targets, rows)
 
     def _soft_labels(self, targets, n_classes):
-        "Soft labels of `targets`; None in the first epoch, or while the summary rests"
+        "Soft labels of `targets`; None in the first epoch, or while the summary is off"
         if self.strength is None: return None
         onehot = F.one_hot(targets, n_classes)
         if self._n_known_classes is None:
@@ -189,7 +189,7 @@ class KnowledgeSummary(CallbackWithMemory):
 
     @property
     def strength(self) -> Tensor|float|None:
-        "The generalization gap with `adapt='auto'` (None while the summary rests), else `train_accuracy**adapt`."
+        "The generalization gap with `adapt='auto'` (None while the summary is off), else `train_accuracy**adapt`."
         if self.adapt=='auto': return self.learn.generalization_gap.strength
         return 1. if self.train_accuracy is None else self.train_accuracy**self.adapt
 

@@ -169,8 +169,8 @@ class LossTerms(QuickCallback):
         self._checked_targets = False
         self.sums,self.counts = {},{}
         self.grads = None
-        companions = [cb for cb in self.learn.cbs.sorted('order') if isinstance(cb, CallbackWithHelpers)]
-        self.columns = L(cb.columns for cb in companions).concat().unique()
+        callbacks = [cb for cb in self.learn.cbs.sorted('order') if isinstance(cb, CallbackWithHelpers)]
+        self.columns = L(cb.columns for cb in callbacks).concat().unique()
         if not hasattr(self.learn, 'recorder') or not self.columns: return
         recorder = self.learn.recorder
         end = len(recorder.metric_names) - bool(recorder.add_time)
@@ -286,8 +286,8 @@ class LossTerms(QuickCallback):
         names = {p: k for k,p in get_model(self.learn.model).named_parameters()}
         return {names[p]: g for p,g in (self.grads or {}).items()}
 
-    def take_back(self, grads:dict # Result of `grads_by_name`
-                 ):
+    def restore_grads(self, grads:dict # Result of `grads_by_name`
+                     ):
         "Restore the accumulated gradient of the terms."
         params = dict(get_model(self.learn.model).named_parameters())
         self.grads = {params[k]: g.to(params[k]) for k,g in grads.items()} or None
@@ -418,30 +418,30 @@ def _mark_of(dataset):
     return [(o.data_ptr(), tuple(o.shape), 0 if o.is_inference() else o._version) for o in tensors if o.ndim>1]
 
 class CallbackWithMemory(CallbackWithHelpers):
-    "A `CallbackWithHelpers` whose `remembered` attributes belong to one model and data set; `belongs` resets them."
+    "A `CallbackWithHelpers` whose `remembered` attributes belong to one model and data set; `reset_if_changed` forgets them."
     needs = (LossTerms,)
     remembered = ()
     _of_lineage = None
     _dataset = None # `KeptItems`
-    _taken_back = False
+    _was_loaded = False
 
     def reset(self):
         "Forget everything remembered."
         for name in self.remembered: setattr(self, name, None)
 
-    def belongs(self):
-        "Forget everything that belongs to another model or data set. Call it first in `before_train`."
+    def reset_if_changed(self):
+        "Forget everything if the model or the data set has changed. Call it first in `before_train`."
         lineage = self.learn.loss_terms.lineage()
         dataset = getattr(self.learn.dl, 'dataset', None)
-        other_model = self._of_lineage not in (None,lineage) and not self._taken_back
+        other_model = self._of_lineage not in (None,lineage) and not self._was_loaded
         other_data = self._dataset is not None and not self._dataset.are_of(dataset)
         if other_model or other_data: self.reset()
         self._of_lineage = lineage
         self._dataset = KeptItems(dataset)
-        self._taken_back = False
+        self._was_loaded = False
 
-    def take_back(self, learn:Learner # Learner of the loaded state
-                 ):
+    def accept_loaded(self, learn:Learner # Learner of the loaded state
+                     ):
         "Accept the model and data of `learn` as those of a loaded state. Call it in `load_state_dict`."
         self._dataset = KeptItems(learn.dls.train.dataset)
-        self._taken_back = True
+        self._was_loaded = True

@@ -236,6 +236,7 @@ def test_an_adjustment_of_one_class_or_of_few_images():
     (dict(mixup=.2, method='mixup'), 'mixup: mixup mixes images already'),
     (dict(mixup=.2, method='paco'), "mixup: paco trains on two images or two views"),
     (dict(mixup=.2, method='bbn'), "mixup: bbn trains on two images or two views"),
+    (dict(mixup=.2, method='imbsam'), 'mixup: imbsam treats images by their class'),
     (dict(mixup=.2, method='lade'), "LADE's second term"),
     (dict(label_smoothing=1.), 'label_smoothing: expected a share from 0 to below 1'),
     (dict(label_smoothing=.1, method='focal'), 'label_smoothing: FocalLossFlat has no labels that could be smoothed'),

@@ -175,7 +175,7 @@ def test_fault_15_in_a_learner_of_your_own():
 def test_fault_25_constants_of_a_method():
     "A run's settings reach the loss and the stages; a constant that a method lacks is refused before training"
     counts = [100, 10, 1]
-    def of(name, **args): return RunSettings(method=name, method_args=args).made_method()
+    def of(name, **args): return RunSettings(method=name, method_args=args).create_method()
     assert of('sade', tau=1.).loss(counts).tau == 1. and of('sade').loss(counts).tau == 2.
     ride = of('ride', diversity=.2, spread=.02).loss(counts)
     assert ride.diversity == .2 and ride.temperature.max() == 1. and of('ride').loss(counts).diversity == .45
@@ -356,7 +356,7 @@ def test_fault_25_recipes_take_the_authors_values(name):
 def test_fault_25_constants_reach_what_is_built():
     "Not only the settings: the loss, the net and the stages of the method that a recipe trains"
     counts = torch.linspace(100, 2, 40).long()
-    def of(name): return recipe(name).settings().made_method()
+    def of(name): return recipe(name).settings().create_method()
     def net(): return create_net('resnet8', 40)
     def loss(name): return of(name).loss(counts)
     for name in ('table3/SADE', 'table3/SADE+RL', 'table4/SADE', 'table4/SADE+RL+RandAugment'):
@@ -396,7 +396,7 @@ def mixing(method):
 
 
 def test_fault_25_constants_reach_the_stages():
-    def of(name): return recipe(name).settings().made_method()
+    def of(name): return recipe(name).settings().create_method()
     for name, head, tail, rate in (
         ('table7/MiSLAS/CIFAR100-LT', .4, .1, .02),
         ('table7/MiSLAS+RL/ImageNet-LT', .3, .0, .005),
@@ -433,7 +433,7 @@ def test_fault_25_constants_reach_the_stages():
 
 def test_fault_25_methods_without_a_row():
     "What authors give for stages that no table has, and for data that none of a method's rows are on"
-    def made(method, dataset): return RunSettings(**published_settings(method, dataset)).made_method()
+    def made(method, dataset): return RunSettings(**published_settings(method, dataset)).create_method()
     counts = torch.linspace(100, 2, 40).long()
     for dataset, top in (('cifar100-lt', 30), ('imagenet-lt', 50), ('inaturalist18', 50)):
         (stage,) = made('ride-assigned', dataset).later_stages
@@ -578,7 +578,7 @@ def test_fault_25_variants_every_way_to_train_is_trained(name):
     res, _ = train_run(settings, bar=False, test=False)
     assert res['settings']['method_args'] == recipe(name).method_args
     assert all(torch.tensor([o for o in res['history']['train_loss'] if o is not None]).isfinite())
-    assert len(res.get('stages', ())) == len(settings.made_method().later_stages)
+    assert len(res.get('stages', ())) == len(settings.create_method().later_stages)
 
 
 class StopIn(Callback):
@@ -594,7 +594,7 @@ def test_fault_25_variants_a_stopped_run_goes_on(name, tmp_path):
     "With a slower body and constants; in the second stage too"
     settings = recipe(name).settings(**digits, epochs=3, n_max=20, bs=16)
     whole, _ = train_run(settings, bar=False)
-    for stage in range(1+len(settings.made_method().later_stages)):
+    for stage in range(1+len(settings.create_method().later_stages)):
         kept = dict(bar=False, checkpoint=tmp_path/str(stage)/'fit')
         with pytest.raises(KeyboardInterrupt): train_run(settings, cbs=StopIn(stage), **kept)
         again, _ = train_run(settings, **kept)
@@ -607,7 +607,7 @@ def test_fault_25_variants_settings_of_a_result():
     settings = recipe('table4/RIDE').settings(**digits, epochs=1, n_max=20, bs=16)
     res, _ = train_run(settings, bar=False)
     again = RunSettings(**json.loads(json.dumps(res['settings'])))
-    assert again == settings and again.made_method().loss([9, 4, 1]).diversity == .2
+    assert again == settings and again.create_method().loss([9, 4, 1]).diversity == .2
     changes = (None, dict(spread=.02), dict(spread=.015), dict(diversity=.2))
     plans = [make_plan(['ride'], [Variant('', settings=dict(method_args=o))], [0]) for o in changes]
     assert len({hash_of(o.identity) for plan in plans for o in plan}) == len(changes)

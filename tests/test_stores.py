@@ -168,7 +168,7 @@ class LateRows(stores._PendingRows):
         self.rows = rows
         self.due = LateRows.asked+self.after
         self.host = ids*0, rows*torch.nan
-    def arrived(self, wait=False):
+    def has_arrived(self, wait=False):
         LateRows.asked += 1
         LateRows.waited += wait
         here = wait or LateRows.asked > self.due

@@ -179,7 +179,7 @@ def _compare(plan, out, jobs, test, about):
         except Failed as e: error = e
         except (ValueError, RuntimeError, OSError) as e: fail(e)
         except KeyboardInterrupt: interrupted("Finished runs are kept; the same command goes on.")
-    for o in watch.again: typer.echo(o)
+    for o in watch.recomputed: typer.echo(o)
     failed = f", {watch.failed} failed" if watch.failed else ''
     typer.echo(f"{watch.finished} computed, {watch.known} were there already{failed}.\n")
     if error: typer.echo(f"Error: {error}", err=True)

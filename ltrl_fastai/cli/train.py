@@ -248,7 +248,7 @@ def _bar(todo):
     "One bar for the epochs of all runs and stages in a terminal; elsewhere `train_run` prints a line for each epoch"
     from ltrl_fastai.experiments.run_bar import RunBar, epochs_of
     if not sys.stdout.isatty(): return contextlib.nullcontext(True)
-    return RunBar(sum(epochs_of(o.made_method(), o.epochs) for o in todo))
+    return RunBar(sum(epochs_of(o.create_method(), o.epochs) for o in todo))
 
 def _train(settings, checkpoint, test_distributions=False, model=None, cbs=None, bar=True):
     "Train one run; an error that a user can mend, or an interruption, ends the program"
@@ -339,7 +339,7 @@ def _run_all(plan, out, jobs, kept):
         try: results = run_plan(plan, out, jobs, True, watch, command(), about)
         except (Failed, ValueError, OSError) as e: fail(f"{e} The same command with --resume goes on.")
         except KeyboardInterrupt: _interrupted(kept)
-    for o in watch.again: typer.echo(o)
+    for o in watch.recomputed: typer.echo(o)
     were = 'was' if watch.known==1 else 'were'
     if watch.known: typer.echo(f"{watch.known} of {counted(len(plan), 'run')} {were} there already.")
     return results
@@ -533,9 +533,9 @@ def run(
             r = recipe(name)
             changes = [*(set_ or [])]
             if preset: changes.append(f'preset={preset}')
-            over,changed = changed_by(r, changes)
-            if data: over['data'] = str(data)
-            settings = r.settings(budget, seed=seed, **over)
+            overrides,changed = changed_by(r, changes)
+            if data: overrides['data'] = str(data)
+            settings = r.settings(budget, seed=seed, **overrides)
             mark,identity = r.mark(budget, changed),_identity([settings])
             out = out or Path('ltrl-runs')/_recipe_folder(r, mark, seed)
             checkpoint = Checkpoint(out/'.fit-0.pt')

@@ -18,10 +18,10 @@ def did_you_mean(name:str, # The unknown name
                  known:Iterable, # The known names
                  n:int=1, # Largest number of suggestions
                  cutoff:float=.6, # Similarity that a suggestion needs, from 0 to 1
-                 also:dict|None=None # Aliases: known names by alias
+                 aliases:dict|None=None # Known names by alias
                 ) -> str: # " Did you mean 'this'?", or an empty text
     "Suggest the nearest known names, ignoring case, as the end of an error message."
-    by_lower_case = {**(also or {}), **{k.lower(): k for k in known}}
+    by_lower_case = {**(aliases or {}), **{k.lower(): k for k in known}}
     matches = difflib.get_close_matches(str(name).lower(), list(by_lower_case), n=n, cutoff=cutoff)
     suggestions = dict.fromkeys(by_lower_case[o] for o in matches) # without duplicates
     if not suggestions: return ''
@@ -40,7 +40,7 @@ def one_of(name:str, # Argument name, for the message
           ) -> Any: # `value`
     "Return `value` if it is in `known`; raises `ValueError` with the nearest known value if not."
     if value in known: return value
-    suggestion = did_you_mean(value, known, also=getattr(known, 'also', None))
+    suggestion = did_you_mean(value, known, aliases=getattr(known, 'aliases', None))
     if suggestion: raise ValueError(f"{name}: got {value!r}.{suggestion} There are {', '.join(known)}.")
     raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}.")
 

@@ -18,7 +18,7 @@ def free_memory(device:str|torch.device='cpu' # A CPU or CUDA device
     "Memory that this process may take on `device` without swapping; on a host, its share among the ranks there."
     if torch.device(device).type=='cuda': return torch.cuda.mem_get_info(device)[0]
     n_ranks = int(os.environ.get('LOCAL_WORLD_SIZE') or 1)
-    return min(_available_on_host(), *_left_of_limits())//max(1, n_ranks)
+    return min(_available_on_host(), *_bytes_left_of_limits())//max(1, n_ranks)
 
 def _available_on_host():
     "Bytes that the kernel calls available; 4 GiB if it does not say"
@@ -34,7 +34,7 @@ _cgroups = {
     1: ('sys/fs/cgroup/memory', 'memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_inactive_file'),
 }
 
-def _left_of_limits():
+def _bytes_left_of_limits():
     "Bytes left of every limit on this process's control group and its parents"
     left = [2**63]
     try: lines = (_root/'proc/self/cgroup').read_text().splitlines()

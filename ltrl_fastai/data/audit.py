@@ -404,7 +404,7 @@ def _unreadable(listing, facts, error, data):
         files=[o.path for o in listing.places if o.split=='train' and o.name in lost]))
     return res
 
-def _concentrated(places, listing):
+def _majority_class_note(places, listing):
     "A sentence about the class that most of some images are of; empty if they are spread over several"
     names = collections.Counter(o.name for o in places)
     name,n = names.most_common(1)[0]
@@ -442,7 +442,7 @@ def _colour_findings(listing, readable):
     for word,places in by_word.items():
         if word in ('greyscale','black and white') and len(places)==len(readable): continue # all alike, which is fine
         paths = [o.path for o in places]
-        concentrated = _concentrated(places, listing)
+        concentrated = _majority_class_note(places, listing)
         res += _finding_of(
             paths, kind=word.replace(' ', '-').lower(), severity='warning' if concentrated else 'note',
             text=f"{_share(paths, n)} stored as {word}, not as RGB: {_named(paths)}.{concentrated}",
@@ -548,8 +548,9 @@ def _note_findings(path, columns, n_classes):
     "The notes of `own_images`, and the error with which it refuses to draw a validation split, as findings"
     from ltrl_fastai.data.benchmarks import without_images
     from ltrl_fastai.data.own import _own_lists
-    try: lists,vocab,notes,_ = _own_lists(path, None, 0, False, False, columns)
-    except (ValueError, OSError) as e: return [_refused(e)]
+    try: lists,vocab,notes,_ = _own_lists(
+        path, n_valid=None, data_seed=0, check=False, skip_broken=False, columns=columns)
+    except (ValueError, OSError) as e: return [_refusal_finding(e)]
     res = []
     for split in ('valid','test'):
         if split not in lists: continue
@@ -565,7 +566,7 @@ def _note_findings(path, columns, n_classes):
             kind='note', severity='note', text=o, advice=advice or "Check that this is what you want."))
     return res
 
-def _refused(error):
+def _refusal_finding(error):
     "The finding that `own_images` raises an error"
     return Finding(
         kind='refused', severity='error', text=str(error),
@@ -680,7 +681,7 @@ def _conflict_findings(of_group, similar, listing):
         files=_paths_in(groups), groups=groups))
     return res
 
-def _alike_in_a_class(similar, listing):
+def _similar_within_classes(similar, listing):
     "Groups of similar images of the same class and split, as lists of `Place`, the largest group first"
     pairs = [(a, b) for a,b,_ in similar if (a.split,a.label)==(b.split,b.label)]
     if not pairs: return []
@@ -697,7 +698,7 @@ def _copy_findings(of_group, similar, listing, has_valid):
     res = []
     copies = [[listing.places[i] for i in item.indices] for items in of_group.values() for item in items
               if len(item.indices)>1]
-    near_copies = _alike_in_a_class(similar, listing)
+    near_copies = _similar_within_classes(similar, listing)
     drawn = '' if has_valid else (
         " Validation images are drawn from training, so that copies may be in both: make a split of your own.")
     if copies: res.append(Finding(
@@ -746,7 +747,7 @@ def _inspect(path, many, few, columns, duplicates):
     facts = _read_all(listing.files)
     readable = [(place, o) for place,o in zip(listing.places, facts) if not o.fault]
     is_known = isinstance(error, FileNotFoundError) and any(o.is_missing for o in facts) # reported with its files
-    findings = [_refused(error)] if error and not is_known else []
+    findings = [_refusal_finding(error)] if error and not is_known else []
     data = shlex.quote(str(path)) # as it is typed in a command
     findings += _unreadable(listing, facts, error, data)
     if duplicates: findings += _duplicate_findings(listing, facts, has_valid='valid' in counts)

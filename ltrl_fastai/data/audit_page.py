@@ -44,7 +44,7 @@ def _headline(audit):
 
 def _factor_text(factor): return f'{factor:,.1f}'.removesuffix('.0')
 
-def _after_the_draw(audit):
+def _validation_note(audit):
     "What is left of the training images, in words; empty if there is a validation split"
     return '' if 'valid' in audit.counts else ' (after a fifth is drawn for validation)'
 
@@ -58,7 +58,7 @@ def _balance(audit):
     return [f"Imbalance factor {_factor_text(factor)}: {largest['train']:,} training images of {largest['name']}, "
             f"{smallest['train']:,} of {smallest['name']}.",
             f"Many, Medium, Few: {sizes['many']}, {sizes['medium']} and {sizes['few']} classes, with more than "
-            f"{audit.many:,} training images{_after_the_draw(audit)}, {audit.few:,} to {audit.many:,}, and fewer than "
+            f"{audit.many:,} training images{_validation_note(audit)}, {audit.few:,} to {audit.many:,}, and fewer than "
             f"{audit.few:,} ({audit.bounds})."]
 
 def _pixels(audit):
@@ -306,5 +306,5 @@ def audit_html(audit:Audit # See `inspect_images`
         headline=_printable(_headline(audit)),
         sentences=[_printable(o) for o in _balance(audit)+_pixels(audit)], verdict=_verdict(audit),
         findings=[_finding_values(o, audit.root) for o in audit.findings], rows=rows, key=key,
-        splits=[split_words[k] for k in audit.counts], after_the_draw=_after_the_draw(audit),
+        splits=[split_words[k] for k in audit.counts], after_the_draw=_validation_note(audit),
         **_chart_values(rows, audit))

@@ -179,7 +179,7 @@ def geomorphons(z:np.ndarray, # `(H, W)` heights
     n_rising = np.zeros(shape, int)
     n_falling = np.zeros(shape, int)
     for i,j in _directions:
-        angles = [np.arctan(_slope(z, i, j, k, step, reach)) for k in range(1, reach+1)]
+        angles = [np.arctan(_slope(z, i, j, k, step=step, border=reach)) for k in range(1, reach+1)]
         balance = np.max(angles, 0)+np.min(angles, 0) # the highest line of sight and the lowest
         n_rising += balance>math.radians(level)
         n_falling += balance<-math.radians(level)
@@ -204,7 +204,7 @@ def _terrain():
     metres = 111_320*degrees[0],111_320*degrees[1]*math.cos(math.radians(north))
     forms = geomorphons(z, metres, reach)
     n_columns = forms.shape[1]
-    slopes = [_slope(z, i, j, k, metres, reach) for k in (1,3,5) for i,j in _directions]
+    slopes = [_slope(z, i, j, k, step=metres, border=reach) for k in (1,3,5) for i,j in _directions]
     x = np.stack(slopes, -1).reshape(forms.size, -1)
     x = ((x-x.mean(0))/x.std(0)).astype(np.float32)
     place = np.tile(np.arange(n_columns), len(forms))/n_columns

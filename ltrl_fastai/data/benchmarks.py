@@ -254,7 +254,7 @@ def cifar100_lt(imbalance_factor:float=100, # Largest over smallest class
                 **kwargs # Passed on to `long_tailed`
                ) -> LongTailDataLoaders: # Images `(3, 32, 32)`, 100 classes
     "CIFAR-100-LT (Cao et al. 2019): 10,847 training images at a factor of 100, less 20 unless `keep_train`."
-    return _cifar_lt(100, imbalance_factor, path, n_valid, data_seed, bs, tfms, **kwargs)
+    return _cifar_lt(100, imbalance_factor, path=path, n_valid=n_valid, data_seed=data_seed, bs=bs, tfms=tfms, **kwargs)
 
 def cifar10_lt(imbalance_factor:float=100, # Largest over smallest class
                path:str|Path|None=None, # See `load_cifar`
@@ -265,4 +265,4 @@ def cifar10_lt(imbalance_factor:float=100, # Largest over smallest class
                **kwargs # Passed on to `long_tailed`
               ) -> LongTailDataLoaders: # Images `(3, 32, 32)`, 10 classes
     "CIFAR-10-LT (Cao et al. 2019): 12,406 training images at a factor of 100, less 20 unless `keep_train`."
-    return _cifar_lt(10, imbalance_factor, path, n_valid, data_seed, bs, tfms, **kwargs)
+    return _cifar_lt(10, imbalance_factor, path=path, n_valid=n_valid, data_seed=data_seed, bs=bs, tfms=tfms, **kwargs)

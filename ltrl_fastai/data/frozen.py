@@ -90,16 +90,16 @@ class _Digest:
     "Hashes of objects by their content: values, code and weights, but not their place in memory"
     def __init__(self):
         self.done = {} # hash and object by id; the object is kept so that its id stays unique
-        self.doing = [] # ids of the objects that are being hashed, outermost first
+        self.being_hashed = [] # ids of the objects that are being hashed, outermost first
 
     def __call__(self, o):
         is_plain = o is None or isinstance(o, (bool,int,float,complex,str,bytes,PurePath))
         if is_plain: return _hash(type(o).__name__, repr(o))
         if id(o) in self.done: return self.done[id(o)][0]
-        if id(o) in self.doing: return _hash('within itself', len(self.doing)-self.doing.index(id(o)))
-        self.doing.append(id(o))
+        if id(o) in self.being_hashed: return _hash('within itself', len(self.being_hashed)-self.being_hashed.index(id(o)))
+        self.being_hashed.append(id(o))
         try: res = _hash(*self.parts(o))
-        finally: self.doing.pop()
+        finally: self.being_hashed.pop()
         self.done[id(o)] = res,o
         return res
 
@@ -377,7 +377,9 @@ def frozen_loaders(path:str|Path, # A folder or a CSV file: see `own_images`
     one_of('method', method, _methods)
     path = Path(path).expanduser()
     columns = (path_col,label_col,split_col)
-    lists,vocab,notes,skipped = _own_lists(path, n_valid, data_seed, check, skip_broken, columns, test_share, redraw)
+    lists,vocab,notes,skipped = _own_lists(
+        path, n_valid=n_valid, data_seed=data_seed, check=check, skip_broken=skip_broken, columns=columns,
+        test_share=test_share, redraw=redraw)
     files = [f for o in lists.values() for f in o.files]
     extractor = _made(extract)
     if size is None and common_size(files) is None:

@@ -206,7 +206,8 @@ def image_dataloaders(lists:dict, # Located `ImageList` by split: 'train', 'vali
     "Loaders of image files: training is shuffled and augmented, the others are in order."
     train,valid,test = [lists.get(k) for k in ('train','valid','test')]
     n_train = len(train)
-    item_tfms,batch_tfms = photo_tfms(size, policy, flip, small, min_scale, resize)
+    item_tfms,batch_tfms = photo_tfms(
+        size, policy=policy, flip=flip, small=small, min_scale=min_scale, resize=resize)
     image_block = TransformBlock(type_tfms=open_image, batch_tfms=IntToFloatTensor) # `ImageBlock` for 16 bits too
     blocks = (image_block, CategoryBlock(vocab=L(vocab), sort=False))
     block = DataBlock(blocks=blocks, get_x=ItemGetter(0), get_y=ItemGetter(1), item_tfms=item_tfms,

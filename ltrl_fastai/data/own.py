@@ -353,7 +353,8 @@ def _draw_test(lists, share, seed):
 def _redrawn(train, valid, seed):
     "Training and validation images drawn from both, as many of each class as before"
     lines = None if train.lines is None or valid.lines is None else train.lines+valid.lines
-    both = ImageList(train.file, train.paths+valid.paths, train.labels+valid.labels, lines, train.word)
+    both = ImageList(
+        train.file, paths=train.paths+valid.paths, labels=train.labels+valid.labels, lines=lines, word=train.word)
     both.root = train.root
     both.files = train.files+valid.files
     wanted = np.bincount(valid.labels, minlength=max(both.labels)+1)
@@ -406,7 +407,9 @@ def own_images(path:str|Path, # A folder or a CSV file
               ) -> ImageFileDataLoaders: # `test` is None if there is no such split
     "Loaders of a folder of images or a CSV file, with `notes` that a user of the data should know."
     columns = (path_col,label_col,split_col)
-    lists,vocab,notes,skipped = _own_lists(path, n_valid, data_seed, check, skip_broken, columns, test_share, redraw)
+    lists,vocab,notes,skipped = _own_lists(
+        path, n_valid=n_valid, data_seed=data_seed, check=check, skip_broken=skip_broken, columns=columns,
+        test_share=test_share, redraw=redraw)
     small_size = None if size else common_size([f for o in lists.values() for f in o.files])
     return image_dataloaders(
         lists, vocab, bs=bs, size=size or small_size or 224, small=bool(small_size), name=Path(path).expanduser().stem,

@@ -100,7 +100,7 @@ def _frames():
         yield frame
         frame = frame.f_back
 
-def _beginner_of_fit(learn):
+def _learner_of_fit(learn):
     "The learner whose `fit` caused this event; None if another call caused it; `learn` if that is not known"
     for frame in _frames():
         if frame.f_code in _borrow_events: return None
@@ -108,12 +108,12 @@ def _beginner_of_fit(learn):
             return frame.f_locals['self'] if frame.f_locals['event_type']=='fit' else None
     return learn
 
-def _asked_by_fit():
+def _learner_asking_for_names():
     "The learner whose `Recorder` asks for names for the first time in a fit; None otherwise"
     recorder = next((o.f_locals['self'] for o in _frames() if o.f_code is Recorder.before_fit.__code__), None)
     if recorder is None or hasattr(recorder.learn, 'lr_finder'): return None
     if vars(recorder).get('_asked') is recorder.lrs: return None
-    learn = _beginner_of_fit(recorder.learn)
+    learn = _learner_of_fit(recorder.learn)
     if learn is not None: recorder._asked = recorder.lrs # a new list for each fit; fastai asks twice
     return learn
 
@@ -144,7 +144,7 @@ class ShotAccuracy(Metric):
     @property
     def name(self) -> str:
         "The column name; raises `LookupError` if a fit begins and a callback monitors a shot without a column."
-        learn = _asked_by_fit()
+        learn = _learner_asking_for_names()
         if learn is not None: _check_trackers(learn)
         return self._name
 

@@ -646,7 +646,7 @@ def draw_conflicts(rates:list, # By epoch: share of steps in conflict by paramet
         ax,summary = _conflict_map(table, by, ax) if epoch is None else _conflict_bars(table, epoch, by, ax)
         return _finish(ax, f"Steps in which gradients conflict, in percent: {summary}.")
 
-def _every(n): return range(0, n, math.ceil(n/40)) # at most 40 tick labels
+def _tick_positions(n): return range(0, n, math.ceil(n/40)) # at most 40 tick labels
 
 def _conflict_map(table, by, ax):
     "Conflicts of all epochs as a heat map, and a summary"
@@ -654,7 +654,7 @@ def _conflict_map(table, by, ax):
     ax = _axes(ax, (min(9, 3+.25*len(table)), min(8, 1.2+.2*n)))
     _heat_map(ax, table.T.values, 'steps in conflict (%)', vmin=0, vmax=100, aspect='auto', interpolation='nearest',
               extent=(.5,len(table)+.5,n-.5,-.5))
-    ax.set_yticks(_every(n), [table.columns[i] for i in _every(n)], fontsize=7)
+    ax.set_yticks(_tick_positions(n), [table.columns[i] for i in _tick_positions(n)], fontsize=7)
     ax.set(xlabel='epoch')
     _epoch_axis(ax.xaxis)
     means = table.mean(axis=1).dropna()
@@ -672,7 +672,7 @@ def _conflict_bars(table, epoch, by, ax):
         "Take a later one.")
     ax = _axes(ax, (max(4., min(10, 1.5+.25*n)), 3.2))
     ax.bar(range(n), row.values, .8, color=picture_palette[0])
-    ax.set_xticks(_every(n), [table.columns[i] for i in _every(n)], rotation=90, fontsize=7)
+    ax.set_xticks(_tick_positions(n), [table.columns[i] for i in _tick_positions(n)], rotation=90, fontsize=7)
     ax.set(ylabel='steps in conflict (%)', ylim=(0, 100 if row.max()>60 else None),
            xlabel=f'{by}s, from input to output; epoch {number}')
     ax.grid(axis='y')
@@ -719,7 +719,7 @@ def _curves(history, record):
         curves[k] = np.concatenate([np.full(n_missing, np.nan), column])[-len(history):]
     return curves
 
-def _some(curves, is_wanted, names):
+def _wanted_curves(curves, is_wanted, names):
     "The wanted curves with finite values, those with names first"
     order = dict.fromkeys((*names, *curves))
     return {k: curves[k] for k in order if k in curves and is_wanted(k) and np.isfinite(curves[k]).any()}
@@ -749,8 +749,8 @@ def draw_terms(history:list, # Means of terms by epoch: `learn.loss_terms.histor
     if ax is not None and np.size(ax)!=2:
         raise ValueError(f"ax: expected two Axes, one for losses and one for shares, got {np.size(ax)}.")
     curves = _curves(history, record)
-    losses = _some(curves, _is_loss, _loss_names)
-    shares = {k: 100*y for k,y in _some(curves, _is_share, _share_names).items()}
+    losses = _wanted_curves(curves, _is_loss, _loss_names)
+    shares = {k: 100*y for k,y in _wanted_curves(curves, _is_share, _share_names).items()}
     with picture_style():
         if ax is None: axs = plt.subplots(2, 1, figsize=(7,5), layout='constrained', sharex=True)[1]
         else: axs = np.ravel(ax)

@@ -95,7 +95,7 @@ def bench_step(net:str='resnet32', # See `create_net`
     passes = []
     for _ in range(rounds):
         for k,stepper in steppers.items(): times[k].append(stepper.step())
-        passes.append(_passes(steppers['plain'].learn))
+        passes.append(_pass_seconds(steppers['plain'].learn))
     t = {k: np.array(v) for k,v in times.items()}
     forward,backward = np.array(passes).T
     def cycles(o): return o.reshape(-1, every).mean(1)
@@ -107,7 +107,7 @@ def bench_step(net:str='resnet32', # See `create_net`
 
 def _median(o): return float(np.median(o))
 
-def _passes(learn):
+def _pass_seconds(learn):
     "Seconds of a forward and of a backward pass"
     xb,yb = learn.xb,learn.yb
     _synchronize(learn)

@@ -16,7 +16,7 @@ from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from ..core.files import atomic_write, named_disk_errors
 from ..core.ranks import Ranks
-from ..evaluation.metrics import _beginner_of_fit
+from ..evaluation.metrics import _learner_of_fit
 from .fit_settings import callback_settings, changes_training, loss_settings, settings_changes
 from .identity import data_changes, data_listing
 from .optimizer_state import (
@@ -144,7 +144,7 @@ class Checkpoint(Callback):
     # Files
 
     @property
-    def beside(self) -> Path:
+    def store_folder(self) -> Path:
         "The folder for what is too large for the file: teachers on disk."
         return _with_suffix(self.file, '.d')
     @property
@@ -407,7 +407,7 @@ class Checkpoint(Callback):
     # Events
 
     def before_fit(self):
-        learn = _beginner_of_fit(self.learn)
+        learn = _learner_of_fit(self.learn)
         self._is_borrowed = learn is None
         if self._is_borrowed: return # by `learn.tta` or `with learn:`
         if learn is not self.learn: self.learn = learn # the callback was added to another learner later

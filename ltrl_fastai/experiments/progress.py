@@ -78,7 +78,7 @@ class PlanProgress:
         self.variants = {}
         for run in plan: self.variants.setdefault(self._kind(run), _VariantProgress(run.settings.epochs)).runs += 1
         self.left = TimeLeft([(self._kind(run),run.settings.epochs) for run in plan], jobs)
-        self.live,self.again = None,[] # `again`: lines on runs that are computed again
+        self.live,self.recomputed = None,[] # recomputed: lines on runs that are computed again
         self.said = set() # Lines that runs have printed
         self.finished = self.failed = self.known = 0
 
@@ -99,7 +99,7 @@ class PlanProgress:
         self.left.drop(self._kind(run), run.settings.epochs)
 
     def _on_again(self, run, variant, why):
-        self.again.append(f"{run.variant}, seed {run.settings.seed}, is computed again: {why}")
+        self.recomputed.append(f"{run.variant}, seed {run.settings.seed}, is computed again: {why}")
 
     def _on_said(self, run, variant, line):
         "Show what a run prints, once for all runs that print the same"

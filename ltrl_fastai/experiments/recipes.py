@@ -43,18 +43,18 @@ class Recipe:
     notes:tuple=() # Differences from the published setting, what the slides leave open, numbers that can't be right
 
     def settings(self, budget:float=1., # Share of the schedule, above 0 and at most 1
-                 **over # Fields of `RunSettings` to change
+                 **overrides # Fields of `RunSettings` to change
                 ) -> Any: # A `RunSettings`, whose module loads PyTorch
         "The settings of the run; raises `ValueError` if a value is invalid."
         from ltrl_fastai.experiments.training import RunSettings
         if not 0<budget<=1: raise ValueError(
             f"budget: expected a share of the schedule, above 0 and at most 1, got {budget}.")
-        if budget<1 and 'epochs' in over: raise ValueError(
+        if budget<1 and 'epochs' in overrides: raise ValueError(
             "epochs: given together with a budget that shortens them. Leave out one of the two.")
         mine = {k: deepcopy(getattr(self, k)) for k in _run_fields}
         mine['epochs'] = max(1, round(self.epochs*budget))
-        mine['keep_train'] = over.get('dataset', self.dataset).startswith('cifar') # the published training set
-        return RunSettings(**{**mine, **over})
+        mine['keep_train'] = overrides.get('dataset', self.dataset).startswith('cifar') # the published training set
+        return RunSettings(**{**mine, **overrides})
 
     def mark(self, budget:float=1., # Share of the schedule
              changed:dict|None=None # Changed settings by name
@@ -415,8 +415,9 @@ def _recipe(table, row, column, bench, reported, remarks=(), review=None, whose=
     if rl and method in _with_experts: notes.append(_experts)
     if rl and method in _staged: notes.append(_first_stage)
     notes += [*remarks, _mismatch_note(made['dataset'], reported)]
-    return Recipe(_name(table, base, rl, dagger, column), table, row, column, method=method, reflective=rl,
-                  reported=reported, notes=tuple(o for o in notes if o), **made)
+    name = _name(table, base, rl, dagger, column)
+    return Recipe(name=name, table=table, row=row, column=column, method=method, reflective=rl, reported=reported,
+                  notes=tuple(o for o in notes if o), **made)
 
 def _with_autoaugment_too(r):
     "The recipe, and a second one with AutoAugment and Cutout where LTRL's loader has them; each names the other"
@@ -487,31 +488,36 @@ def _net_recipe(row, column, reported):
         change = dict(**_kang_imagenet, nesterov=False)
         whose = "as in Kang et al.'s code"
     change['net'] = _nets[column]
-    return _recipe('table5', row, column, 'ImageNet-LT', {'all': reported}, notes, whose=whose, **change)
+    return _recipe('table5', row, column, bench='ImageNet-LT', reported={'all': reported}, remarks=notes, whose=whose,
+                   **change)
 
 def _part_recipe(row, column, reported):
     "Table 8: a row names the parts that are on, a column the benchmark and the method"
     bench,method = column.split()
-    return _recipe('table8', method if row=='none' else f'{method}+{row}', bench, bench, {'all': reported})
+    variant = method if row=='none' else f'{method}+{row}'
+    return _recipe('table8', variant, column=bench, bench=bench, reported={'all': reported})
 
 def _table_recipes(table, text):
     "The recipes of a table"
     cells = _cells(text)
     if table=='table1':
-        return [_recipe(table, row, c, 'CIFAR100-LT', {'all': v}, imbalance_factor=float(c)) for row,c,v in cells]
+        return [_recipe(table, row, c, bench='CIFAR100-LT', reported={'all': v}, imbalance_factor=float(c))
+                for row,c,v in cells]
     if table=='table5': return [_net_recipe(row, c, v) for row,c,v in cells]
     if table=='table7':
-        return [_recipe(table, row, c, c, {'all': v}, [_table7_notes.get(_parse(row)[0])]) for row,c,v in cells]
+        return [_recipe(table, row, c, bench=c, reported={'all': v}, remarks=[_table7_notes.get(_parse(row)[0])])
+                for row,c,v in cells]
     if table=='table8': return [_part_recipe(row, c, v) for row,c,v in cells]
     bench = dict(table2='ImageNet-LT', table3='Places-LT', table4='iNaturalist2018', table6='CIFAR100-LT')[table]
     rows = {}
     for row,column,value in cells: rows.setdefault(row, {})[column.lower()] = value
-    return [_recipe(table, row, '', bench, accuracies, [_remarks.get((table,row))]) for row,accuracies in rows.items()]
+    return [_recipe(table, row, column='', bench=bench, reported=accuracies, remarks=[_remarks.get((table,row))])
+            for row,accuracies in rows.items()]
 
 def _figure_recipes(figure, columns):
     "The recipes of a part of figure 5"
     benches = ('CIFAR100-LT','ImageNet-LT') if figure=='figure5a' else ('CIFAR100-LT',)
-    return [_recipe(figure, row, f'{bench} {column}', bench, None, [_figure_note], review)
+    return [_recipe(figure, row, f'{bench} {column}', bench=bench, reported=None, remarks=[_figure_note], review=review)
             for bench in benches for row in ('BSCE+RL','SADE+RL') for column,review in columns.items()]
 
 def _all_recipes():
@@ -555,16 +561,16 @@ def changed_by(r:Recipe, # Stays as it is
     from ltrl_fastai.experiments.plan import merge_setting, parse_setting
     from ltrl_fastai.reflective.learning import ReflectiveLearning
     reflective = deepcopy(r.reflective)
-    over,changed = {},{}
+    overrides,changed = {},{}
     for text in changes:
         where,value = parse_setting(text)
         if where[0] is not None and reflective is None: raise ValueError(
             f"{text}: {r.name} is trained without Reflective Learning, so none of its arguments can be set.")
-        reflective,over = merge_setting(reflective, over, where, value)
+        reflective,overrides = merge_setting(reflective, overrides, where, value)
         changed[text.partition('=')[0].strip()] = value
     if reflective is not None: ReflectiveLearning(**reflective) # raises for invalid arguments
-    if reflective!=r.reflective: over = {**over, 'reflective': reflective}
-    return over,changed
+    if reflective!=r.reflective: overrides = {**overrides, 'reflective': reflective}
+    return overrides,changed
 
 # %% ../../nbs/experiments/08_recipes.ipynb #dbd891a0
 def matching(pattern:str|None=None # A name, a part of one, or a pattern with `*`, in upper or lower case; None for all

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['code_hash', 'code_identity', 'data_identity', 'Identities', 'run_file', 'work_folder', 'stale_reasons', 'read_result',
-           'Todo', 'plan_status', 'EpochReporter', 'compute_run', 'warm_up', 'cores', 'default_jobs', 'print_said',
+           'RunStatus', 'plan_status', 'EpochReporter', 'compute_run', 'warm_up', 'cores', 'default_jobs', 'print_said',
            'Failed', 'run_plan', 'spawn_without_main']
 
 # %% ../../nbs/experiments/03_runner.ipynb #e7c55ef0
@@ -145,7 +145,7 @@ def read_result(file:Path # See `run_file`
     return res
 
 @dataclasses.dataclass
-class Todo:
+class RunStatus:
     "A run of a plan, its identity, and whether it has to be computed."
     run:PlannedRun # A run of the plan
     identity:dict # The identity that its result will have
@@ -165,14 +165,14 @@ def plan_status(plan:list, # `PlannedRun`s
                 threads:int=1, # Number of threads of each run
                 identities:Identities|None=None, # Known identities; default: data are read
                 may_differ:Collection=() # Parts of the identity that a result may have otherwise: 'code', 'threads'
-               ) -> list: # `Todo`s
+               ) -> list: # `RunStatus`s
     "Which runs of a plan are finished, and why others are computed again."
     identities = identities or Identities()
     res = []
     for run in plan:
         new,result = identities(run, test, threads),read_result(run_file(folder, run))
         why = '' if result is None else _why_recompute(folder, result.get('identity'), new, identities, may_differ)
-        res.append(Todo(run, new, why, done=result is not None and not why, may_differ=tuple(may_differ)))
+        res.append(RunStatus(run, new, why, done=result is not None and not why, may_differ=tuple(may_differ)))
     return res
 
 def _why_recompute(folder, old, new, identities, may_differ):
@@ -200,7 +200,7 @@ def _torch_threads(n):
     try: yield
     finally: torch.set_num_threads(before)
 
-def compute_run(todo:Todo, # The run to compute
+def compute_run(todo:RunStatus, # The run to compute
                 folder:Path, # Folder of the comparison
                 send:Callable=noop, # Called with messages
                 command:str|None=None # Command that started the comparison
@@ -288,7 +288,7 @@ def default_jobs() -> int: # At least 1
     return cores() if default_device().type=='cpu' else 1
 
 def print_said(event:str, # See `run_plan`
-               todo:Todo, # The run
+               todo:RunStatus, # The run
                *details # For 'said': the line
               ):
     "Print what runs print, and nothing else: the `watch` of a plan by default."

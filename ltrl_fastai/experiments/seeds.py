@@ -72,14 +72,14 @@ def _reports(results):
         shares = o['per_class'] # in percent, since results don't keep the number of images
         hits = torch.tensor([0. if share is None else share/100 for share in shares])
         totals = torch.tensor([0. if share is None else 1. for share in shares])
-        report = ShotReport(hits, totals, o['class_counts'], o['classes'], o['variant'])
+        report = ShotReport(hits, totals, class_counts=o['class_counts'], vocab=o['classes'], label=o['variant'])
         res.setdefault(o['variant'], []).append(report)
     return res
 
 def _mean_report(reports):
     hits = torch.stack([report.hits for report in reports]).mean(0)
     one = reports[0]
-    return ShotReport(hits, one.totals, one.counts, one.vocab, one.label)
+    return ShotReport(hits, one.totals, class_counts=one.counts, vocab=one.vocab, label=one.label)
 
 def draw_seeds(results:list, # See `gain_table`
                figsize:tuple=(9,3.6) # Inches

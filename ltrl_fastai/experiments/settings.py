@@ -96,7 +96,7 @@ class RunSettings:
         one_of('optimizer', self.optimizer, ['sgd','adam'])
         if self.frozen_stats and not self.pretrained: raise ValueError(
             "frozen_stats: a net that is trained from scratch has no batch statistics to keep. Leave it out.")
-        self.made_method() # raises `ValueError` for arguments that the method does not have
+        self.create_method() # raises `ValueError` for arguments that the method does not have
         self._check_regularizers()
         self._check_data_options(spec)
         self._check_ranges()
@@ -143,7 +143,7 @@ class RunSettings:
     def _check_mixup(self):
         if not 0<self.mixup<math.inf: raise ValueError(
             f"mixup: expected an alpha above 0, or 0 for none, got {self.mixup}.")
-        method = self.made_method()
+        method = self.create_method()
         counts = torch.tensor([3,2,1])
         cbs = L(method.cbs(counts))
         if any(isinstance(cb, MixHandler) for cb in cbs): raise ValueError(
@@ -160,7 +160,7 @@ class RunSettings:
     def _check_label_smoothing(self):
         if 'label_smoothing' in (self.method_args or {}): raise ValueError(
             "label_smoothing: it is also given among the method's arguments. Leave out one of the two.")
-        loss = self.made_method().loss(torch.tensor([3,2,1]))
+        loss = self.create_method().loss(torch.tensor([3,2,1]))
         try: smooth_labels(loss, self.label_smoothing)
         except ValueError as e: raise ValueError(f"{e} The method is {self.method}.") from None
 
@@ -252,13 +252,13 @@ class RunSettings:
         if self.keep_train: options['keep_train'] = True
         return spec['make'](self.imbalance_factor, data_seed=self.data_seed, bs=self.bs, tfms=tfms, **options)
 
-    def made_method(self) -> Method:
+    def create_method(self) -> Method:
         "Make the method with the constants of `method_args`; raises `ValueError` for a constant that it does not have."
         return method_with(self.method, **(self.method_args or {}))
 
     def regularized_method(self) -> Method:
         "Make the method with dropout, mixup and label smoothing."
-        method = self.made_method()
+        method = self.create_method()
         net,loss,cbs = method.net,method.loss,method.cbs
         changes:dict = {}
         if self.dropout and not is_mlp(self.net):

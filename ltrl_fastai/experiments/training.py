@@ -131,7 +131,7 @@ def _fit(learn, settings, method, bar, checkpoint, cbs, first_cbs):
     def after_stage(stage): histories.append(history(learn))
     with _progress(learn, bar):
         schedule = schedules[settings.schedule]
-        method.fit(learn, settings.epochs, settings.lr, schedule, callbacks_of, after_stage)
+        method.fit(learn, settings.epochs, settings.lr, first=schedule, cbs=callbacks_of, done=after_stage)
     return histories,sum(cb.seconds for cb in checkpoints)
 
 # %% ../../nbs/experiments/01_training.ipynb #776730e0

@@ -18,7 +18,7 @@ from fastcore.basics import noop
 from ..core.checks import counted
 from ..core.files import write_json
 from ..methods.catalogue import method_constants
-from .plan import Variant, make_plan, merge_setting, resolve
+from .plan import Variant, make_plan, merge_setting, locate_setting
 from .runner import Failed, print_said, read_result, run_file, run_plan
 from .training import versions
 
@@ -39,7 +39,7 @@ def check_grid(grid:dict # Lists of values by name
     "Raise `ValueError` for a name that one side lacks or that changes the data, and for a missing list of values."
     if not grid: raise ValueError("grid: expected names and values, such as {'dropout': [0., .5]}, got none.")
     for name,values in grid.items():
-        part,field = resolve(name)
+        part,field = locate_setting(name)
         if part is not None: raise ValueError(
             f"grid: {name} belongs to Reflective Learning, and both sides get the same grid. "
             "Set it for all runs instead.")
@@ -134,7 +134,7 @@ def _first_run(method, factor, setting, common):
 def _case(method, grid, factor, common):
     "The case of a method and an imbalance factor"
     run, = make_plan([method], [Variant('')], [0], [factor], **common)
-    res = TuningCase(run.group, method, factor, [], {})
+    res = TuningCase(run.group, method, factor, changes=[], left_out={})
     known = [_effective(run.settings)]
     for setting in [{name: value} for name,values in grid.items() for value in values]:
         try: changed = _effective(_first_run(method, factor, setting, common).settings)
@@ -173,24 +173,25 @@ class _Side:
         self.case,self.reflective,self.seeds = case,reflective,seeds
         self.tried = []
         self.search = greedy_search(case.changes)
-        self.wanted = next(self.search)
+        self.next_settings = next(self.search)
 
     def plan(self, paired_data, common):
         "The runs of each wanted setting"
         case = self.case
-        ways = [_way(o, self.reflective, common) for o in self.wanted]
-        return [make_plan([case.method], [way], self.seeds, [case.factor], paired_data, **common) for way in ways]
+        ways = [_way(o, self.reflective, common) for o in self.next_settings]
+        shared = dict(seeds=self.seeds, factors=[case.factor], paired_data=paired_data, **common)
+        return [make_plan([case.method], [way], **shared) for way in ways]
 
     def update(self, accuracies):
         "Record the accuracies of each wanted setting, by seed, and choose the next; None is a run that diverged"
         scores = [-math.inf if None in o else float(np.mean(o)) for o in accuracies]
         step = 1+max((o['step'] for o in self.tried), default=0)
-        for setting,of_seeds,score in zip(self.wanted, accuracies, scores):
+        for setting,of_seeds,score in zip(self.next_settings, accuracies, scores):
             by_seed = dict(zip(map(str, self.seeds), of_seeds))
             mean = None if score==-math.inf else round(score, 5)
             self.tried.append(dict(setting=setting, step=step, valid_accuracy=by_seed, mean=mean))
-        try: self.wanted = self.search.send(scores)
-        except StopIteration: self.wanted = []
+        try: self.next_settings = self.search.send(scores)
+        except StopIteration: self.next_settings = []
 
     @property
     def result(self):
@@ -242,7 +243,7 @@ def tune(methods:list, # Names of methods
                  redraw=paired_data, command=command, versions=versions())
     steps = max(o.budget-len(o.changes) for o in cases)
     for step in range(1, steps+1):
-        searching = [o for _,_,o in sides if o.wanted]
+        searching = [o for _,_,o in sides if o.next_settings]
         plans = [o.plan(paired_data, settings) for o in searching]
         n = sum(len(runs) for plan in plans for runs in plan)
         what = 'plain settings and single changes' if step==1 else 'combinations'
@@ -283,7 +284,8 @@ def tuned_plan(tuning:dict, # As `tune` gives
         runs,factors = {},[case['imbalance_factor']]
         for role,(setting,on) in wanted.items():
             way = _way(setting, on, settings)
-            made = make_plan([case['method']], [way], tuning['final_seeds'], factors, paired_data, **settings)
+            made = make_plan([case['method']], [way], seeds=tuning['final_seeds'], factors=factors,
+                             paired_data=paired_data, **settings)
             runs[made[0].variant] = made # roles with the same setting share their runs
             roles.setdefault(case['group'], {})[role] = made[0].variant
         plan += chain(*runs.values())

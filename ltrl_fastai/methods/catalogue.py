@@ -100,7 +100,7 @@ def _method(name) -> Method:
     return Method(**facts, later_stages=stages, **_parts.get(name, {}))
 
 # The methods that `ltrl methods` lists
-methods = Methods({name: _method(name) for name in method_facts}, also=method_facts.also) # `Method`s by name
+methods = Methods({name: _method(name) for name in method_facts}, aliases=method_facts.aliases) # `Method`s by name
 
 # %% ../../nbs/methods/21_catalogue.ipynb #3b80c0f6
 def _stage_with(method, **changes):

@@ -40,12 +40,12 @@ _Entry = TypeVar('_Entry') # a `Method`, or its facts
 class Methods(dict[str, _Entry]):
     "Methods by name; raises `KeyError` with the nearest name for an unknown one."
     def __init__(self, methods:dict[str, _Entry], # By name
-                 also:dict[str, str] # Aliases: names by alias
+                 aliases:dict[str, str] # Names by alias
                 ):
         super().__init__(methods)
-        self.also = also
+        self.aliases = aliases
     def __missing__(self, name:str) -> _Entry:
-        raise KeyError(f"method: got {name!r}.{did_you_mean(name, self, also=self.also)} There are {', '.join(self)}.")
+        raise KeyError(f"method: got {name!r}.{did_you_mean(name, self, aliases=self.aliases)} There are {', '.join(self)}.")
 
 # %% ../../nbs/methods/24_facts.ipynb #0ed808fa
 _no_nesterov = dict(nesterov=False) # as the authors train
@@ -177,7 +177,7 @@ method_facts = Methods({ # All that `ltrl methods` lists
     'lift': MethodFacts(
         'a frozen vision transformer with adapters and a cosine head that starts from class names or class means',
         'Shi et al., ICML 2024 (CLIP ViT-B/16)', pretrained=True, defaults=_as_lift, reported=81.7),
-}, also={
+}, aliases={
     'balanced-softmax': 'bsce', 'cross-entropy': 'softmax', 'ce': 'softmax', 'cb-loss': 'class-balanced',
     'tade': 'sade',
     'sqrt-sampling': 'square-root-sampling', 'drw': 'ce-drw', 'drs': 'cb-drs', 'vs-loss': 'vs',

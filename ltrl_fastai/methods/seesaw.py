@@ -19,7 +19,7 @@ class Seesaw(BalancedSoftmax):
         class_counts:Collection, # Training images of each class, each at least 1
         p:float=.8, # Power of the mitigation factor, 0 or more
         q:float=2., # Power of the compensation factor, 0 or more
-        min_probability:float=.01, # Compensation divides by no smaller probability of the right class; the authors' value
+        min_probability:float=.01, # Smallest probability of the right class in compensation; the authors' value
         reduction:str='mean' # 'mean', 'sum' or 'none'
     ):
         super().__init__(class_counts, p, reduction)
@@ -51,7 +51,7 @@ class SeesawLoss(BalancedSoftmaxLoss):
         class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         p:float=.8, # Power of the mitigation factor
         q:float=2., # Power of the compensation factor
-        min_probability:float=.01, # Compensation divides by no smaller probability of the right class
+        min_probability:float=.01, # Smallest probability of the right class in compensation
         axis:int=-1, # Class axis of the logits
         reduction:str='mean' # 'mean', 'sum' or 'none'
     ):

@@ -151,8 +151,9 @@ class LabelReview(CallbackWithTeachers):
         "Create the memory of all samples' predictions"
         n_items,n_labels = self.learn.sample_ids.n_items,logits.shape[1]
         rank = self.learn.loss_terms.ranks.rank
-        folder = first(cb.beside for cb in self.learn.cbs if hasattr(type(cb), 'beside'))
-        store = make_store(self.store, n_items, n_labels, logits.dtype, logits.device, folder, rank)
+        folder = first(cb.store_folder for cb in self.learn.cbs if hasattr(type(cb), 'store_folder'))
+        store = make_store(self.store, n_items, n_labels, dtype=logits.dtype, device=logits.device, folder=folder,
+                           rank=rank)
         return TeacherMemory(n_items, n_labels, logits.dtype, logits.device, store)
 
     def after_train(self):

@@ -229,7 +229,7 @@ class KnowledgeReview(CallbackWithTeachers):
         n_items,n_classes = self.learn.sample_ids.n_items,logits.shape[1]
         rank = self.learn.loss_terms.ranks.rank
         # the folder beside the file of a `Checkpoint`, which has to find the teachers again
-        folder = first(cb.beside for cb in self.learn.cbs if hasattr(type(cb), 'beside'))
+        folder = first(cb.store_folder for cb in self.learn.cbs if hasattr(type(cb), 'store_folder'))
         store = make_store(n=n_items, n_classes=n_classes, dtype=logits.dtype, device=logits.device, rank=rank,
                            **{'folder': folder, **self.store_args})
         if self.store_args['kind']=='auto' and (store.lossy or store.nbytes>2**26) and not rank:

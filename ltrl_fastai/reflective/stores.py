@@ -95,7 +95,7 @@ def _in_memory(folder):
         if str(o) in file_systems: return file_systems[str(o)] in ('tmpfs','ramfs')
     return False
 
-def _pins(device): return torch.device(device).type=='cuda' # does it copy to pinned host memory by itself?
+def _uses_pinned_memory(device): return torch.device(device).type=='cuda' # does it copy to pinned host memory by itself?
 
 def _pinned_copy(t):
     "A copy of `t` in pinned host memory, which arrives asynchronously"
@@ -107,12 +107,12 @@ class _PendingRows:
         self.ids = ids
         self.rows = rows
         self._copied = None
-        if _pins(rows.device):
+        if _uses_pinned_memory(rows.device):
             self.host = _pinned_copy(ids),_pinned_copy(rows)
             self._copied = torch.cuda.current_stream(rows.device).record_event()
         else: self.host = ids.cpu(),rows.cpu()
 
-    def arrived(self, wait=False):
+    def has_arrived(self, wait=False):
         "Whether the host has them; with `wait`, wait until it has"
         if self._copied is None: return True
         if wait: self._copied.synchronize()
@@ -189,7 +189,7 @@ class DiskStore:
 
     def _write(self, most_pending=np.inf):
         "Write the batches that have arrived, and wait until at most `most_pending` are left"
-        while self._pending and self._pending[0].arrived(wait=len(self._pending)>most_pending):
+        while self._pending and self._pending[0].has_arrived(wait=len(self._pending)>most_pending):
             ids,rows = [o.numpy() for o in self._pending[0].host]
             if ids.min()<0 or ids.max()>=self.n:
                 del self._pending[0]
@@ -206,7 +206,7 @@ class DiskStore:
         if host_ids is None: host_ids = ids.tolist()
         # pinned, so that the copy to the device does not wait
         rows = torch.empty(len(host_ids), self.n_classes, dtype=torch.float16, device='cpu',
-                           pin_memory=_pins(self.device))
+                           pin_memory=_uses_pinned_memory(self.device))
         for i,row in zip(host_ids, rows.numpy()):
             fd = self._new if self.written[i] or self._old is None else self._old
             n_read = os.preadv(fd, [row], i*self.row_bytes)

@@ -418,7 +418,7 @@ def _mark_of(dataset):
     return [(o.data_ptr(), tuple(o.shape), 0 if o.is_inference() else o._version) for o in tensors if o.ndim>1]
 
 class CallbackWithMemory(CallbackWithHelpers):
-    "A `CallbackWithHelpers` whose `remembered` attributes belong to one model and data set; `reset_if_changed` forgets them."
+    "A `CallbackWithHelpers` whose `remembered` attributes `reset_if_changed` forgets with the model or the data set."
     needs = (LossTerms,)
     remembered = ()
     _of_lineage = None

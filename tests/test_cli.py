@@ -179,6 +179,7 @@ def test_an_interrupted_run_is_resumed(both, tmp_path):
     assert r.returncode == 2 and '--resume' in r.stderr and (log/'.fit-0.pt').exists()
     r = run('train', '--dataset', 'digits-lt', '--epochs', '4', '--out', 'a', '--resume', cwd=tmp_path, check=False)
     assert r.returncode == 2 and 'another fit' in r.stderr and 'Traceback' not in r.stderr
+    assert r.stderr.startswith('Error: a/.fit-0.pt')  # without fastai's words
     assert 'going on' in run(*args, '--resume', cwd=tmp_path).stdout
     got, want = [json.loads(next(o.glob('*/result.json')).read_text()) for o in (tmp_path, both[1]/'ltrl-runs')]
     for o in (got, got['baseline'], want, want['baseline']):
@@ -290,6 +291,10 @@ def test_a_wrong_path_names_what_is_expected(tmp_path):
     for name, reason in {'a.txt': 'a.txt is no folder and no CSV file', 'no/where': 'no/where is not there'}.items():
         r = run('train', '--dataset', './'+name, cwd=tmp_path, check=False)
         assert r.returncode == 2 and reason in r.stderr and '`ltrl datasets` lists' in r.stderr
+    for name, more in {'birds': '', 'grocry': " Did you mean 'grocery'?"}.items():
+        r = run('train', '--dataset', name, cwd=tmp_path, check=False)
+        assert r.returncode == 2 and 'Give the path of your own images, or one of digits-lt' in r.stderr
+        assert f'no folder or CSV file {name!r}, and no data set of that name.{more} Give' in r.stderr
 
 
 @pytest.mark.parametrize('moment', ['before the first epoch', 'in the second run', 'after the last epoch'])
@@ -320,13 +325,18 @@ def test_an_interrupt_names_the_next_command(moment, tmp_path, monkeypatch):
     assert files == ['model', 'per_class.png', 'result.json']
 
 
-def test_suggested_commands_are_quoted(tmp_path):
+def test_commands_are_quoted_and_other_settings_named(tmp_path):
     write_digits_folder(tmp_path/'mes chiffres')
     r = run('train', '--dataset', 'mes chiffres', '--net', 'resnet8', '--epochs', '1', '--no-rl', '--workers', '0',
             '--out', 'mes essais', cwd=tmp_path)
     suggested = [shlex.split(o) for o in re.findall('`(ltrl [^`]+)`', r.stdout)]
     assert ['ltrl', 'predict', 'mes essais/model', 'image.jpg'] in suggested
     assert ['ltrl', 'report', 'mes essais'] in suggested
+    (tmp_path/'mes chiffres').rename(tmp_path/'moved')
+    r = run('train', '--dataset', 'moved', '--net', 'resnet8', '--epochs', '2', '--no-rl', '--workers', '0', '--out',
+            'mes essais', '--resume', cwd=tmp_path, check=False)
+    assert r.returncode == 2
+    assert "other settings: dataset was 'mes chiffres' and is 'moved'; epochs was 1 and is 2. Choose" in r.stderr
 
 
 @pytest.mark.parametrize('args, name', [

@@ -262,13 +262,17 @@ def _train(settings, checkpoint, out, test_distributions=False, model=None, cbs=
                           model=model, cbs=cbs)
     except UnreadableImage as e: fail(str(e).rpartition('UnreadableImage: ')[2]) # a loading process adds a traceback
     except (ForeignCheckpoint, UnreadableCheckpoint) as e:
-        fail(f"{e} On the command line, --force instead of --resume starts anew.")
+        fail(f"{_reason_of(e)} On the command line, --force instead of --resume starts anew.")
     except FloatingPointError as e: fail(e)
     except torch.OutOfMemoryError: fail(
         f"{out_of_memory(settings.bs)} Smaller images (--size) and --amp help too. --force starts anew.")
     except OSError as e:
-        reason = re.sub(r'^Exception occured in `\w+` when calling event `\w+`:\s*', '', str(e)).rstrip('.') # by fastai
+        reason = _reason_of(e).rstrip('.')
         fail(f"{reason}. Make room, or mend what it says; then {_how_to_go_on(_checkpoints(out))}")
+
+def _reason_of(error):
+    "The message of an error that a callback raised, without what fastai writes before it"
+    return re.sub(r'^Exception occured in `\w+` when calling event `\w+`:\s*', '', str(error))
 
 def _add_baseline(res, base, on, test_distributions):
     "Add the run without Reflective Learning to a result, and the gain over it"
@@ -436,6 +440,14 @@ def _remove_leftovers(out):
     for pattern in ('.result.[0-9]*.json','.per_class.[0-9]*.png'):
         for o in out.glob(pattern): o.unlink()
 
+def _differences(there, here):
+    "The first settings in which two identities differ, in words; empty if they are not known"
+    are_known = isinstance(there, list) and len(there)==len(here) and all(isinstance(o, dict) for o in there)
+    if not are_known: return ''
+    differ = {name: (a.get(name), b[name]) for a,b in zip(there, here) for name in b if a.get(name)!=b[name]}
+    found = [f'{name} was {a!r:.60} and is {b!r:.60}' for name,(a,b) in differ.items()]
+    return f": {'; '.join(found[:3])}" if found else ''
+
 def _check_result(out, identity, listing):
     "Raise `ValueError` if the output folder holds a result of other settings or other data"
     from ltrl_fastai.experiments.identity import summary_changes
@@ -444,8 +456,8 @@ def _check_result(out, identity, listing):
     try: result = json.loads(file.read_text())
     except ValueError: result = None
     if not isinstance(result, dict): raise ValueError(f"--out: {file} is not a result of `ltrl train`. {remedy}")
-    if result.get('identity')!=identity:
-        raise ValueError(f"--out: {file} holds the result of other settings. {remedy}")
+    if result.get('identity')!=identity: raise ValueError(
+        f"--out: {file} holds the result of other settings{_differences(result.get('identity'), identity)}. {remedy}")
     changes = summary_changes(result, listing())
     if changes: raise ValueError(f"--out: {file} holds the result of other data: {changes}. {remedy}")
 

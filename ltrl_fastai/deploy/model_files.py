@@ -184,6 +184,8 @@ def _unpickled(file, trust):
         reason = "it holds no Learner" if is_other else f"{type(e).__name__}: {e}"
         raise ValueError(f"{file}: can't be loaded ({reason}). Expected model.pkl of `ltrl train`, or a file that "
                          "fastai's `learn.export` wrote.") from e
+    if not isinstance(learn, Learner):
+        raise ValueError(f"{file}: expected an exported fastai Learner, got a {type(learn).__name__}.")
     try: facts = read_facts(file.parent)
     except FileNotFoundError: facts = _shown_facts(learn)
     return _with_facts(learn, facts)

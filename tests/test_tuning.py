@@ -150,13 +150,27 @@ def training_batch(name):
     return learn.loss_func, seen['pred'], seen['y']
 
 
-@pytest.mark.parametrize('name', ['ride', 'ride-distilled', 'sade', 'mdcs', 'ncl', 'balpoe', 'bcl'])
+@pytest.mark.parametrize('name', ['ride', 'ride-distilled', 'sade', 'mdcs', 'ncl', 'balpoe', 'bcl', 'proco', 'glmc', 'bbn'])
 def test_smoothed_labels_of_every_method(name):
     "The loss is an affine function of the share, and only the trained labels are smoothed"
     loss, pred, y = training_batch(name)
     values = [float(smooth_labels(loss, share)(pred, y)) for share in (0., .1, .2)]
     assert values[1] != pytest.approx(values[0], rel=1e-4)
     assert values[2]-values[1] == pytest.approx(values[1]-values[0], rel=1e-3)
+
+
+def test_smoothed_labels_of_class_centres_by_hand():
+    "PaCo with an empty queue and no weight on samples is the cross-entropy of centres and samples together"
+    loss, pred, y = training_batch('paco')
+    logits, queries, keys, queue, queue_labels = pred
+    loss.alpha = 0.
+    empty = (logits, queries, keys, queue[:0], queue_labels[:0])
+    similarity = (queries@torch.cat([queries, keys]).T)/loss.temperature
+    similarity[range(len(y)), range(len(y))] = -torch.inf
+    logp = F.log_softmax(torch.cat([loss.trained_logits(logits), similarity], 1), 1)
+    n_classes = logits.shape[1]
+    by_hand = -(.8*logp[range(len(y)), y] + .2*logp[:, :n_classes].mean(1)).mean()
+    assert float(smooth_labels(loss, .2)(empty, y)) == pytest.approx(float(by_hand), rel=1e-5)
 
 
 def test_smoothing_reaches_the_learner_and_leaves_the_loss_of_others_alone():

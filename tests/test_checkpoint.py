@@ -3,9 +3,9 @@ from functools import partial
 
 import pytest
 import torch
-from fastai.callback.all import GradientAccumulation, MixedPrecision
-from fastai.vision.all import SGD, Adam, Callback, Learner, nn, params, set_seed
-from ltrl_fastai.all import BalancedSoftmaxLoss, Checkpoint, ReflectiveLearning, digits_lt
+from fastai.callback.all import CSVLogger, GradientAccumulation, GradientClip, MixedPrecision, MixUp
+from fastai.vision.all import SGD, Adam, Callback, Learner, nn, params, set_seed, tensor
+from ltrl_fastai.all import BalancedSoftmaxLoss, Checkpoint, LDAMLoss, ReflectiveLearning, SAM, digits_lt
 from ltrl_fastai.experiments.checkpoint import ForeignCheckpoint
 
 
@@ -108,6 +108,64 @@ def test_another_fit_is_recognised_without_an_identity(kwargs, message, tmp_path
     before = {f: f.read_bytes() for f in tmp_path.iterdir()}
     with pytest.raises(ForeignCheckpoint, match=message): fit(learner(**kwargs), tmp_path/'fit.pt')
     assert {f: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+
+def small(*cbs, loss=BalancedSoftmaxLoss, counts=tensor(range(10, 110, 10)), **kwargs):
+    "A learner with a loss of its own"
+    set_seed(0, reproducible=True)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    return Learner(digits_lt(device='cpu', n_max=40), net, loss_func=loss(counts, **kwargs), lr=.05, cbs=cbs)
+
+
+other_settings = dict(
+    tau=(dict(tau=1.), dict(tau=1.5), [], [], 'loss function has other settings .tau 1 there, 1.5 here'),
+    counts=({}, dict(counts=tensor(range(10, 120, 11))), [], [], 'loss function has other settings .log_counts'),
+    margins=(dict(loss=LDAMLoss), dict(loss=LDAMLoss, max_margin=.4), [], [], 'margins .* there'),
+    weight=({}, {}, [ReflectiveLearning(kr=dict(weight=1.))], [ReflectiveLearning(kr=dict(weight=2.))],
+            'its knowledge_review has other settings .weight 1 there, 2 here'),
+    temperature=({}, {}, [ReflectiveLearning(kr=dict(tau=2.))], [ReflectiveLearning(kr=dict(tau=3.))],
+                 'its knowledge_review has other settings .tau 2 there, 3 here'),
+    rl_added=({}, {}, [], [ReflectiveLearning()], 'another fit, without .*knowledge_review.* Remove what was added'),
+    rl_removed=({}, {}, [ReflectiveLearning()], [], 'holds the state of .*knowledge_review'),
+    mixup_added=({}, {}, [], [MixUp()], 'another fit, without mix_up. Remove what was added'),
+    mixup_removed=({}, {}, [MixUp()], [], 'another fit, with mix_up. Add what is missing'),
+    mixup_weaker=({}, {}, [MixUp(.4)], [MixUp(.2)], 'mix_up has other settings .distrib concentration1=0.4, .*=0.2'),
+    sam=({}, {}, [SAM(rho=.1)], [SAM(rho=.05)], 'sam has other settings .rho 0.1 there, 0.05 here'),
+    clipping=({}, {}, [GradientClip(1.)], [GradientClip(.1)], 'max_norm 1 there, 0.1 here'))
+
+
+@pytest.mark.parametrize('before,after,cbs,other_cbs,message', other_settings.values(), ids=other_settings)
+def test_other_settings_are_another_fit(before, after, cbs, other_cbs, message, tmp_path):
+    "Of the loss function, and of callbacks that change what is learned"
+    f = tmp_path/'fit.pt'
+    interrupted_fit(f, lambda: small(*cbs, **before))
+    content = f.read_bytes()
+    with pytest.raises(ForeignCheckpoint, match=message): fit(small(*other_cbs, **after), f)
+    assert f.read_bytes() == content
+
+
+def test_settings_that_change_within_a_fit_do_not_matter(tmp_path):
+    "Class weights that begin late, on a loss that was in a fit that crashed; and a logger that is added"
+    class LateWeights(Callback):
+        def before_epoch(self): self.loss_func.func.weight = tensor(range(1, 11)).float() if self.epoch > 1 else None
+    f, expected = tmp_path/'fit.pt', fit(small(LateWeights(), loss=LDAMLoss), tmp_path/'whole.pt')
+    learn = small(LateWeights(), loss=LDAMLoss)
+    interrupted_fit(f, lambda: learn)
+    assert learn.loss_func.func.weight is not None
+    learn.path = tmp_path
+    learn.add_cb(CSVLogger())
+    assert torch.equal(fit(learn, f), expected)
+
+
+def test_a_file_of_an_earlier_version_has_no_settings(tmp_path):
+    f, make = tmp_path/'fit.pt', lambda: small(MixUp())
+    expected = fit(make(), tmp_path/'whole.pt')
+    interrupted_fit(f, make)
+    for file in (f, f.with_name('fit.pt.older')):
+        state = torch.load(file, weights_only=True)
+        del state['settings']
+        torch.save(state, file)
+    assert torch.equal(fit(make(), f), expected)
 
 
 schedules = [

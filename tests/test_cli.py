@@ -4,12 +4,15 @@ import functools
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import time
 
 import pytest
 from command_line import ltrl_here, ltrl_process, start_ltrl
+from ltrl_fastai.cli.outputs import describe_model
+from ltrl_fastai.data.beds import write_digits_folder
 from ltrl_fastai.experiments.training import RunSettings, train_run
 
 
@@ -176,6 +179,7 @@ def test_an_interrupted_run_is_resumed(both, tmp_path):
     assert r.returncode == 2 and '--resume' in r.stderr and (log/'.fit-0.pt').exists()
     r = run('train', '--dataset', 'digits-lt', '--epochs', '4', '--out', 'a', '--resume', cwd=tmp_path, check=False)
     assert r.returncode == 2 and 'another fit' in r.stderr and 'Traceback' not in r.stderr
+    assert r.stderr.startswith('Error: a/.fit-0.pt')  # without fastai's words
     assert 'going on' in run(*args, '--resume', cwd=tmp_path).stdout
     got, want = [json.loads(next(o.glob('*/result.json')).read_text()) for o in (tmp_path, both[1]/'ltrl-runs')]
     for o in (got, got['baseline'], want, want['baseline']):
@@ -287,3 +291,73 @@ def test_a_wrong_path_names_what_is_expected(tmp_path):
     for name, reason in {'a.txt': 'a.txt is no folder and no CSV file', 'no/where': 'no/where is not there'}.items():
         r = run('train', '--dataset', './'+name, cwd=tmp_path, check=False)
         assert r.returncode == 2 and reason in r.stderr and '`ltrl datasets` lists' in r.stderr
+    for name, more in {'birds': '', 'grocry': " Did you mean 'grocery'?"}.items():
+        r = run('train', '--dataset', name, cwd=tmp_path, check=False)
+        assert r.returncode == 2 and 'Give the path of your own images, or one of digits-lt' in r.stderr
+        assert f'no folder or CSV file {name!r}, and no data set of that name.{more} Give' in r.stderr
+
+
+@pytest.mark.parametrize('moment', ['before the first epoch', 'in the second run', 'after the last epoch'])
+def test_an_interrupt_names_the_next_command(moment, tmp_path, monkeypatch):
+    "Whenever it comes, the command that is named then goes on, and what it suggests can be typed as it stands"
+    def stop(*args, **kwargs): raise KeyboardInterrupt
+    trained = []
+
+    def stop_second(settings, **kwargs):
+        if trained: stop()
+        trained.append(settings)
+        return train_run(settings, **kwargs)
+    name, stand_in = {
+        'before the first epoch': ('ltrl_fastai.experiments.settings.RunSettings.check', stop),
+        'in the second run': ('ltrl_fastai.experiments.training.train_run', stop_second),
+        'after the last epoch': ('ltrl_fastai.cli.outputs.choose_model', stop)}[moment]
+    args = ('train', '--dataset', 'digits-lt', '--epochs', '1', '--out', 'mes essais')
+    with monkeypatch.context() as patched:
+        patched.setattr(name, stand_in)
+        r = run(*args, cwd=tmp_path, check=False)
+    assert r.returncode == 130 and 'Traceback' not in r.stderr
+    resume = [] if moment == 'before the first epoch' else ['--resume']
+    said = 'with --resume goes on' if resume else 'starts anew: no epoch was done'
+    assert r.stderr.strip() in (f'Interrupted. The same command {said}.',
+                                f'Interrupted. The same command {said} after the last whole epoch.')
+    run(*args, *resume, cwd=tmp_path)
+    files = sorted(o.name for o in (tmp_path/'mes essais').iterdir())
+    assert files == ['model', 'per_class.png', 'result.json']
+
+
+def test_commands_are_quoted_and_other_settings_named(tmp_path):
+    write_digits_folder(tmp_path/'mes chiffres')
+    r = run('train', '--dataset', 'mes chiffres', '--net', 'resnet8', '--epochs', '1', '--no-rl', '--workers', '0',
+            '--out', 'mes essais', cwd=tmp_path)
+    suggested = [shlex.split(o) for o in re.findall('`(ltrl [^`]+)`', r.stdout)]
+    assert ['ltrl', 'predict', 'mes essais/model', 'image.jpg'] in suggested
+    assert ['ltrl', 'report', 'mes essais'] in suggested
+    (tmp_path/'mes chiffres').rename(tmp_path/'moved')
+    r = run('train', '--dataset', 'moved', '--net', 'resnet8', '--epochs', '2', '--no-rl', '--workers', '0', '--out',
+            'mes essais', '--resume', cwd=tmp_path, check=False)
+    assert r.returncode == 2
+    assert "other settings: dataset was 'mes chiffres' and is 'moved'; epochs was 1 and is 2. Choose" in r.stderr
+
+
+@pytest.mark.parametrize('args, name', [
+    (['export', '{model}'], 'ltrl_fastai.deploy.export.export_model'),
+    (['report', '{model}'], 'ltrl_fastai.experiments.summary.result_folders'),
+    (['compare', '--dataset', 'digits-lt', '--out', 'a'], 'ltrl_fastai.experiments.settings.RunSettings.check'),
+    (['datasets'], 'ltrl_fastai.data.catalogue.catalogue')], ids=lambda o: str(o[0]))
+def test_an_interrupt_of_other_commands(args, name, digits_model, tmp_path, monkeypatch):
+    def stop(*_, **__): raise KeyboardInterrupt
+    monkeypatch.setattr(name, stop)
+    r = run(*(o.format(model=digits_model[1]) for o in args), cwd=tmp_path, check=False)
+    assert (r.returncode, r.stderr) == (130, '\nInterrupted. The same command starts anew.\n')
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize('scores, said', [
+    ([80., 80.], '80.0 % on validation images, equal to the other)'),
+    ([80.02, 80.04], '80.04 % on validation images, against 80.02 %)'),
+    ([80.001, 80.002], '80.0 % on validation images, equal to the other)'),
+    ([80.2, 70.], '80.2 % on validation images, against 70.0 %)'), ([None, None], '(epoch 2 of 3)')], ids=str)
+def test_two_models_are_compared_as_far_as_they_differ(scores, said, tmp_path):
+    best = max(scores, key=lambda o: o or 0)
+    model = dict(epoch=2, accuracy=dict(validation=dict(all=best)), all_scores=scores, reflective=True)
+    assert describe_model(model, tmp_path, 3).endswith(said)

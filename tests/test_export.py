@@ -302,6 +302,15 @@ def test_errors_of_the_command(args, said, digits_model, tmp_path, monkeypatch):
     assert [o.name for o in tmp_path.iterdir()] == ['blocked']
 
 
+@pytest.mark.parametrize('error', [OSError(28, 'No space left on device'), PermissionError(13, 'Permission denied')])
+def test_an_output_that_can_not_be_written(error, digits_model, tmp_path, monkeypatch):
+    def write(*_): raise error
+    monkeypatch.setattr(Path, 'touch', write)
+    r = ltrl(digits_model[1], '--out', tmp_path/'a.pt')
+    assert r.exit_code == 2 and f"a.pt can't be written ({error.strerror}). Choose another place." in r.output
+    assert r.output.startswith('Error: --out: ') and not [*tmp_path.iterdir()]
+
+
 def test_pickles_need_trust(digits_model, tmp_path):
     pickle = digits_model[1]/'model.pkl'
     refused = ltrl(pickle, '--out', tmp_path/'a.pt')

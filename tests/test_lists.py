@@ -430,7 +430,8 @@ def test_a_folder_without_the_expected_structure(tmp_path):
     with pytest.raises(FileNotFoundError, match='There is no folder or file'): own_images(tmp_path/'x')
     with pytest.raises(ValueError, match='found no image'): own_images(tmp_path)
     jpeg(tmp_path/'a/0.jpg')
-    with pytest.raises(ValueError, match="expected two classes or more, got 'a' alone"): own_images(tmp_path)
+    said = "expected two classes or more, got 'a' alone. Give the folder that holds a folder for each class."
+    with pytest.raises(ValueError, match=said): own_images(tmp_path)
     jpeg(tmp_path/'b/0.jpg')
     with pytest.raises(ValueError, match='No class has three images'): own_images(tmp_path)
     jpeg(tmp_path/'0.jpg')

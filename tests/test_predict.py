@@ -407,6 +407,11 @@ def test_wrong_models(digits_model, some, tmp_path):
     assert 'not there' in ltrl(tmp_path/'nowhere', *some, code=2)[1]
     pickle = digits_model[1]/'model.pkl'
     assert '--trust' in ltrl(pickle, *some, code=2)[1]
+    torch.save({'weight': torch.ones(3)}, tmp_path/'weights.pkl')
+    (tmp_path/'text.pkl').write_text('no pickle')
+    for name, reason in {'weights.pkl': 'it holds no Learner', 'text.pkl': "can't be loaded"}.items():
+        said = ltrl(tmp_path/name, *some, '--trust', code=2)[1]
+        assert reason in said and 'Expected model.pkl of `ltrl train`' in said
     assert ltrl(pickle, *some, '--trust') == ltrl(digits_model[1], *some)
 
 

@@ -40,3 +40,12 @@ def test_every_promised_name_is_in_all():
         imbalanced_counts long_tail_subset class_counts digits_lt cifar10_lt cifar100_lt CifarResNet CosineHead
         create_net BalancedSoftmaxLoss shot_accuracies ShotReport""".split()
     assert not [n for n in names if not hasattr(lib, n)]
+
+
+def test_the_number_of_methods():
+    "Where a page says how many there are beside softmax, it is as many"
+    from ltrl_fastai.methods.facts import method_facts
+    n = len(method_facts)-1
+    page = (root/'nbs/explanations/06_beside_other_tools.ipynb').read_text()
+    assert f'brings {n} other long-tail methods' in text
+    assert f'| Methods for uneven classes | {n}, Balanced Softmax by default |' in page

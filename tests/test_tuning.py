@@ -7,7 +7,7 @@ from itertools import chain
 import pytest
 import torch
 from fastai.callback.mixup import MixUp
-from fastai.vision.all import Callback, F, first, nn, noop
+from fastai.vision.all import CancelFitException, Callback, F, first, nn, noop
 from ltrl_fastai.cli.main import app
 from ltrl_fastai.core.files import write_json
 from ltrl_fastai.experiments import runner, training, tuning
@@ -137,6 +137,42 @@ def test_smoothed_labels_of_margins_and_of_experts_by_hand():
     assert float(smooth_labels(sade, eps)(z, y)) == pytest.approx(float(by_hand), rel=1e-5)
 
 
+def training_batch(name):
+    "The loss of a method, its model's output for a batch in training, and the targets"
+    learn = RunSettings(**{**tiny, 'method': name}).learner()
+    seen = {}
+    class Stop(Callback):
+        run_valid = False
+        def after_pred(self):
+            seen.update(pred=self.learn.pred, y=self.y)
+            raise CancelFitException
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Stop())
+    return learn.loss_func, seen['pred'], seen['y']
+
+
+@pytest.mark.parametrize('name', ['ride', 'ride-distilled', 'sade', 'mdcs', 'ncl', 'balpoe', 'bcl', 'proco', 'glmc', 'bbn'])
+def test_smoothed_labels_of_every_method(name):
+    "The loss is an affine function of the share, and only the trained labels are smoothed"
+    loss, pred, y = training_batch(name)
+    values = [float(smooth_labels(loss, share)(pred, y)) for share in (0., .1, .2)]
+    assert values[1] != pytest.approx(values[0], rel=1e-4)
+    assert values[2]-values[1] == pytest.approx(values[1]-values[0], rel=1e-3)
+
+
+def test_smoothed_labels_of_class_centres_by_hand():
+    "PaCo with an empty queue and no weight on samples is the cross-entropy of centres and samples together"
+    loss, pred, y = training_batch('paco')
+    logits, queries, keys, queue, queue_labels = pred
+    loss.alpha = 0.
+    empty = (logits, queries, keys, queue[:0], queue_labels[:0])
+    similarity = (queries@torch.cat([queries, keys]).T)/loss.temperature
+    similarity[range(len(y)), range(len(y))] = -torch.inf
+    logp = F.log_softmax(torch.cat([loss.trained_logits(logits), similarity], 1), 1)
+    n_classes = logits.shape[1]
+    by_hand = -(.8*logp[range(len(y)), y] + .2*logp[:, :n_classes].mean(1)).mean()
+    assert float(smooth_labels(loss, .2)(empty, y)) == pytest.approx(float(by_hand), rel=1e-5)
+
+
 def test_smoothing_reaches_the_learner_and_leaves_the_loss_of_others_alone():
     a, b = (RunSettings(**tiny, label_smoothing=o).learner().loss_func for o in (.1, None))
     assert a.func.label_smoothing == .1
@@ -214,10 +250,10 @@ def test_an_adjustment_of_one_class_or_of_few_images():
     (dict(mixup=.2, method='mixup'), 'mixup: mixup mixes images already'),
     (dict(mixup=.2, method='paco'), "mixup: paco trains on two images or two views"),
     (dict(mixup=.2, method='bbn'), "mixup: bbn trains on two images or two views"),
+    (dict(mixup=.2, method='imbsam'), 'mixup: imbsam treats images by their class'),
     (dict(mixup=.2, method='lade'), "LADE's second term"),
     (dict(label_smoothing=1.), 'label_smoothing: expected a share from 0 to below 1'),
     (dict(label_smoothing=.1, method='focal'), 'label_smoothing: FocalLossFlat has no labels that could be smoothed'),
-    (dict(label_smoothing=.1, method='ride'), 'label_smoothing: RIDELoss has no labels'),
     (dict(label_smoothing=.1, method='class-balanced', method_args=dict(label_smoothing=.1)),
      "has no 'label_smoothing'"),
     (dict(posthoc='best'), "posthoc: expected a number or 'auto', got 'best'"),

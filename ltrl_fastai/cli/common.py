@@ -31,6 +31,10 @@ class Commands(typer.core.TyperGroup):
             fail(f"{name}: expected a value, got an empty text {value!r}. {remedy}")
         return super().parse_args(ctx, args)
 
+    def invoke(self, ctx):
+        try: return super().invoke(ctx)
+        except KeyboardInterrupt: interrupted("The same command starts anew.") # where a command has nothing else to say
+
     def _name_of(self, command, args, i):
         "The option whose value argument `i` is, or the name of the positional argument"
         params = getattr(command, 'params', [])

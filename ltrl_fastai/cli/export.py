@@ -51,7 +51,10 @@ def export(
         file = out or default_file(model, format or 'onnx')
         check_output_file('--out', file)
         frequencies = chosen_prior(prior, learn.dls.vocab)
-        described = export_model(learn, file, format, half=half, prior=frequencies, logits=logits, force=force)
+        try: described = export_model(learn, file, format, half=half, prior=frequencies, logits=logits, force=force)
+        except OSError as e:
+            if e.errno is None: raise # it says what to do
+            raise OSError(f"--out: {file} can't be written ({e.strerror}). Choose another place.") from e
     except (ValueError, TypeError, OSError, ImportError) as e: fail(e)
     _print_exported(file, described)
 

@@ -34,12 +34,14 @@ def describe_model(model:dict, # From `choose_model`
     scores = model['all_scores']
     best = model['accuracy'].get('validation', {}).get('all')
     details = f"epoch {model['epoch']} of {epochs}"
-    digits = 1 if len({f'{o:.1f}' for o in scores if o is not None})==len(scores) else 2 # to show a difference
+    known = sorted((o for o in scores if o is not None), reverse=True)
+    digits = 2 if len({f'{o:.1f}' for o in known})<len({f'{o:.2f}' for o in known}) else 1 # to show a difference
     if best is not None: details += f', {best:.{digits}f} % on validation images'
     if len(scores)==1: return f"Model: {Path(out)/'model'} ({details})"
     side = 'with' if model['reflective'] else 'without'
-    others = sorted((o for o in scores if o is not None), reverse=True)[1:]
-    if others: details += f', against {others[0]:.{digits}f} %'
+    if known[1:]:
+        other = f'{known[1]:.{digits}f}'
+        details += ', equal to the other' if other==f'{best:.{digits}f}' else f', against {other} %'
     return f"Model: {Path(out)/'model'}, trained {side} Reflective Learning ({details})"
 
 # %% ../../nbs/cli/10_outputs.ipynb #9995e24f

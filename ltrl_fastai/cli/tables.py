@@ -6,6 +6,7 @@
 __all__ = ['tables']
 
 # %% ../../nbs/cli/11_tables.ipynb #21fcd9c3
+import shlex
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -89,4 +90,4 @@ def _print_state(plan, out):
     results = [read_result(file) for file in sorted((out/'runs').glob('*.json'))]
     rows = [row for name in dict.fromkeys(run.mark['name'] for run in plan) for row in slides_state(results, name)]
     typer.echo(f"\n{text_table(rows)}\n\nAll accuracy in percent, mean ± standard deviation over seeds. "
-               f"`ltrl report {out}` prints every shot, also of shortened and changed runs.")
+               f"`ltrl report {shlex.quote(str(out))}` prints every shot, also of shortened and changed runs.")

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -157,9 +158,11 @@ def train(
         if loggers and len(chosen)>1: raise ValueError(
             "--log: logs are of a single run. Leave it out, or give --seed instead of --seeds.")
     except (ValueError, TypeError, OSError, ImportError) as e: fail(e)
-    if len(chosen)>1: _train_seeds(todo[::-1], chosen, out, resume=resume, force=force)
-    else: _train_once(todo, out, rl=rl, test_distributions=test_distributions, resume=resume, force=force,
-                      loggers=loggers)
+    try:
+        if len(chosen)>1: _train_seeds(todo[::-1], chosen, out, resume=resume, force=force)
+        else: _train_once(todo, out, rl=rl, test_distributions=test_distributions, resume=resume, force=force,
+                          loggers=loggers)
+    except KeyboardInterrupt: _interrupted([_SeveralRuns(out)] if len(chosen)>1 else _checkpoints(out))
 
 def _sides(rl, parts, preset):
     "Arguments of `ReflectiveLearning` of each run, None for one without; raises `ValueError` if they contradict `rl`"
@@ -204,7 +207,6 @@ def _train_once(todo, out, rl, test_distributions, resume, force, loggers):
     from ltrl_fastai.core.files import write_json
     from ltrl_fastai.deploy.model_files import check_replaceable
     from ltrl_fastai.evaluation.pictures import draw_report
-    from ltrl_fastai.experiments.checkpoint import Checkpoint
     from ltrl_fastai.cli.outputs import choose_model, describe_model, logger_cbs
     from ltrl_fastai.experiments.identity import data_listing
     from ltrl_fastai.experiments.training import label_of, locked_folder
@@ -212,7 +214,7 @@ def _train_once(todo, out, rl, test_distributions, resume, force, loggers):
     with contextlib.ExitStack() as stack:
         try:
             identity = _identity(todo)
-            checkpoints = [Checkpoint(out/f'.fit-{i}.pt') for i in range(2)]
+            checkpoints = _checkpoints(out)
             stack.enter_context(locked_folder(out))
             check_replaceable(out/'model')
             wanted = ['test_distributions'] if test_distributions else []
@@ -227,7 +229,7 @@ def _train_once(todo, out, rl, test_distributions, resume, force, loggers):
             for settings,checkpoint,model in zip(todo, checkpoints, models):
                 typer.echo(f"\n{_describe(settings)}, seed {settings.seed}{_going_on([checkpoint])}")
                 cbs = logger_cbs(loggers, out, label_of(settings))
-                results.append(_train(settings, checkpoint, test_distributions=test_distributions, model=model,
+                results.append(_train(settings, checkpoint, out, test_distributions=test_distributions, model=model,
                                       cbs=cbs, bar=bar))
                 results[0][0]['identity'] = identity
                 write_json(results[0][0], out/'result.json') # a finished run is kept, whatever happens to the next
@@ -250,8 +252,8 @@ def _bar(todo):
     if not sys.stdout.isatty(): return contextlib.nullcontext(True)
     return RunBar(sum(epochs_of(o.create_method(), o.epochs) for o in todo))
 
-def _train(settings, checkpoint, test_distributions=False, model=None, cbs=None, bar=True):
-    "Train one run; an error that a user can mend, or an interruption, ends the program"
+def _train(settings, checkpoint, out, test_distributions=False, model=None, cbs=None, bar=True):
+    "Train one run; an error that a user can mend ends the program"
     import torch
     from ltrl_fastai.data.images import UnreadableImage
     from ltrl_fastai.experiments.checkpoint import ForeignCheckpoint, UnreadableCheckpoint
@@ -260,14 +262,17 @@ def _train(settings, checkpoint, test_distributions=False, model=None, cbs=None,
                           model=model, cbs=cbs)
     except UnreadableImage as e: fail(str(e).rpartition('UnreadableImage: ')[2]) # a loading process adds a traceback
     except (ForeignCheckpoint, UnreadableCheckpoint) as e:
-        fail(f"{e} On the command line, --force instead of --resume starts anew.")
+        fail(f"{_reason_of(e)} On the command line, --force instead of --resume starts anew.")
     except FloatingPointError as e: fail(e)
     except torch.OutOfMemoryError: fail(
         f"{out_of_memory(settings.bs)} Smaller images (--size) and --amp help too. --force starts anew.")
     except OSError as e:
-        reason = re.sub(r'^Exception occured in `\w+` when calling event `\w+`:\s*', '', str(e)).rstrip('.') # by fastai
-        fail(f"{reason}. Make room, or mend what it says; then {_how_to_go_on(checkpoint)}")
-    except KeyboardInterrupt: _interrupted(checkpoint)
+        reason = _reason_of(e).rstrip('.')
+        fail(f"{reason}. Make room, or mend what it says; then {_how_to_go_on(_checkpoints(out))}")
+
+def _reason_of(error):
+    "The message of an error that a callback raised, without what fastai writes before it"
+    return re.sub(r'^Exception occured in `\w+` when calling event `\w+`:\s*', '', str(error))
 
 def _add_baseline(res, base, on, test_distributions):
     "Add the run without Reflective Learning to a result, and the gain over it"
@@ -296,7 +301,6 @@ def _distributions_table(results):
 def _train_seeds(ways, seeds, out, resume, force):
     "Train each way with each seed, as `ltrl compare` does, and report the gain with its interval"
     from ltrl_fastai.core.files import write_json
-    from ltrl_fastai.experiments.checkpoint import Checkpoint
     from ltrl_fastai.experiments.identity import data_listing
     from ltrl_fastai.experiments.runner import default_jobs
     from ltrl_fastai.experiments.seeds import (draw_seeds, gain_sentence, gain_table, scored_on, seed_plan,
@@ -307,7 +311,7 @@ def _train_seeds(ways, seeds, out, resume, force):
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked_folder(out))
-            others = [Checkpoint(out/f'.fit-{i}.pt') for i in range(2)]
+            others = _checkpoints(out)
             complete = _prepare_folder(out, kept, identity, lambda: data_listing(settings.dls()), resume=resume,
                                        force=force, others=others)
             if complete: return _say_complete(out)
@@ -317,7 +321,7 @@ def _train_seeds(ways, seeds, out, resume, force):
         planned = f"{counted(len(plan), 'run')}, {jobs} at a time"
         typer.echo(f"{_describe(settings, both=len(ways)>1)}, {_seeds_text(seeds)}: {planned}"
                    f"{_going_on(kept)}")
-        results = _run_all(plan, out, jobs, kept[0])
+        results = _run_all(plan, out, jobs)
         save_figure(draw_seeds(results), out/'per_class.png')
         write_json(dict(**seeds_result(results), command=command(), identity=identity), out/'result.json')
         where = _where_scored(settings, scored_on(results))
@@ -328,7 +332,7 @@ def _train_seeds(ways, seeds, out, resume, force):
         typer.echo(f"\nWritten: {out/'result.json'}, {out/'per_class.png'} and a file for each run in {out/'runs'}")
         typer.echo(_next_after_seeds(settings, out))
 
-def _run_all(plan, out, jobs, kept):
+def _run_all(plan, out, jobs):
     "Train the runs of a plan, with a progress display; give their results"
     from rich.console import Console
     from ltrl_fastai.experiments.progress import PlanProgress
@@ -338,13 +342,17 @@ def _run_all(plan, out, jobs, kept):
     with PlanProgress(plan, jobs, lambda run: read_result(run_file(out, run)), Console()) as watch:
         try: results = run_plan(plan, out, jobs, True, watch, command(), about)
         except (Failed, ValueError, OSError) as e: fail(f"{e} The same command with --resume goes on.")
-        except KeyboardInterrupt: _interrupted(kept)
     for o in watch.recomputed: typer.echo(o)
     were = 'was' if watch.known==1 else 'were'
     if watch.known: typer.echo(f"{watch.known} of {counted(len(plan), 'run')} {were} there already.")
     return results
 
 # %% ../../nbs/cli/03_train.ipynb #a6b40448
+def _checkpoints(out):
+    "Those of a single run: with Reflective Learning and without"
+    from ltrl_fastai.experiments.checkpoint import Checkpoint
+    return [Checkpoint(out/f'.fit-{i}.pt') for i in range(2)]
+
 class _SeveralRuns:
     "The files of a training with several seeds"
     def __init__(self, out):
@@ -432,6 +440,14 @@ def _remove_leftovers(out):
     for pattern in ('.result.[0-9]*.json','.per_class.[0-9]*.png'):
         for o in out.glob(pattern): o.unlink()
 
+def _differences(there, here):
+    "The first settings in which two identities differ, in words; empty if they are not known"
+    are_known = isinstance(there, list) and len(there)==len(here) and all(isinstance(o, dict) for o in there)
+    if not are_known: return ''
+    differ = {name: (a.get(name), b[name]) for a,b in zip(there, here) for name in b if a.get(name)!=b[name]}
+    found = [f'{name} was {a!r:.60} and is {b!r:.60}' for name,(a,b) in differ.items()]
+    return f": {'; '.join(found[:3])}" if found else ''
+
 def _check_result(out, identity, listing):
     "Raise `ValueError` if the output folder holds a result of other settings or other data"
     from ltrl_fastai.experiments.identity import summary_changes
@@ -440,8 +456,8 @@ def _check_result(out, identity, listing):
     try: result = json.loads(file.read_text())
     except ValueError: result = None
     if not isinstance(result, dict): raise ValueError(f"--out: {file} is not a result of `ltrl train`. {remedy}")
-    if result.get('identity')!=identity:
-        raise ValueError(f"--out: {file} holds the result of other settings. {remedy}")
+    if result.get('identity')!=identity: raise ValueError(
+        f"--out: {file} holds the result of other settings{_differences(result.get('identity'), identity)}. {remedy}")
     changes = summary_changes(result, listing())
     if changes: raise ValueError(f"--out: {file} holds the result of other data: {changes}. {remedy}")
 
@@ -453,7 +469,7 @@ def _interrupted(kept):
 
 def _how_to_go_on(kept):
     "What the next command should be"
-    if _is_begun(kept): return "the same command with --resume goes on after the last whole epoch."
+    if _begun(kept): return "the same command with --resume goes on after the last whole epoch."
     return "the same command starts anew: no epoch was done."
 
 def _describe(settings, both=False):
@@ -480,14 +496,15 @@ def _next(settings, rl, out):
         "`ltrl train --help`; in Python, `learn.add_cbs(ReflectiveLearning())`.")
     if rl is None: other = 'more seeds, `--seeds 5`'
     else: other = 'the other side of the comparison, `--no-rl`' if rl else 'the same with `--rl`'
-    use = f"`ltrl predict {out/'model'} image.jpg`; `ltrl report {out}` for a page to send to others"
+    use = (f"`ltrl predict {shlex.quote(str(out/'model'))} image.jpg`; `ltrl report {shlex.quote(str(out))}` for a "
+           "page to send to others")
     return f"Next: {use}; {other}; or other parts: `--kc`, `--no-ks`, `--no-kr`."
 
 def _next_after_seeds(settings, out):
     "What to try after several seeds"
     if settings.dataset!='photos-lt':
         return (f"Several seeds measure, and leave no model: `--seed 0` instead of `--seeds` leaves one.\nNext: other "
-                f"parts, `--kc`, `--no-ks`, `--no-kr`; `ltrl report {out}` shows this again.")
+                f"parts, `--kc`, `--no-ks`, `--no-kr`; `ltrl report {shlex.quote(str(out))}` shows this again.")
     return ("Next: your own images, `ltrl train --dataset path/to/folder`; another method, `ltrl train --method "
             "ldam-drw` (`ltrl methods` lists them); in Python, `learn.add_cbs(ReflectiveLearning())`.")
 
@@ -548,7 +565,8 @@ def run(
         except (ValueError, TypeError, OSError, ImportError) as e: fail(e)
         typer.echo(f"{r.name}: {_describe_recipe(settings)}, seed {settings.seed}{_going_on([checkpoint])}")
         for note in notes: typer.echo(f"Note: {note}")
-        res,report = _train(settings, checkpoint)
+        try: res,report = _train(settings, checkpoint, out)
+        except KeyboardInterrupt: _interrupted([checkpoint])
         res.update(recipe=mark, identity=identity)
         save_figure(draw_report(report), out/'per_class.png')
         write_json(res, out/'result.json')
@@ -560,7 +578,7 @@ def run(
         if reason: typer.echo(reason)
         if r.reported is None: typer.echo("The slides give no number for this.")
         typer.echo(f"\nWritten: {out/'result.json'}, {out/'per_class.png'}\nNext: other seeds, and `ltrl report "
-                   f"{out.parent}` for all of them beside what the slides report.")
+                   f"{shlex.quote(str(out.parent))}` for all of them beside what the slides report.")
 
 def _describe_recipe(settings):
     "Data, network, method and schedule in words"

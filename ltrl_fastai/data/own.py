@@ -365,7 +365,8 @@ def _read_own(path, columns):
     "Lists, class names and notes of a folder or a CSV file, checked"
     check_data_path(path)
     lists,vocab,notes = _read_folder(path) if path.is_dir() else (*read_csv(path, *columns),[])
-    if len(vocab)<2: raise ValueError(f"{path}: expected two classes or more, got {vocab[0]!r} alone.")
+    remedy = "Give the folder that holds a folder for each class" if path.is_dir() else "Add images of another class"
+    if len(vocab)<2: raise ValueError(f"{path}: expected two classes or more, got {vocab[0]!r} alone. {remedy}.")
     check_lists(lists)
     if path.is_file(): check_images(lists)
     return lists,vocab,notes

@@ -179,8 +179,11 @@ def _unpickled(file, trust):
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', message='load_learner', category=UserWarning) # the user has decided
             learn = load_learner(file, cpu=True)
-    except Exception as e: raise ValueError(f"{file}: can't be unpickled ({type(e).__name__}: {e}). Expected model.pkl "
-                                                "of `ltrl train`, or a file that fastai's `learn.export` wrote.") from e
+    except Exception as e:
+        is_other = isinstance(e, AttributeError) and e.name=='dls' # `load_learner` asks the object for its loaders
+        reason = "it holds no Learner" if is_other else f"{type(e).__name__}: {e}"
+        raise ValueError(f"{file}: can't be loaded ({reason}). Expected model.pkl of `ltrl train`, or a file that "
+                         "fastai's `learn.export` wrote.") from e
     if not isinstance(learn, Learner):
         raise ValueError(f"{file}: expected an exported fastai Learner, got a {type(learn).__name__}.")
     try: facts = read_facts(file.parent)

@@ -17,6 +17,7 @@ from fastai.callback.training import GradientAccumulation
 from ..core.files import atomic_write, named_disk_errors
 from ..core.ranks import Ranks
 from ..evaluation.metrics import _learner_of_fit
+from .fit_settings import callback_settings, changes_training, loss_settings, settings_changes
 from .identity import data_changes, data_listing
 from .optimizer_state import (
     load_optimizer_state, optimizer_kind, optimizer_state, why_not_resumable)
@@ -117,6 +118,7 @@ class Checkpoint(Callback):
     _data = None # the listing of the data
     _lr = () # the learning rates that the fit was given
     _begun:dict = {} # what callbacks may change in a fit, as it was at the beginning
+    _settings:dict = {} # of the loss function and of callbacks, at the beginning
     _logs:dict = {} # by name of a logger: where rows of this fit start
     seconds = 0. # that the fit took before it was interrupted
     _run = True # see `run`
@@ -202,7 +204,7 @@ class Checkpoint(Callback):
         learn = self.learn
         return pack_state(dict(
             identity=self.identity, n_epoch=learn.n_epoch, about=self._description(), data=self._data,
-            done=self._done, model=get_model(learn.model).state_dict(), opt=optimizer_state(learn.opt),
+            settings=self._settings, done=self._done, model=get_model(learn.model).state_dict(), opt=optimizer_state(learn.opt),
             loss=_loss_state(learn.loss_func), params=self._params_state(),
             ranks=self.ranks.objects(self._rank_state()), grads=self._grads(), fastai=self._fastai_state(),
             train_iter=learn.train_iter, seconds=self.seconds+time.time()-self._started,
@@ -221,6 +223,11 @@ class Checkpoint(Callback):
             samples=len(dataset) if hasattr(dataset, '__len__') else None,
             optimizer=sorted(opt.hypers[0]), schedule=self._schedule(),
             kind=optimizer_kind(opt), groups=[len(group) for group in opt.param_lists], **self._begun))
+
+    def _settings_now(self):
+        "What the loss function and the callbacks that change what is learned were given"
+        callbacks = {name: callback_settings(cb) for name,cb in self._named().items() if changes_training(cb)}
+        return dict(loss=loss_settings(self.learn.loss_func), callbacks=callbacks)
 
     def _schedule(self):
         "The learning rate that the fit was given, and five values of each scheduled hyperparameter"
@@ -348,6 +355,7 @@ class Checkpoint(Callback):
         if n_ranks!=self.ranks.size: raise ForeignCheckpoint(
             f"{file} is of {n_ranks} processes, and here are {self.ranks.size}: start as many.")
         self._check_callbacks(file, state)
+        self._check_settings(file, state)
         return state
 
     def _check_identity(self, file, state):
@@ -368,6 +376,21 @@ class Checkpoint(Callback):
             if other_data: details += f': {other_data}'
             raise ForeignCheckpoint(f"{file} is the checkpoint of another fit: of another {labels}{details}.")
         if other_data: raise ForeignCheckpoint(f"{file} is the checkpoint of a fit on other data: {other_data}.")
+
+    def _check_settings(self, file, state):
+        "Check what the loss function and the callbacks that change what is learned were given"
+        saved = state.get('settings')
+        if saved is None: return # of an earlier version
+        foreign = f"{file} is the checkpoint of another fit"
+        changes = settings_changes(saved['loss'], self._settings['loss'])
+        if changes: raise ForeignCheckpoint(f"{foreign}: its loss function has other settings ({changes}).")
+        there,here = saved['callbacks'],self._settings['callbacks']
+        added,removed = ([name for name in a if name not in b] for a,b in ((here,there), (there,here)))
+        if added: raise ForeignCheckpoint(f"{foreign}, without {', '.join(added)}. Remove what was added.")
+        if removed: raise ForeignCheckpoint(f"{foreign}, with {', '.join(removed)}. Add what is missing.")
+        for name,given in here.items():
+            changes = settings_changes(there[name], given)
+            if changes: raise ForeignCheckpoint(f"{foreign}: its {name} has other settings ({changes}).")
 
     def _check_callbacks(self, file, state):
         "Check that no callback's state would be lost, and let callbacks check what they keep in files of their own"
@@ -395,6 +418,7 @@ class Checkpoint(Callback):
         self._begun = dict(
             bs=first(o for o in (getattr(train, k, None) for k in ('bs','batch_size')) if isinstance(o, int)),
             loss=_loss_kind(learn.loss_func))
+        self._settings = to_builtin(self._settings_now())
         self._data = data_listing(learn.dls)
         reason = why_not_resumable(learn.opt)
         if reason:

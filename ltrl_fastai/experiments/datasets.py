@@ -8,7 +8,7 @@ __all__ = ['datasets', 'spec_of']
 # %% ../../nbs/experiments/12_datasets.ipynb #606c11bc
 from functools import partial
 from pathlib import Path
-from ..core.checks import one_of
+from ..core.checks import did_you_mean
 from ..data.beds import (
     digits_folder, folder_data, folder_sets, grocery, landforms, magnetic, unicode_names)
 from ..data.benchmarks import cifar10_lt, cifar100_lt, digits_lt
@@ -83,7 +83,9 @@ def spec_of(dataset:str, # A name in `datasets`, or the path of a folder or CSV 
         "For the current folder, give '.'.")
     path = Path(dataset).expanduser()
     is_path = path.exists() or path.suffix=='.csv' or len(path.parts)>1
-    if not is_path: return datasets[one_of('dataset', dataset, [*datasets, 'a path to your own images'])]
+    if not is_path: raise ValueError(
+        f"dataset: there is no folder or CSV file {dataset!r}, and no data set of that name."
+        f"{did_you_mean(dataset, datasets)} Give the path of your own images, or one of {', '.join(datasets)}.")
     is_csv = path.is_file() and path.suffix.lower()=='.csv'
     state = 'no folder and no CSV file' if path.exists() else 'not there'
     if not path.is_dir() and not is_csv: raise FileNotFoundError(

@@ -24,6 +24,7 @@ from ..methods.losses import smooth_labels
 from ..methods.method import Method
 from ..methods.nets import check_dropout, create_net, drop_features, is_mlp, is_small_net
 from ..methods.posthoc import LogitAdjustment
+from ..methods.sam import FocalSAM, ImbSAM
 from ..methods.optimizer import benchmark_sgd, body_and_head
 from ..reflective.learning import ReflectiveLearning
 
@@ -149,6 +150,9 @@ class RunSettings:
             f"mixup: {self.method} mixes images already. Its alpha is its argument `mixup`: `--set method.mixup=...`.")
         if method.views>1 or any(isinstance(cb, ReversedBatch) for cb in cbs): raise ValueError(
             f"mixup: {self.method} trains on two images or two views at a time, which can't be mixed. Leave it out.")
+        if any(isinstance(cb, (FocalSAM,ImbSAM)) for cb in cbs): raise ValueError(
+            f"mixup: {self.method} treats images by their class, and a mixture has two classes. "
+            "Use sam, or leave it out.")
         if isinstance(method.loss(counts), LADELoss): raise ValueError(
             "mixup: it mixes the losses of single images, but LADE's second term belongs to a whole batch. "
             "Use bsce, or leave it out.")

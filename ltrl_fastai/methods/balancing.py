@@ -84,6 +84,7 @@ class WeightDecay(Callback):
 
 class BinaryBalancedLoss(MethodLoss):
     "Class-weighted binary cross-entropy of the softmax and the one-hot label, averaged over images and classes."
+    label_smoothing = None # targets are 0 and 1
     def __init__(self,
         class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         beta:float=.9999, # See `effective_weights`

@@ -25,7 +25,7 @@ class BalPoELoss(ExpertsLoss):
         self.register_buffer('shifts', torch.as_tensor(taus).float()[:,None]*log_prior)
 
     def loss_per_expert(self, logits, k, targets):
-        return F.cross_entropy(logits+self.shifts[k].to(logits), targets, reduction='none')
+        return self.cross_entropy(logits+self.shifts[k].to(logits), targets)
     def loss_per_image(self, pred, targets):
         n_experts,n_classes = self.shifts.shape
         if pred.ndim!=3 or pred.shape[1:]!=self.shifts.shape: raise ValueError(

@@ -91,6 +91,6 @@ class BBNLoss(MethodLoss):
             "BBN: the model gave one prediction, where a mixture of two batches was expected: "
             "make the net by `bilateral_net`, and add `ReversedBatch()` to the learner.")
         out = BBNOutput(*pred)
-        conventional = F.cross_entropy(out.mixed_logits, targets, reduction='none')
-        balancing = F.cross_entropy(out.mixed_logits, out.reversed_targets.as_subclass(Tensor), reduction='none')
+        conventional = self.cross_entropy(out.mixed_logits, targets)
+        balancing = self.cross_entropy(out.mixed_logits, out.reversed_targets.as_subclass(Tensor))
         return out.share*conventional + (1-out.share)*balancing

@@ -100,5 +100,5 @@ class BCLLoss(ContrastiveLoss):
             "BCL: expected logits, projections and centres in training: "
             "make the net by `centred_net`, and train it on `two_views(dls)`.")
         logits,projections,centres = pred
-        cross_entropy = F.cross_entropy(self.trained_logits(logits), targets, reduction='none')
-        return cross_entropy + self.contrast_weight*self.contrast(projections, centres, targets)
+        of_logits = self.cross_entropy(self.trained_logits(logits), targets)
+        return of_logits + self.contrast_weight*self.contrast(projections, centres, targets)

@@ -34,6 +34,7 @@ from .bcl import BCLLoss, centred_net
 from .proco import ProCoLoss, UpdateDistributions, distributions_net
 from .glmc import GLMCLoss, GlobalLocalMix, two_head_net
 from .car import ConfusionRegularizer
+from .sam import SAM, FocalSAM, ImbSAM
 from .bbn import BBNLoss, ReversedBatch, bilateral_net
 from .decouple import crt, lws, tau_norm, ncm
 from .mislas import mislas_stage
@@ -80,6 +81,9 @@ _parts = { # Loss, net and callbacks of each method, where they differ from thos
     'proco': dict(loss=ProCoLoss, net=distributions_net, cbs=lambda counts: [UpdateDistributions()]),
     'glmc': dict(loss=GLMCLoss, net=two_head_net, cbs=lambda counts: [GlobalLocalMix()]),
     'car': dict(cbs=lambda counts: [ConfusionRegularizer(counts)]),
+    'sam': dict(cbs=lambda counts: [SAM()]),
+    'imbsam': dict(cbs=lambda counts: [ImbSAM(counts)]),
+    'focal-sam': dict(cbs=lambda counts: [FocalSAM(counts)]),
     'bbn': dict(loss=lambda counts: BBNLoss(), net=bilateral_net, cbs=lambda counts: [ReversedBatch()]),
     'mislas': dict(cbs=_mixup),
     'lift': dict(loss=BalancedSoftmaxLoss, net=lift_net, cbs=lambda counts: [InitHead(), FiveCrops()]),
@@ -116,6 +120,14 @@ def _balpoe_with(method, mixup=.4): return _mixup_with(method, mixup)
 def _car_with(method, strength=.3, momentum=.5, smoothing=.5, temperature=1.):
     def regularizer(counts): return [ConfusionRegularizer(counts, strength, momentum, smoothing, temperature)]
     return dataclasses.replace(method, cbs=regularizer)
+
+def _sam_with(method, rho=.05): return dataclasses.replace(method, cbs=lambda counts: [SAM(rho)])
+
+def _imbsam_with(method, rare=20, rho=.05):
+    return dataclasses.replace(method, cbs=lambda counts: [ImbSAM(counts, rare, rho)])
+
+def _focal_sam_with(method, gamma=3., sharpness=.8, rho=.05):
+    return dataclasses.replace(method, cbs=lambda counts: [FocalSAM(counts, gamma, sharpness, rho)])
 
 def _glmc_with(method, alpha=1.): return dataclasses.replace(method, cbs=lambda counts: [GlobalLocalMix(alpha)])
 
@@ -160,6 +172,7 @@ _stage_changes = {
     'mislas': _mislas_with, 'mixup': _mixup_with, 'crt': _crt_with, 'lws': _lws_with,
     'weight-balancing': _balancing_with, 'ride-assigned': _assigned_with, 'ride-distilled': _distilled_with,
     'sade-aggregated': _aggregated_with, 'balpoe': _balpoe_with, 'glmc': _glmc_with, 'car': _car_with,
+    'sam': _sam_with, 'imbsam': _imbsam_with, 'focal-sam': _focal_sam_with,
     'square-root-sampling': _sampling_with, 'ce-drw': _drw_with, 'cb-drs': _drs_with, 'los': _los_with,
     'lift': _lift_with,
 }

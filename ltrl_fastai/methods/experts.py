@@ -170,7 +170,7 @@ class ExpertsLoss(MethodLoss):
                         targets:Tensor # `(B,)`
                        ) -> Tensor: # `(B,)`
         "Return the loss of one expert for each sample; by default, cross-entropy."
-        return F.cross_entropy(logits, targets, reduction='none')
+        return self.cross_entropy(logits, targets)
     def loss_per_image(self, pred, targets):
         if pred.ndim!=3: raise ValueError(
             f"{type(self).__name__}: expected logits (B, K, C) of experts in training, got shape {tuple(pred.shape)}. "

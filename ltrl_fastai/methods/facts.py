@@ -139,6 +139,14 @@ method_facts = Methods({ # All that `ltrl methods` lists
         defaults=_no_nesterov, reported=55.9),
     'car': MethodFacts(
         'cross-entropy, plus the spectral norm of an averaged confusion matrix', 'Zhu et al., CVPR 2026'),
+    'sam': MethodFacts(
+        'cross-entropy at the worst weights within a radius',
+        'Foret et al., ICLR 2021; reported by ImbSAM (its README, strong weight decay)', reported=48.9),
+    'imbsam': MethodFacts(
+        'cross-entropy, for rare classes at the worst weights within a radius',
+        'Zhou et al., ICCV 2023; its README (strong weight decay)', reported=51.1),
+    'focal-sam': MethodFacts(
+        'cross-entropy, partly at the worst weights within a radius, more so for rarer classes', 'Li et al., ICML 2025'),
     'bbn': MethodFacts(
         'two branches: one on the data as they are, one on inversely sampled data',
         'Zhou et al., CVPR 2020; slides, table 1', reported=44.7),

@@ -129,18 +129,18 @@ class GLMCLoss(MethodLoss):
         if out.balanced_logits.shape[2]!=n_classes: raise ValueError(
             f"logits: expected {n_classes} classes, as there are class counts, got {out.balanced_logits.shape[2]}.")
         weights = self.class_weights.to(out.balanced_logits)
-        plain = _mixed_loss(out.plain_logits, targets, out, class_weights=torch.ones_like(weights))
-        balanced = _mixed_loss(out.balanced_logits, targets, out, class_weights=weights)
+        plain = self._mixed_loss(out.plain_logits, targets, out, class_weights=torch.ones_like(weights))
+        balanced = self._mixed_loss(out.balanced_logits, targets, out, class_weights=weights)
         loss = out.plain_weight*plain + (1-out.plain_weight)*balanced
         other_projections = out.projections.detach().flip(0)
         similarity = F.cosine_similarity(out.predictions, other_projections, dim=-1).sum(0)
         return loss - self.consistency_weight*similarity
 
-def _mixed_loss(logits, targets, out, class_weights):
-    "Weighted cross-entropy of one head for both mixtures, with the classes of both their images"
-    total = 0.
-    for z,share in zip(logits, out.shares):
-        first = F.cross_entropy(z, targets, reduction='none')
-        second = F.cross_entropy(z, out.partners, reduction='none')
-        total = total + (share*class_weights[targets]*first + (1-share)*class_weights[out.partners]*second)
-    return total
+    def _mixed_loss(self, logits, targets, out, class_weights):
+        "Weighted cross-entropy of one head for both mixtures, with the classes of both their images"
+        total = 0.
+        for z,share in zip(logits, out.shares):
+            first = self.cross_entropy(z, targets)
+            second = self.cross_entropy(z, out.partners)
+            total = total + (share*class_weights[targets]*first + (1-share)*class_weights[out.partners]*second)
+        return total

@@ -67,8 +67,8 @@ def smooth_labels(loss:Callable, # `BalancedSoftmaxLoss` or another loss with `l
     "Smooth the labels of a cross-entropy; raises `ValueError` if the loss cannot, or if `share` is not in [0, 1)."
     if not 0<=share<1: raise ValueError(f"label_smoothing: expected a share from 0 to below 1, got {share}.")
     module = getattr(loss, 'func', loss)
-    if not hasattr(module, 'label_smoothing'): raise ValueError(
+    if getattr(module, 'label_smoothing', None) is None: raise ValueError(
         f"label_smoothing: {type(loss).__name__} has no labels that could be smoothed. "
-        "It is for cross-entropy, Balanced Softmax, VS, Seesaw, LADE, LDAM, GCL and SADE.")
+        "It is for losses with a cross-entropy over classes.")
     module.label_smoothing = share
     return loss

@@ -29,7 +29,7 @@ class MDCSLoss(ExpertsLoss):
         self.register_buffer('shifts', tensor(lambdas).float()[:,None]*check_class_counts(class_counts).log())
 
     def loss_per_expert(self, logits, k, targets):
-        return F.cross_entropy(logits+self.shifts[k].to(logits), targets, reduction='none')
+        return self.cross_entropy(logits+self.shifts[k].to(logits), targets)
     def loss_per_image(self, pred, targets): # `(2, B, K, C)`
         n_experts,n_classes = self.shifts.shape
         if pred.ndim!=4 or len(pred)!=2 or pred.shape[2:]!=self.shifts.shape: raise ValueError(

@@ -22,6 +22,7 @@ from .views import two_views, SplitViews
 class MethodLoss(nn.Module):
     "Base class of losses whose model returns more than logits in training; plain logits get cross-entropy."
     y_int = True # MixUp must mix losses, not class indices
+    label_smoothing:float|None = 0. # See `smooth_labels`; None where no label can be smoothed
     def __init__(self, reduction:str='mean' # 'mean', 'sum' or 'none'
                 ):
         super().__init__()
@@ -39,7 +40,12 @@ class MethodLoss(nn.Module):
                        targets:Tensor # `(B,)` class indices
                       ) -> Tensor: # `(B,)`
         "Return the loss of each sample for plain logits, as used in validation."
-        return F.cross_entropy(logits, targets, reduction='none')
+        return self.cross_entropy(logits, targets)
+    def cross_entropy(self, logits:Tensor, # `(B, C)`
+                      targets:Tensor # `(B,)` class indices
+                     ) -> Tensor: # `(B,)`
+        "Return the cross-entropy of each sample, with labels smoothed by `label_smoothing`."
+        return F.cross_entropy(logits, targets, reduction='none', label_smoothing=self.label_smoothing or 0.)
     def forward(self, pred, targets):
         pred = apply(_float32_tensor, pred)
         is_logits = isinstance(pred, Tensor) and pred.ndim==2

@@ -26,6 +26,7 @@ def smoothing_by_class(class_counts:Collection, # Training images of each class;
 
 class LabelAwareSmoothing(MethodLoss):
     "Cross-entropy with label smoothing that depends on the class (Zhong et al. 2021, eq. 7)."
+    label_smoothing = None # it smooths by itself
     def __init__(self,
         class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         head:float=.4, # See `smoothing_by_class`

@@ -61,15 +61,15 @@ class NCLLoss(ExpertsLoss):
     def _code_loss(self, z, targets):
         "Cross-entropy of all nets and divergence of all pairs, with gradients in both nets of a pair"
         nets = z.unbind(1)
-        cross_entropy = sum(F.cross_entropy(o, targets, reduction='none') for o in nets)
+        of_nets = sum(self.cross_entropy(o, targets) for o in nets)
         kl = sum(_kl(teacher, student) for student in nets for teacher in nets if teacher is not student)
-        return cross_entropy + self.kl_weight*kl/(len(nets)-1)
+        return of_nets + self.kl_weight*kl/(len(nets)-1)
     def _paper_loss(self, z, k, targets):
         "Loss of one net on all classes and on its own hard ones, with gradients in this net only"
         hard = hard_classes(z[:,k]-self.log_counts, targets, self.n_hard)
         of_hard = [o.gather(1, hard) for o in z.unbind(1)]
-        on_all = F.cross_entropy(z[:,k], targets, reduction='none')
-        on_hard = F.cross_entropy(of_hard[k], torch.zeros_like(targets), reduction='none')
+        on_all = self.cross_entropy(z[:,k], targets)
+        on_hard = self.cross_entropy(of_hard[k], torch.zeros_like(targets))
         others = [j for j in range(z.shape[1]) if j!=k]
         kl = sum(_kl(z[:,j].detach(), z[:,k]) + _kl(of_hard[j].detach(), of_hard[k]) for j in others)/len(others)
         return on_all + on_hard + self.kl_weight*kl

@@ -71,7 +71,7 @@ class OLTRLoss(MethodLoss):
         own = squared.gather(1, targets[:,None])[:,0]
         others = squared.scatter(1, targets[:,None], 0.).sum()/(n_images*max(1, n_classes-1))
         of_centroids = own/2 + self.repel*(self.margin-others).clamp(min=0)
-        return F.cross_entropy(logits, targets, reduction='none') + self.attract*of_centroids
+        return self.cross_entropy(logits, targets) + self.attract*of_centroids
 
 def with_memory(learn:Learner, # A trained learner; its net and loss are changed
                 counts:Collection # Training images of each class; not used

@@ -123,7 +123,8 @@ class PaCoLoss(ContrastiveLoss):
         similarity = (queries@samples.T)/self.temperature
         is_itself = torch.eye(len(queries), len(samples), dtype=torch.bool, device=queries.device)
         row = torch.cat([self.trained_logits(logits), similarity.masked_fill(is_itself, -torch.inf)], 1)
-        of_centre = F.one_hot(targets, n_classes).to(row)
+        share = self.label_smoothing
+        of_centre = (1-share)*F.one_hot(targets, n_classes).to(row) + share/n_classes
         of_samples = self.alpha*((labels==targets[:,None]) & ~is_itself)
         weight = torch.cat([of_centre, of_samples], 1)
         logp = F.log_softmax(row, 1).masked_fill(weight==0, 0.)

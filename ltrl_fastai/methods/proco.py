@@ -146,7 +146,7 @@ class ProCoLoss(ContrastiveLoss):
             "ProCo: expected logits, projections, directions and concentrations in training: make the net by "
             "`distributions_net`, train it on `two_views(dls)`, and add `UpdateDistributions()` to the learner.")
         out = ProCoOutput(*pred)
-        loss = F.cross_entropy(self.trained_logits(out.logits), targets, reduction='none')
+        loss = self.cross_entropy(self.trained_logits(out.logits), targets)
         contrast_logits = self.contrast_logits(out.projections, out.directions, out.concentrations)
         of_views = self.trained_logits(contrast_logits)
         contrasts = [F.cross_entropy(o, targets, reduction='none') for o in of_views.unbind(0)]

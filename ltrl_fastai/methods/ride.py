@@ -44,6 +44,12 @@ class RIDELoss(ExpertsLoss):
         self.register_buffer('temperature', t/t.max())
         self.register_buffer('weight', weight)
 
+    @property
+    def label_smoothing(self) -> float:
+        "Share of each label that is spread over all classes."
+        return self.ldam.label_smoothing
+    @label_smoothing.setter
+    def label_smoothing(self, share): self.ldam.label_smoothing = share
     def loss_per_expert(self, logits, k, targets): return self.ldam(logits, targets)
     def loss_per_image(self, pred, targets):
         loss = super().loss_per_image(pred, targets)
@@ -133,6 +139,7 @@ class GatedExperts(nn.Module):
 
 class GateLoss(MethodLoss):
     "Mean over gates of the binary cross-entropy of 'would more experts correct it?' (Wang et al. 2021, section 3.3)."
+    label_smoothing = None # targets are 0 and 1
     def __init__(self, positive:float=100., # Weight of a yes
                  reduction:str='mean' # 'mean', 'sum' or 'none'
                 ):
@@ -187,6 +194,12 @@ class Distilled(ExpertsLoss):
         return self.loss.weight
     @weight.setter
     def weight(self, v): self.loss.weight = v # for `DeferredWeights`
+    @property
+    def label_smoothing(self) -> float|None:
+        "That of the experts' loss: see `smooth_labels`."
+        return self.loss.label_smoothing
+    @label_smoothing.setter
+    def label_smoothing(self, share): self.loss.label_smoothing = share
     def logits_of(self, pred): return self.loss.logits_of(pred[0] if isinstance(pred, tuple) else pred)
     def summary_logits(self, pred:Any # `(logits, teacher's logits)` in training
                       ) -> list: # Of logits `(B, C)`

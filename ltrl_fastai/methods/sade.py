@@ -25,7 +25,6 @@ def with_reversed_ranks(x:Tensor # `(C,)`
 class SADELoss(ExpertsLoss):
     "Cross-entropy of three experts for the training, a balanced and the reversed prior (Zhang et al. 2022, eq. 1-3)."
     balances_classes = True # together, the experts aim at balanced test data
-    label_smoothing = 0. # Share of each label that is spread over all classes, for every expert: see `smooth_labels`
     def __init__(self,
         class_counts:Collection, # Training images of each class: `class_counts(dls)`; each at least 1
         tau:float=2., # Strength of the reversed prior, for the third expert
@@ -44,8 +43,7 @@ class SADELoss(ExpertsLoss):
             f"got shape {tuple(pred.shape)}: `expert_net(net, 3)`.")
         return super().loss_per_image(pred, targets)
     def loss_per_expert(self, logits, k, targets):
-        shifted = logits+self.shifts[k].to(logits)
-        return F.cross_entropy(shifted, targets, reduction='none', label_smoothing=self.label_smoothing)
+        return self.cross_entropy(logits+self.shifts[k].to(logits), targets)
     def trained_logits(self, logits:Tensor # `(B, C)`, mean of the experts
                       ) -> Tensor: # `(B, C)`
         "Return the mean of the logits that the experts' cross-entropies are computed from."

@@ -9,6 +9,7 @@ __all__ = ['WithIds', 'carries_ids', 'check_loader', 'epoch_ids', 'SampleIds']
 import importlib.metadata
 import math
 from fastai.basics import *
+from ..core.callbacks import QuickCallback
 from ..core.ranks import Ranks
 
 # %% ../../nbs/reflective/02_samples.ipynb #57acbece
@@ -111,7 +112,7 @@ def _unpatch_loader(dl):
         if getattr(vars(o).get(f.__name__), '__func__', None) is f: delattr(o, f.__name__)
 
 # %% ../../nbs/reflective/02_samples.ipynb #6d4d5c5d
-class SampleIds(Callback):
+class SampleIds(QuickCallback):
     "Ids of the batch: `ids` on the device, `all_ids` of all ranks, and `own_host_ids` and `host_ids`, lists or None."
     order = -3
     _stateattrs = ('ids','all_ids','own_host_ids','host_ids','_device_order','_host_order')

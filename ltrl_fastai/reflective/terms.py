@@ -11,6 +11,7 @@ import inspect
 import math
 from fastai.basics import *
 from fastai.callback.mixup import MixHandler
+from ..core.callbacks import QuickCallback
 from ..core.tensors import check_logits, check_targets
 from ..core.ranks import Ranks
 from .samples import SampleIds, carries_ids
@@ -32,7 +33,7 @@ def _unpatch_fit(learn):
     "Undo `_patch_fit`"
     if getattr(vars(learn).get('fit'), '__func__', None) is _fit: del learn.fit
 
-class CallbackWithHelpers(Callback):
+class CallbackWithHelpers(QuickCallback):
     "A `Callback` that adds the callbacks it `needs` and removes them with their last user. Off in `lr_find`."
     needs = ()
     columns = ()
@@ -94,7 +95,9 @@ class CallbackWithHelpers(Callback):
         return {k: getattr(self, k) for k in inspect.signature(type(self).__init__).parameters if k in self.__dict__}
 
     @property
-    def run(self): return self._run and not hasattr(self._learn, 'lr_finder')
+    def run(self):
+        in_lr_find = self._learn is not None and 'lr_finder' in vars(self._learn)
+        return self._run and not in_lr_find
     @run.setter
     def run(self, v): self.__dict__['_run'] = v
 
@@ -140,7 +143,7 @@ def _same_weights(before, model):
     names,sums = _weight_sums(model)
     return names==before[0] and torch.equal(sums, before[1])
 
-class LossTerms(Callback):
+class LossTerms(QuickCallback):
     "Add terms to a batch's loss, log their means per epoch, and keep their gradient apart if a callback asks for it."
     order,run_valid = Recorder.order+1,False
     _stateattrs = ('terms','projected','sums','counts','grads','record',

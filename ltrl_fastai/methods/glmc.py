@@ -116,7 +116,7 @@ class GLMCLoss(MethodLoss):
         inverse = check_class_counts(class_counts)**-power
         self.register_buffer('class_weights', inverse/inverse.mean())
 
-    def logits_of(self, pred): 
+    def logits_of(self, pred):
         if not isinstance(pred, tuple): return pred
         _plain,balanced,*_others = pred
         return balanced[0]

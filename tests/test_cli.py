@@ -10,6 +10,7 @@ import subprocess
 import time
 
 import pytest
+import torch
 from command_line import ltrl_here, ltrl_process, start_ltrl
 from ltrl_fastai.cli.outputs import describe_model
 from ltrl_fastai.data.beds import write_digits_folder
@@ -361,3 +362,45 @@ def test_two_models_are_compared_as_far_as_they_differ(scores, said, tmp_path):
     best = max(scores, key=lambda o: o or 0)
     model = dict(epoch=2, accuracy=dict(validation=dict(all=best)), all_scores=scores, reflective=True)
     assert describe_model(model, tmp_path, 3).endswith(said)
+
+
+@pytest.mark.parametrize('name', ['train', 'compare', 'inspect', 'evaluate', 'predict', 'export', 'report'])
+def test_a_folder_that_may_not_be_written_to(name, digits_model, tmp_path, monkeypatch):
+    "Found before any work; tests may run as a user who may write everywhere"
+    images, model = digits_model
+    (tmp_path/'theirs').mkdir()
+    ending = dict(inspect='a.html', predict='a.csv', export='a.onnx', report='a.html')
+    out = f"theirs/{ending.get(name, 'sub')}"
+    monkeypatch.setattr(os, 'access', lambda place, mode: not str(place).endswith('theirs'))
+    r = run(*(o.format(images=images, model=model) for o in _ways[name]), out, cwd=tmp_path, check=False)
+    option = '--html' if name == 'report' else '--out'
+    said = f"{option}: {out} can't be made, since you may not write to theirs. Give another place."
+    assert r.returncode == 2 and said in r.stderr and 'Traceback' not in r.stderr
+
+
+def test_a_gpu_with_too_little_memory(tmp_path, monkeypatch):
+    def fails(*args, **kwargs): raise torch.OutOfMemoryError('CUDA out of memory')
+    monkeypatch.setattr('ltrl_fastai.experiments.training.train_run', fails)
+    for bs, remedy in {32: 'Take fewer: --bs 8.', 1: 'Add --device cpu.'}.items():
+        r = run('train', '--dataset', 'digits-lt', '--bs', bs, '--out', 'a', cwd=tmp_path, check=False)
+        assert r.returncode == 2 and remedy in r.stderr and 'Traceback' not in r.stderr
+        assert not (tmp_path/'a').exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without a GPU')
+@pytest.mark.parametrize('args, said', [
+    (['--amp'], 'amp: half precision needs a CUDA GPU, and there is none here. Leave it out.'),
+    (['--device', 'cuda'], '--device: cuda is not there; PyTorch sees 0 CUDA devices. Take cpu')], ids=str)
+def test_what_needs_a_gpu(args, said, tmp_path):
+    r = run('train', '--dataset', 'digits-lt', *args, '--out', 'a', cwd=tmp_path, check=False)
+    assert r.returncode == 2 and said in r.stderr and not [*tmp_path.iterdir()]
+
+
+def test_a_log_for_each_run(tmp_path):
+    "A row for each epoch, and a column for each term of the loss"
+    run('train', '--dataset', 'digits-lt', '--epochs', '2', '--log', 'csv', '--out', 'a', cwd=tmp_path)
+    for label, has_review in {'bsce-RL': True, 'bsce': False}.items():
+        header, *rows = (tmp_path/'a'/'logs'/label/'history.csv').read_text().splitlines()
+        columns = header.split(',')
+        assert {'epoch', 'train_loss', 'all', 'few'} <= set(columns) and ('review_loss' in columns) == has_review
+        assert [row.split(',')[0] for row in rows] == ['0', '1']

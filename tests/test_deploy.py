@@ -299,6 +299,18 @@ def test_a_model_predicts_the_same_after_loading(digits, tmp_path, settings):
     assert torch.allclose(*logits, atol=1e-4)
 
 
+def test_the_last_epoch_is_kept_beside_the_best(digits_model, tmp_path):
+    images, model = digits_model
+    learn = load_classifier(model, device='cpu')
+    last = {name: o.clone() for name, o in learn.model.state_dict().items()}
+    name = [o for o in last if o.endswith('.bias')][-1]
+    last[name] += torch.arange(len(last[name]))
+    folder = save_classifier(learn, tmp_path/'model', build=learn.facts['build'], last=last)
+    for file, expected in {'model.safetensors': learn.model.state_dict(), 'last.safetensors': last}.items():
+        found = load_classifier(folder/file, device='cpu').model.state_dict()
+        assert found.keys() == expected.keys() and all(found[o].equal(expected[o]) for o in found)
+
+
 def test_half_precision_of_training_is_not_saved(digits, tmp_path):
     settings = RunSettings(str(digits), net='resnet8', bs=16, epochs=1)
     learn = settings.learner().to_fp16()

@@ -22,6 +22,7 @@ from ltrl_fastai.data.catalogue import catalogue
 from ltrl_fastai.data.imbalance import without_augmentation
 from ltrl_fastai.data.listfiles import check_images, check_lists, compare_published, read_list
 from ltrl_fastai.data.lists import hold_out
+from ltrl_fastai.data.own import has_small_images
 from ltrl_fastai.data.lists import DataNote, ImageList, class_names, flat_val256, from_easy, list_sets, to_easy
 from ltrl_fastai.cli.main import app
 from ltrl_fastai.experiments.runner import data_identity
@@ -749,6 +750,17 @@ def test_a_broken_image_is_named(tmp_path):
     (tmp_path/'1/half.png').write_bytes(b'half a download')
     message = '1 of 9 images can.t be read: .*half.png .it is no image.*--skip-broken'
     with pytest.raises(ValueError, match=message): own_images(tmp_path)
+
+
+def test_an_image_of_too_many_pixels_is_named(tmp_path, monkeypatch):
+    "Pillow refuses it when it is opened, with an error of its own kind"
+    for name, size in dict(a=30, b=8).items():
+        (tmp_path/name).mkdir()
+        for i in range(3): Image.new('RGB', (size, size)).save(tmp_path/name/f'{i}.png')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 200)
+    assert has_small_images(tmp_path)  # by those that can be opened
+    with pytest.raises(ValueError, match='3 of 6 images can.t be read: .*exceeds limit'): own_images(tmp_path)
+    with pytest.raises(ValueError, match='png: the image is too large .*remove it'): own_images(tmp_path, check=False)
 
 
 def test_a_folder_without_images_is_noted(tmp_path):

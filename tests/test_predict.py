@@ -189,6 +189,23 @@ def test_photographs_of_any_size(digits_model, files, tmp_path):
     close(predicted(learn, photos, bs=3), logits_of(learn, photos).softmax(1))
 
 
+def test_images_of_odd_sizes_and_kinds(digits_model, tmp_path, monkeypatch):
+    "One pixel, more pixels than Pillow warns of, several frames (the first counts), grey with transparency"
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 2000)  # an error above twice as many
+    Image.new('RGB', (1, 1), 'white').save(tmp_path/'one.png')
+    Image.new('RGB', (60, 50), 'white').save(tmp_path/'large.png')
+    Image.new('LA', (40, 30), (255, 255)).save(tmp_path/'alpha.png')
+    frames = [Image.new('RGB', (24, 24), colour) for colour in ('white', 'black')]
+    frames[0].save(tmp_path/'frames.gif', save_all=True, append_images=frames[1:])
+    frames[1].save(tmp_path/'black.png')
+    names = [tmp_path/o for o in ('one.png', 'alpha.png', 'frames.gif', 'large.png', 'black.png')]
+    out, said = ltrl(digits_model[1], *names, '--all-classes')
+    assert 'Warning' not in said
+    white, *others, black = [[float(v) for k, v in row.items() if k.startswith('p(')] for row in rows_of(out)]
+    for row in others: assert row == pytest.approx(white, abs=1e-4)
+    assert black != pytest.approx(white, abs=1e-4)
+
+
 def test_a_model_of_images_in_memory(tmp_path):
     learn = Learner(digits_lt(device='cpu'), create_net('resnet8', 10, n_in=1))
     dataset = learn.dls.valid.dataset

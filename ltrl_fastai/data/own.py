@@ -320,6 +320,8 @@ def common_size(files:list # Paths of images
         except PIL.UnidentifiedImageError as e: raise ValueError(
             f"{f}: expected an image, but it can't be read as one. Remove or replace it; "
             "fastai's `verify_images(get_image_files(folder))` finds all such files.") from e
+        except PIL.Image.DecompressionBombError as e: raise ValueError(
+            f"{f}: the image is too large ({e}). Make it smaller, or remove it.") from e
         if w!=h or w>64 or size not in (None,w): return None
         size = w
     return size
@@ -338,7 +340,7 @@ def has_small_images(path:str|Path, # A folder or a CSV file of images
     for f in files:
         try:
             with PIL.Image.open(f) as im: sizes.append(im.size)
-        except OSError: continue # told when the data are loaded
+        except (OSError, PIL.Image.DecompressionBombError): continue # told when the data are loaded
     return bool(sizes) and all(w==h<=64 for w,h in sizes)
 
 def _draw_test(lists, share, seed):

@@ -1,4 +1,6 @@
 "Shared by the tests: a quiet, reproducible environment without windows."
+import functools
+import gc
 import os
 import shutil
 import sys
@@ -11,14 +13,23 @@ os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 warnings.filterwarnings('ignore', category=FutureWarning, module='torch')
 
+gc.disable()
+import sklearn.datasets  # noqa: E402
 from fastai.vision.all import defaults, nn, set_seed  # noqa: E402
 from ltrl_fastai.all import digits_lt  # noqa: E402
 from quick_workers import quick_workers  # noqa: E402
 
+# A million objects that imports have made would be looked at in each full collection, for half a second
+gc.freeze()
+gc.enable()
+# Reading scikit-learn's digits from their file takes as long as an epoch with them
+sklearn.datasets.load_digits = functools.cache(sklearn.datasets.load_digits)
+
 
 # Two workers share the files: a long one at the end would leave the other worker without work
-long_files = ['test_notebooks.py', 'test_methods.py', 'test_faults_identity.py', 'test_ranks.py', 'test_site.py',
-              'test_cli.py', 'test_first_run.py', 'test_compare.py', 'test_package.py']
+long_files = ['test_site.py', 'test_methods.py', 'test_device.py', 'test_faults_checkpoint.py', 'test_ranks.py',
+              'test_faults_identity.py', 'test_cli.py', 'test_first_run.py', 'test_compare.py', 'test_recommend.py',
+              'test_loaders.py', 'test_loops.py', 'test_recipes.py', 'test_lists.py', 'test_package.py']
 
 
 def pytest_addoption(parser):
@@ -43,9 +54,29 @@ def keep_to_one_core(worker):
     os.sched_setaffinity(0, {cores[worker % len(cores)]})
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "A file is the work of one worker, which makes its fixtures once; the chapters are shared one by one"
+    from xdist.scheduler import LoadFileScheduling
+    if config.getoption('dist') != 'loadfile': return None
+    class ByFileAndChapter(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return nodeid if is_chapter(nodeid) else super()._split_scope(nodeid)
+    return ByFileAndChapter(config, log)
+
+
+def is_chapter(nodeid): return 'test_notebooks.py::test_notebook[' in nodeid
+
+
+def place(item):
+    "Where a test comes in the order of all: long files, other files, then chapters, the slow ones first"
+    if is_chapter(item.nodeid): return len(long_files)+1+(item.get_closest_marker('slow') is None)
+    return long_files.index(item.path.name) if item.path.name in long_files else len(long_files)
+
+
 def pytest_collection_modifyitems(config, items):
-    "Long files first; leave slow tests out, unless all are wanted or a test is named: `tests/test_x.py::test_y`"
-    items.sort(key=lambda o: long_files.index(o.path.name) if o.path.name in long_files else len(long_files))
+    "Sort tests; leave slow ones out, unless all are wanted or a test is named: `tests/test_x.py::test_y`"
+    items.sort(key=place)
     if config.getoption('--all') or any('::' in o for o in config.args): return
     slow = [o for o in items if o.get_closest_marker('slow')]
     config.hook.pytest_deselected(items=slow)

@@ -127,10 +127,11 @@ def test_no_step_waits(case, device):
     "Twice as many batches wait no more often than in plain fastai, and weights are equal to those of the CPU"
     def excess(bs):
         "How much more often a fit waits with Reflective Learning than without"
-        with counted(device) as waits: learn = fitted(device, bs, **cases[case])
+        with counted(device) as waits: learn = fitted(device, bs, epochs=2, **cases[case])
         waits = dict(waits)
-        with counted(device) as without: fitted(device, bs, rl=False, **cases[case])
-        if device == there: assert torch.equal(weights(learn), weights(fitted('cpu', bs, **cases[case])))
+        with counted(device) as without: fitted(device, bs, epochs=2, rl=False, **cases[case])
+        on_cpu = fitted('cpu', bs, epochs=2, **cases[case])
+        if device == there: assert torch.equal(weights(learn), weights(on_cpu))
         return {k: n-without.get(k, 0) for k, n in waits.items()}
     assert excess(64) == excess(32)
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import warnings
+from unittest.mock import patch
 
 import pytest
 
@@ -13,17 +14,7 @@ os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 warnings.filterwarnings('ignore', category=FutureWarning, module='torch')
 
-gc.disable()
-import sklearn.datasets  # noqa: E402
-from fastai.vision.all import defaults, nn, set_seed  # noqa: E402
-from ltrl_fastai.all import digits_lt  # noqa: E402
-from quick_workers import quick_workers  # noqa: E402
-
-# A million objects that imports have made would be looked at in each full collection, for half a second
-gc.freeze()
-gc.enable()
-# Reading scikit-learn's digits from their file takes as long as an epoch with them
-sklearn.datasets.load_digits = functools.cache(sklearn.datasets.load_digits)
+# fastai and the library are imported below, where they are used: the process that only shares out tests needs neither
 
 
 # Two workers share the files: a long one at the end would leave the other worker without work
@@ -83,15 +74,33 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [o for o in items if not o.get_closest_marker('slow')]
 
 
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collection():
+    "A million objects that imports make are no garbage: a full collection would look at them for half a second"
+    gc.disable()
+    yield
+    gc.freeze()
+    gc.enable()
+
+
 @pytest.fixture(autouse=True, scope='session')
 def _quick_workers():
-    "Comparisons of this process start their workers at once; those of `ltrl` as a process start them as users do"
+    "Comparisons start their workers at once, also those of `ltrl` as a process, unless it is a new interpreter"
+    from quick_workers import quick_workers
     with quick_workers(): yield
+
+
+@pytest.fixture(autouse=True, scope='session')
+def _quick_digits():
+    "Reading scikit-learn's digits from their file takes as long as some fits with them"
+    from sklearn import datasets
+    with patch.object(datasets, 'load_digits', functools.cache(datasets.load_digits)): yield
 
 
 @pytest.fixture(autouse=True)
 def _choices_of_a_command():
     "What a command chooses for its process, such as `--no-check`, ends with the test"
+    from fastai.basics import defaults
     names = ('LTRL_CHECK_IMAGES', 'LTRL_DEVICE', 'LTRL_WORKERS')
     before = {name: os.environ.get(name) for name in names}
     use_cuda = defaults.use_cuda
@@ -112,6 +121,8 @@ def _no_figure_is_left():
 @pytest.fixture
 def dls():
     "digits-LT on the CPU, seeded"
+    from fastai.basics import set_seed
+    from ltrl_fastai.all import digits_lt
     set_seed(0, reproducible=True)
     return digits_lt(device='cpu')
 
@@ -128,6 +139,7 @@ def quick_fit():
 @pytest.fixture
 def mlp():
     "Make a net with dropout before its head"
+    from torch import nn
     def make():
         return nn.Sequential(
             nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(.1), nn.Linear(32, 10))

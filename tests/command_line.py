@@ -1,11 +1,12 @@
 """The `ltrl` command for tests: in this process, or in a process of its own.
 
 A new process spends several seconds on importing PyTorch and fastai. Tests start one where signals, locks or the
-environment matter, and for one example of each command.
+environment matter, forked from a process that has imported them; `new_interpreter` starts Python anew, as users do.
 """
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -16,23 +17,28 @@ from unittest.mock import patch
 from fastai.basics import defaults
 from fastcore.xtras import working_directory
 from ltrl_fastai.cli.main import main
+from quick_workers import ForkedCommand, can_fork
 
 program = str(Path(sys.executable).parent/'ltrl')
 wide = {'MPLBACKEND': 'Agg', 'COLUMNS': '200'}
 
 
-def start_ltrl(*args, cwd, **kwargs):
+def start_ltrl(*args, cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, new_interpreter=False, **environment):
     "Start `ltrl` in a process of its own"
-    options = dict(cwd=cwd, env={**os.environ, **wide}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                   stderr=subprocess.DEVNULL)
-    return subprocess.Popen([program, *map(str, args)], **{**options, **kwargs})
+    command, env = ['ltrl', *map(str, args)], {**os.environ, **wide, **environment}
+    if can_fork and not new_interpreter: return ForkedCommand(main, command, cwd, env, stdout, stderr)
+    # where tests run in the background, children inherit that interrupts are ignored
+    def heed_interrupts(): signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen([program, *command[1:]], cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=stdout,
+                            stderr=stderr, text=True, preexec_fn=heed_interrupts if os.name == 'posix' else None)
 
 
-def ltrl_process(*args, cwd, **environment):
+def ltrl_process(*args, cwd, new_interpreter=False, **environment):
     "Run `ltrl` in a process of its own, which has ended when this returns"
-    env = {**os.environ, **wide, **environment}
-    command = [program, *map(str, args)]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    process = start_ltrl(*args, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                         new_interpreter=new_interpreter, **environment)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(args, process.returncode, out, err)
 
 
 def ltrl_here(*args, cwd):

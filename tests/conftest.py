@@ -1,8 +1,11 @@
 "Shared by the tests: a quiet, reproducible environment without windows."
+import functools
+import gc
 import os
 import shutil
 import sys
 import warnings
+from unittest.mock import patch
 
 import pytest
 
@@ -11,14 +14,13 @@ os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 warnings.filterwarnings('ignore', category=FutureWarning, module='torch')
 
-from fastai.vision.all import defaults, nn, set_seed  # noqa: E402
-from ltrl_fastai.all import digits_lt  # noqa: E402
-from quick_workers import quick_workers  # noqa: E402
+# fastai and the library are imported below, where they are used: the process that only shares out tests needs neither
 
 
 # Two workers share the files: a long one at the end would leave the other worker without work
-long_files = ['test_notebooks.py', 'test_methods.py', 'test_faults_identity.py', 'test_ranks.py', 'test_site.py',
-              'test_cli.py', 'test_first_run.py', 'test_compare.py', 'test_package.py']
+long_files = ['test_site.py', 'test_methods.py', 'test_device.py', 'test_faults_checkpoint.py', 'test_ranks.py',
+              'test_faults_identity.py', 'test_cli.py', 'test_first_run.py', 'test_compare.py', 'test_recommend.py',
+              'test_loaders.py', 'test_loops.py', 'test_recipes.py', 'test_lists.py', 'test_package.py']
 
 
 def pytest_addoption(parser):
@@ -43,24 +45,62 @@ def keep_to_one_core(worker):
     os.sched_setaffinity(0, {cores[worker % len(cores)]})
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "A file is the work of one worker, which makes its fixtures once; the chapters are shared one by one"
+    from xdist.scheduler import LoadFileScheduling
+    if config.getoption('dist') != 'loadfile': return None
+    class ByFileAndChapter(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return nodeid if is_chapter(nodeid) else super()._split_scope(nodeid)
+    return ByFileAndChapter(config, log)
+
+
+def is_chapter(nodeid): return 'test_notebooks.py::test_notebook[' in nodeid
+
+
+def place(item):
+    "Where a test comes in the order of all: long files, other files, then chapters, the slow ones first"
+    if is_chapter(item.nodeid): return len(long_files)+1+(item.get_closest_marker('slow') is None)
+    return long_files.index(item.path.name) if item.path.name in long_files else len(long_files)
+
+
 def pytest_collection_modifyitems(config, items):
-    "Long files first; leave slow tests out, unless all are wanted or a test is named: `tests/test_x.py::test_y`"
-    items.sort(key=lambda o: long_files.index(o.path.name) if o.path.name in long_files else len(long_files))
+    "Sort tests; leave slow ones out, unless all are wanted or a test is named: `tests/test_x.py::test_y`"
+    items.sort(key=place)
     if config.getoption('--all') or any('::' in o for o in config.args): return
     slow = [o for o in items if o.get_closest_marker('slow')]
     config.hook.pytest_deselected(items=slow)
     items[:] = [o for o in items if not o.get_closest_marker('slow')]
 
 
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collection():
+    "A million objects that imports make are no garbage: a full collection would look at them for half a second"
+    gc.disable()
+    yield
+    gc.freeze()
+    gc.enable()
+
+
 @pytest.fixture(autouse=True, scope='session')
 def _quick_workers():
-    "Comparisons of this process start their workers at once; those of `ltrl` as a process start them as users do"
+    "Comparisons start their workers at once, also those of `ltrl` as a process, unless it is a new interpreter"
+    from quick_workers import quick_workers
     with quick_workers(): yield
+
+
+@pytest.fixture(autouse=True, scope='session')
+def _quick_digits():
+    "Reading scikit-learn's digits from their file takes as long as some fits with them"
+    from sklearn import datasets
+    with patch.object(datasets, 'load_digits', functools.cache(datasets.load_digits)): yield
 
 
 @pytest.fixture(autouse=True)
 def _choices_of_a_command():
     "What a command chooses for its process, such as `--no-check`, ends with the test"
+    from fastai.basics import defaults
     names = ('LTRL_CHECK_IMAGES', 'LTRL_DEVICE', 'LTRL_WORKERS')
     before = {name: os.environ.get(name) for name in names}
     use_cuda = defaults.use_cuda
@@ -81,6 +121,8 @@ def _no_figure_is_left():
 @pytest.fixture
 def dls():
     "digits-LT on the CPU, seeded"
+    from fastai.basics import set_seed
+    from ltrl_fastai.all import digits_lt
     set_seed(0, reproducible=True)
     return digits_lt(device='cpu')
 
@@ -97,6 +139,7 @@ def quick_fit():
 @pytest.fixture
 def mlp():
     "Make a net with dropout before its head"
+    from torch import nn
     def make():
         return nn.Sequential(
             nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(.1), nn.Linear(32, 10))

@@ -1,6 +1,5 @@
 "Train methods with their own loader, queue or nets in several processes; test_ranks.py starts this."
 import os
-import sys
 from functools import partial
 
 import torch
@@ -29,7 +28,8 @@ def train(name, folder):
     torch.save(result, f"{folder}/{name}-{os.environ['RANK']}.pt")
 
 
-if __name__ == '__main__':
+def in_rank(folder):
+    "Train all of them in this rank"
     with allow_cpu_ranks():
-        for name in names: train(name, sys.argv[1])
+        for name in names: train(name, folder)
         torch.distributed.destroy_process_group()

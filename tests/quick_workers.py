@@ -2,13 +2,18 @@
 import contextlib
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
+import threading
 import types
+from multiprocessing import forkserver, reduction
 from unittest.mock import patch
 
 import pytest
 from ltrl_fastai.experiments import runner
 
-_can_fork = 'forkserver' in multiprocessing.get_all_start_methods()
+can_fork = 'forkserver' in multiprocessing.get_all_start_methods()
 
 
 def _server():
@@ -25,7 +30,7 @@ def _work_in(environment, target, args):
 
 def forked(target, *args):
     "Start `target(*args, connection)` in a process; returns it and our end of the connection"
-    if not _can_fork: pytest.skip('this system has no fork')
+    if not can_fork: pytest.skip('this system has no fork')
     server = _server()
     ours, theirs = server.Pipe()
     process = server.Process(target=_work_in, args=(dict(os.environ), target, (*args, theirs)))
@@ -37,7 +42,7 @@ def forked(target, *args):
 @contextlib.contextmanager
 def quick_workers():
     "Let `run_plan` fork its workers, where the system can; they have what spawned ones have, and nothing else"
-    if not _can_fork:
+    if not can_fork:
         yield
         return
     server = _server()
@@ -47,3 +52,83 @@ def quick_workers():
         return types.SimpleNamespace(Pipe=server.Pipe, Process=process)
     replaced = types.SimpleNamespace(get_context=get_context, parent_process=multiprocessing.parent_process)
     with patch.object(runner, 'multiprocessing', replaced): yield
+
+
+class ForkedCommand:
+    """A command in a process of its own that is forked from the server, used as `subprocess.Popen` is.
+
+    It has its own environment, folder, arguments, standard streams and signal handlers, and is killed, interrupted and
+    waited for like any process. Its own workers come from the same server: they start at once, inherit nothing of it,
+    and see when it is gone. What only a new interpreter has is missing: the imports.
+    """
+    def __init__(self, function, args, cwd, env, stdout, stderr):
+        server = _server()
+        opened = []
+        def stream(wanted, at_stdout=None):
+            "Our end, and the file descriptor for the process"
+            if wanted == subprocess.PIPE:
+                ours, theirs = os.pipe()
+                opened.append(theirs)
+                return open(ours, encoding='utf-8'), theirs
+            if wanted == subprocess.STDOUT: return None, at_stdout
+            theirs = os.open(os.devnull, os.O_RDWR)
+            opened.append(theirs)
+            return None, theirs
+        self.args = args
+        self.stdout, out = stream(stdout)
+        self.stderr, err = stream(stderr, at_stdout=out)
+        forkserver.ensure_running()
+        address = forkserver._forkserver._forkserver_address
+        streams = _Streams(out, err)
+        self.process = server.Process(target=_work_as_command, args=(address, streams, env, str(cwd), function, args))
+        self.process.start()
+        for fd in opened: os.close(fd)
+        self.pid = self.process.pid
+
+    @property
+    def returncode(self): return self.process.exitcode
+    def poll(self): return self.process.exitcode
+    def send_signal(self, number):
+        if self.poll() is None: os.kill(self.pid, number)
+    def kill(self): self.send_signal(signal.SIGKILL)
+    def wait(self, timeout=None):
+        self.process.join(timeout)
+        if self.process.exitcode is None: raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.process.exitcode
+
+    def communicate(self, timeout=None):
+        "What it writes until it ends: standard output and error, None where there is no pipe"
+        texts = {}
+        def read(name, file):
+            with file: texts[name] = file.read()
+        files = dict(out=self.stdout, err=self.stderr)
+        readers = [threading.Thread(target=read, args=o, daemon=True) for o in files.items() if o[1]]
+        for o in readers: o.start()
+        self.wait(timeout)
+        for o in readers: o.join()
+        return texts.get('out'), texts.get('err')
+
+
+class _Streams:
+    "File descriptors of standard output and error, on their way to a process"
+    def __init__(self, *fds): self.fds = fds
+    def __reduce__(self): return _streams_there, tuple(reduction.DupFd(fd) for fd in self.fds)
+
+
+def _streams_there(*fds): return [o.detach() for o in fds]
+
+
+def _work_as_command(address, streams, environment, cwd, function, args):
+    "In the forked process: take over what belongs to a process of its own, then call `function`"
+    for i, fd in enumerate(streams, 1):
+        os.dup2(fd, i)
+        os.close(fd)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # the server is not started again for the workers of this process
+    forkserver._forkserver._forkserver_address = address
+    forkserver._forkserver.ensure_running = lambda: None
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    sys.argv = list(args)
+    with quick_workers(): function()

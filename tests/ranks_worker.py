@@ -1,5 +1,5 @@
-"""Training in several processes, and the same training in one process. test_ranks.py starts it:
-`torch.distributed.run --nproc_per_node=2 ranks_worker.py FOLDER [NAMES]`."""
+"""Training in several processes, and the same training in one process. test_ranks.py forks the processes, or starts
+them: `torch.distributed.run --nproc_per_node=2 ranks_worker.py FOLDER [NAMES]`."""
 import json
 import os
 import shutil
@@ -140,9 +140,12 @@ def train_variant(name, folder):
     torch.save(res, folder/f"{name}-{os.environ['RANK']}.pt")
 
 
-if __name__ == '__main__':
-    folder, names = Path(sys.argv[1]), sys.argv[2:]
+def in_rank(folder, names):
+    "Train these variants in this rank; without names, fit on separate disks"
     with allow_cpu_ranks():
-        for name in names or variants: train_variant(name, folder)
+        for name in names: train_variant(name, folder)
         if not names: fit_on_separate_disks(folder)
         torch.distributed.destroy_process_group()
+
+
+if __name__ == '__main__': in_rank(Path(sys.argv[1]), sys.argv[2:])

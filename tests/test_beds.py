@@ -1,9 +1,6 @@
 "The test beds: folders as frozen features, named data sets, text, table, digits, fine-tuning, and rows of evidence."
 import json
-import os
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -11,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from command_line import ltrl_process
 from fastai.vision.all import Callback, CancelFitException, Image
 from ltrl_fastai.data import beds, frozen
 from ltrl_fastai.data.beds import (
@@ -505,11 +503,10 @@ def test_evidence_names_the_bed(tmp_path):
 @pytest.mark.slow
 def test_on_the_command_line(tmp_path):
     where = folder(tmp_path/'mine')
-    env = {**os.environ, 'FASTAI_HOME': str(tmp_path/'home'), 'PYTHONWARNINGS': 'ignore'}
     options = ('--set extract=lite0 --set epochs=2 --set size=32 --methods bsce --rl off --seeds 2 --redraw --jobs 1 '
                f'--dataset {where} --out {tmp_path}/out')
-    command = [sys.executable, '-m', 'ltrl_fastai', 'compare', *options.split()]
-    res = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    environment = {'FASTAI_HOME': str(tmp_path/'home'), 'PYTHONWARNINGS': 'ignore'}
+    res = ltrl_process('compare', *options.split(), cwd=tmp_path, **environment)
     assert res.returncode == 0, res.stderr
     for o in ('10 test images were drawn', '2 computed', 'mine-lite0'): assert o in res.stdout
     assert len(list((tmp_path/'home/data/ltrl-features').rglob('*.pt'))) == 1  # one file for all draws

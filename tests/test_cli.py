@@ -1,6 +1,5 @@
 "`ltrl train` as a user has it: a process, its files, its numbers, its errors."
 import errno
-import functools
 import json
 import os
 import re
@@ -120,7 +119,7 @@ def test_a_data_set_that_is_not_there(tmp_path):
 @pytest.mark.slow
 def test_killed_in_the_middle_leaves_no_half_result(tmp_path):
     args = ('train', '--dataset', 'digits-lt', '--epochs', '500', '--no-rl', '--out', 'a')
-    p = start_ltrl(*args, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    p = start_ltrl(*args, cwd=tmp_path, stdout=subprocess.PIPE)
     for line in p.stdout:
         if line.split()[:1] == ['1']: break
     p.kill()
@@ -134,7 +133,7 @@ def test_killed_in_the_middle_leaves_no_half_result(tmp_path):
 @pytest.mark.slow
 def test_a_finished_run_is_kept_when_the_next_is_killed(tmp_path):
     args = ('train', '--dataset', 'digits-lt', '--epochs', '12', '--out', 'a')
-    p = start_ltrl(*args, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    p = start_ltrl(*args, cwd=tmp_path, stdout=subprocess.PIPE)
     for line in p.stdout:
         if 'bsce, 12 epochs' in line: break  # the second run begins
     p.kill()
@@ -192,10 +191,8 @@ def test_an_interrupted_run_is_resumed(both, tmp_path):
 
 @pytest.mark.slow
 def test_an_interrupt_says_how_to_go_on(tmp_path):
-    # where tests run in the background, children inherit that interrupts are ignored
-    heed_interrupts = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     args = ('train', '--dataset', 'digits-lt', '--rl', '--epochs', '200', '--out', 'a')
-    p = start_ltrl(*args, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
+    p = start_ltrl(*args, cwd=tmp_path, stderr=subprocess.PIPE)
     try:
         end = time.time()+300
         while not (tmp_path/'a/.fit-0.pt').exists():

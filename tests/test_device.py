@@ -44,9 +44,9 @@ def learner(device, bs=64, with_ids=False, loss=None, cbs=(), rl=True, **kwargs)
     return Learner(dls, convnet(), loss_func=loss or BalancedSoftmaxLoss(counts), metrics=accuracy, cbs=cbs)
 
 
-def fitted(*args, **kwargs):
+def fitted(*args, epochs=3, **kwargs):
     learn = learner(*args, **kwargs)
-    with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2)
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, 1e-2)
     return learn
 
 
@@ -128,10 +128,11 @@ def test_no_step_waits(case, device):
     "Twice as many batches wait no more often than in plain fastai, and weights are equal to those of the CPU"
     def excess(bs):
         "How much more often a fit waits with Reflective Learning than without"
-        with counted(device) as waits: learn = fitted(device, bs, **cases[case])
+        with counted(device) as waits: learn = fitted(device, bs, epochs=2, **cases[case])
         waits = dict(waits)
-        with counted(device) as without: fitted(device, bs, rl=False, **cases[case])
-        if device == there: assert torch.equal(weights(learn), weights(fitted('cpu', bs, **cases[case])))
+        with counted(device) as without: fitted(device, bs, epochs=2, rl=False, **cases[case])
+        on_cpu = fitted('cpu', bs, epochs=2, **cases[case])
+        if device == there: assert torch.equal(weights(learn), weights(on_cpu))
         return {k: n-without.get(k, 0) for k, n in waits.items()}
     assert excess(64) == excess(32)
 
@@ -200,7 +201,8 @@ class Interrupt(Callback):
 @pytest.mark.parametrize('method', [k for k, o in methods.items() if not o.pretrained])
 def test_every_method(method):
     "With Reflective Learning and all stages, the accuracy of each class is equal to that on the CPU"
-    settings = RunSettings(method=method, epochs=1, reflective=dict(ks=True, kc=method not in uncorrected))
+    reflective = dict(ks=True, kc=method not in uncorrected)
+    settings = RunSettings(method=method, epochs=1, n_max=40, reflective=reflective)
     with PretendDevice(): got, _ = train_run(settings, bar=False)
     expected, _ = train_run(settings, bar=False)
     assert got['accuracy'] == expected['accuracy'] and got['per_class'] == expected['per_class']
@@ -216,7 +218,7 @@ def waits_per_batch(**kwargs):
     "How much more often a fit waits with smaller batches"
     res = Counter()
     for bs, sign in ((32, 1), (64, -1)):
-        settings = RunSettings(epochs=1, bs=bs, **kwargs)
+        settings = RunSettings(epochs=1, bs=bs, n_max=40, **kwargs)
         with PretendDevice() as waits: train_run(settings, bar=False)
         for k, n in waits.items(): res[k] += sign*n
     return {k: n for k, n in res.items() if n}

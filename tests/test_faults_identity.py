@@ -530,7 +530,7 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
 def test_two_processes_with_one_plan(tmp_path):
     "No run is computed twice: one process reports the other, and the results are complete"
     args = ('compare', '--set', 'epochs=2', '--seeds', '2', '--jobs', '1', '--out', 'a')
-    def start(): return start_ltrl(*args, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    def start(): return start_ltrl(*args, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     both = [start(), start()]
     said = [o.communicate()[0] for o in both]
     assert sorted(o.returncode for o in both) == [0, 2], said

@@ -240,10 +240,8 @@ def test_killed_and_resumed(first_run, tmp_path):
 
 @pytest.mark.slow
 def test_an_interrupt_says_how_to_resume(tmp_path):
-    def handle_interrupts():  # tests in the background ignore them, and children would inherit that
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
     args = ('train', '--epochs', '300', '--out', 'a')
-    p = start_ltrl(*args, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=handle_interrupts)
+    p = start_ltrl(*args, cwd=tmp_path, stderr=subprocess.PIPE, new_interpreter=True)
     try:
         end = time.time()+400
         while not any((tmp_path/'a/.unfinished').glob('*.pt')):

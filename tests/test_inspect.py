@@ -6,12 +6,12 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import warnings
 
 import numpy as np
 import pytest
+from command_line import start_ltrl
 from PIL import Image
 from ltrl_fastai.data import audit as audit_module
 from ltrl_fastai.data.audit import difference_hash, image_facts, inspect_images, near_pairs, shot_bounds
@@ -573,10 +573,7 @@ def test_interrupt_of_a_process(tmp_path):
     "Ctrl-C while files are read: those that are not begun are not read"
     root = folders(tmp_path/'data', dict(cat=300, dog=3))
     os.mkfifo(root/'cat/00.jpg')  # the first file, and reading it waits for a writer
-    command = [sys.executable, '-m', 'ltrl_fastai', 'inspect', root]
-    def hear_interrupts(): signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore them
-    p = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                         preexec_fn=hear_interrupts)
+    p = start_ltrl('inspect', root, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         with open(root/'cat/00.jpg', 'wb'):
             time.sleep(.2)
@@ -584,7 +581,7 @@ def test_interrupt_of_a_process(tmp_path):
             time.sleep(.2)
         out, err = p.communicate(timeout=60)
     finally: p.kill()
-    assert p.returncode == 130 and err.decode() == '\nInterrupted. Nothing was written.\n', (out, err)
+    assert p.returncode == 130 and err == '\nInterrupted. Nothing was written.\n', (out, err)
     assert not (tmp_path/'ltrl-inspect.html').exists()
 
 

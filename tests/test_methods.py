@@ -1,5 +1,6 @@
 "Methods through settings and the command line: stages and their resumption, rejected settings, the list of methods."
 import dataclasses
+import functools
 import json
 import re
 
@@ -7,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from fastai.basics import Callback, DataLoaders, Datasets, Learner, accuracy, set_seed
+from fastai.basics import Callback, CancelValidException, DataLoaders, Datasets, Learner, accuracy, set_seed
 from ltrl_fastai.all import (Method, ReflectiveLearning, Stage, adapted_table, aggregate_experts, digits_lt, methods,
                              own_images)
 from ltrl_fastai.experiments.training import RunSettings, train_run
@@ -46,12 +47,27 @@ def comparable(result, *dropped):
 def same(a, b): assert comparable(a) == comparable(b)
 
 
+class OnlyTrain(Callback):
+    "Leave out the validation of all epochs but the last, where it is not the point"
+    order = -300
+    def before_validate(self):
+        if self.epoch < self.n_epoch-1: raise CancelValidException
+
+
+def three_epochs(method): return RunSettings(method=method, epochs=3, n_max=40, reflective={})
+
+
+@pytest.fixture(scope='module')
+def whole_run():
+    "The result of a run that nothing interrupts, by the name of its method"
+    return functools.cache(lambda method: train_run(three_epochs(method), bar=False)[0])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('method,fit,epoch', list(interruptions()))
-def test_stages_are_resumed_where_they_were(method, fit, epoch, tmp_path):
+def test_stages_are_resumed_where_they_were(method, fit, epoch, whole_run, tmp_path):
     "A run interrupted in the first or second stage gives the same numbers as an uninterrupted one"
-    settings = RunSettings(method=method, epochs=3, reflective={})
-    whole, _ = train_run(settings, bar=False)
+    settings, whole = three_epochs(method), whole_run(method)
     assert [o['about'] for o in whole['stages']] == [o.about for o in methods[method].later_stages]
     with pytest.raises(KeyboardInterrupt):
         train_run(settings, bar=False, checkpoint=tmp_path/'fit.pt', cbs=[Crash(fit, epoch)])
@@ -288,7 +304,7 @@ def test_a_small_batch_is_overfitted(name, rl):
                            cbs=[] if rl is None else ReflectiveLearning(**rl))
     epochs = 200 if name == 'paco' else 60  # PaCo's centres must first stand out from a queue of similar keys
     with learn.no_bar(), learn.no_logging():
-        method.fit(learn, epochs, .01)
+        with learn.added_cbs(OnlyTrain()): method.fit(learn, epochs, .01)
         assert learn.validate()[1] == 1.
     if rl is None: return
     assert learn.knowledge_review.teachers.store.get(torch.arange(20)).shape == (20, 10)

@@ -4,6 +4,8 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 pytest.importorskip('accelerate')
 import methods_worker
 import ranks_worker as worker
+from quick_workers import ForkedCommand, can_fork
 
 here = Path(__file__).parent
 
@@ -22,10 +25,8 @@ def free_port():
         return o.getsockname()[1]
 
 
-def launcher(world, folder):
-    "Command and environment of torchrun for three processes, or of tools/launch.sh for two 'machines', both this one"
-    if world == 3:
-        return [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={world}'], {}
+def launcher(folder):
+    "Command and environment of tools/launch.sh for two 'machines', both this one"
     hosts, remote = folder/'hosts', folder/'remote'
     hosts.write_text('localhost 1\n# a comment\nme@localhost\n')
     remote.write_text('#!/bin/sh\nshift; exec sh -c "$*"\n')
@@ -40,23 +41,42 @@ def run(command, timeout=600, **env):
     assert r.returncode == 0, r.stderr[-5000:]
 
 
+def fork_ranks(world, folder, function, *args):
+    "Call a function in `world` forked ranks, with the environment that launchers give them"
+    if not can_fork: pytest.skip('this system has no fork')
+    group = dict(MASTER_ADDR='localhost', MASTER_PORT=str(free_port()), WORLD_SIZE=str(world),
+                 LOCAL_WORLD_SIZE=str(world))
+    def start(rank):
+        env = {**os.environ, **group, 'RANK': str(rank), 'LOCAL_RANK': str(rank)}
+        return ForkedCommand(partial(function, *args), [function.__name__], cwd=folder, env=env,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    ranks = [start(rank) for rank in range(world)]
+    try:
+        while None in (codes := [o.poll() for o in ranks]):
+            if any(codes): break  # one has failed, and the others wait for it
+            time.sleep(.05)
+    finally:
+        for o in ranks: o.kill()
+    said = [o.communicate()[1] for o in ranks]
+    assert codes == [0]*world, '\n'.join(said)[-5000:]
+
+
 @pytest.fixture(scope='module', params=[2, 3])
 def trained(request, tmp_path_factory):
     "Number of processes, and the folder of their results"
     folder = tmp_path_factory.mktemp(f'ranks{request.param}')
-    command, env = launcher(request.param, folder)
-    run([*command, str(here/'ranks_worker.py'), str(folder)], **env)
+    fork_ranks(request.param, folder, worker.in_rank, folder, list(worker.variants))
     return request.param, folder
 
 
 def test_the_launcher_ends_all_processes_if_one_fails(tmp_path):
-    command, env = launcher(2, tmp_path)
+    command, env = launcher(tmp_path)
     code = 'import os, sys, time; os.environ["RANK"] == "1" and sys.exit(3); time.sleep(300)'
     assert subprocess.run([*command, '-c', code], env={**os.environ, **env}, timeout=100).returncode == 3
 
 
 def test_the_launcher_names_a_missing_file_of_hosts(tmp_path):
-    command, _ = launcher(2, tmp_path)
+    command, _ = launcher(tmp_path)
     r = subprocess.run(['bash', command[1], 'nowhere', 'train.py'], capture_output=True, text=True)
     assert r.returncode == 2
     assert 'nowhere: expected a file' in r.stderr
@@ -81,6 +101,14 @@ def test_ranks_learn_what_one_process_learns(trained, name):
 
 
 @pytest.mark.slow
+def test_started_by_the_launcher(tmp_path):
+    "Chapters start processes by torchrun"
+    command, env = launcher(tmp_path)
+    run([*command, str(here/'ranks_worker.py'), str(tmp_path), 'everything'], **env)
+    assert_same_as_one_process(tmp_path, 'everything', 2)
+
+
+@pytest.mark.slow
 def test_started_by_accelerate(tmp_path):
     launch = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2',
               '--num_machines', '1', '--mixed_precision', 'no', '--main_process_port', str(free_port())]
@@ -89,10 +117,11 @@ def test_started_by_accelerate(tmp_path):
     assert_same_as_one_process(tmp_path, 'everything', 2)
 
 
-def test_ranks_with_different_checkpoints_stop_together(trained):
-    world, folder = trained
+@pytest.mark.parametrize('world', [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_ranks_with_different_checkpoints_stop_together(world, tmp_path):
+    fork_ranks(world, tmp_path, worker.in_rank, tmp_path, [])
     for rank in range(world):
-        none, older, short, same = json.loads((folder/f'told-{rank}.json').read_text())
+        none, older, short, same = json.loads((tmp_path/f'told-{rank}.json').read_text())
         for report, found in ((none, 'finds none'), (older, 'goes on after 1 epochs')):
             assert 'rank 0 goes on after 2 epochs' in report
             assert f'rank 1 {found}' in report
@@ -104,8 +133,7 @@ def test_ranks_with_different_checkpoints_stop_together(trained):
 @pytest.fixture(scope='module')
 def methods_trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp('methods')
-    command, env = launcher(2, folder)
-    run([*command, str(here/'methods_worker.py'), str(folder)], **env)
+    fork_ranks(2, folder, methods_worker.in_rank, folder)
     return folder
 
 

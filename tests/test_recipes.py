@@ -256,7 +256,7 @@ def test_report_sets_measured_beside_reported(done):
 @pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path):
     "kill -9 after a checkpoint, then --resume: the same numbers as without"
-    args = ('run', 'table1/BSCE+RL/100', *tiny, '--budget', '.1', '--out', 'a')
+    args = ('run', 'table1/BSCE+RL/100', *tiny, '--budget', '.03', '--out', 'a')
     run(*args[:-1], 'whole', cwd=tmp_path)
     p = start_ltrl(*args, cwd=tmp_path)
     until = time.time()+120

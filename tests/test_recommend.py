@@ -3,14 +3,13 @@ import dataclasses
 import json
 import random
 import shlex
-import subprocess
-import sys
 from functools import partial
 
 import numpy as np
 import pytest
 import scipy.stats
 import typer.main
+from command_line import ltrl_here
 from ltrl_fastai.cli import compare as compare_command
 from ltrl_fastai.cli import train as train_command_module
 from ltrl_fastai.cli.main import app
@@ -375,10 +374,8 @@ def test_auto_trains_on_vectors(method):
 @pytest.mark.slow
 def test_a_comparison_of_a_folder_ends_with_a_recommendation(tmp_path, trained):
     write_digits_folder(tmp_path/'mine')
-    program = [sys.executable, '-m', 'ltrl_fastai']
-
     def ltrl(*args):
-        r = subprocess.run([*program, *args], cwd=tmp_path, capture_output=True, text=True)
+        r = ltrl_here(*args, cwd=tmp_path)
         assert r.returncode == 0, r.stdout+r.stderr
         return r.stdout
     common = ['compare', '--dataset', 'mine', '--methods', 'auto', '--rl', 'off', '--set', 'epochs=1', '--set',

@@ -313,7 +313,7 @@ def staged_methods():
 @pytest.mark.parametrize('name', stages)
 def test_runs_are_resumed_within_the_second_stage(name, staged_methods, tmp_path):
     "With the same numbers as without an interruption; if a stage trains nothing, within the first"
-    settings = RunSettings(method=f'staged-{name}', epochs=2, reflective=dict(ks=True, kc=True))
+    settings = RunSettings(method=f'staged-{name}', epochs=2, n_max=40, reflective=dict(ks=True, kc=True))
     whole, _ = train_run(settings, bar=False)
     fit = 0 if stages[name].epochs == 0 else 1
     with pytest.raises(KeyboardInterrupt):

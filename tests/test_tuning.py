@@ -77,7 +77,12 @@ def test_a_dropout_that_is_there_is_changed():
     with pytest.raises(ValueError, match='no layer with in_features'): drop_features(nn.Flatten(), .2)
 
 
-@pytest.mark.parametrize('method', [k for k, o in methods.items() if k != 'ride-distilled' and not o.pretrained])
+trained_here = [k for k, o in methods.items() if k != 'ride-distilled' and not o.pretrained]
+of_each_kind = ('bsce', 'crt', 'sade', 'paco')  # a loss, two stages, experts, two views
+
+
+@pytest.mark.parametrize('method', [
+    pytest.param(o, marks=[] if o in of_each_kind else pytest.mark.slow) for o in trained_here])
 def test_every_method_trains_with_what_it_takes(method):
     "One epoch with all fields that it does not refuse"
     fields = {}

@@ -506,7 +506,7 @@ def test_on_the_command_line(tmp_path):
     options = ('--set extract=lite0 --set epochs=2 --set size=32 --methods bsce --rl off --seeds 2 --redraw --jobs 1 '
                f'--dataset {where} --out {tmp_path}/out')
     environment = {'FASTAI_HOME': str(tmp_path/'home'), 'PYTHONWARNINGS': 'ignore'}
-    res = ltrl_process('compare', *options.split(), cwd=tmp_path, **environment)
+    res = ltrl_process('compare', *options.split(), cwd=tmp_path, new_interpreter=True, **environment)
     assert res.returncode == 0, res.stderr
     for o in ('10 test images were drawn', '2 computed', 'mine-lite0'): assert o in res.stdout
     assert len(list((tmp_path/'home/data/ltrl-features').rglob('*.pt'))) == 1  # one file for all draws

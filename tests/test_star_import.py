@@ -68,7 +68,7 @@ def two_star_imports(first, second):
 
 
 def test_fault_13_both_star_imports_keep_all_names(capsys):
-    "Of modules that are loaded; fastai was the first"
+    "Of modules that are loaded, in either order"
     exec(two_star_imports('fastai.vision.all', 'ltrl_fastai.all'), {})
     exec(two_star_imports('ltrl_fastai.all', 'fastai.vision.all'), {})
     assert capsys.readouterr().out == '[] []\n[] []\n'
@@ -76,7 +76,7 @@ def test_fault_13_both_star_imports_keep_all_names(capsys):
 
 @pytest.mark.slow
 def test_fault_13_both_star_imports_keep_all_names_in_a_new_process():
-    "Where `ltrl_fastai.all` is the first"
+    "Where `ltrl_fastai.all` is imported first"
     code = two_star_imports('ltrl_fastai.all', 'fastai.vision.all')
     r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
     assert r.stdout.strip() == '[] []', r.stdout+r.stderr

@@ -204,7 +204,8 @@ class Checkpoint(Callback):
         learn = self.learn
         return pack_state(dict(
             identity=self.identity, n_epoch=learn.n_epoch, about=self._description(), data=self._data,
-            settings=self._settings, done=self._done, model=get_model(learn.model).state_dict(), opt=optimizer_state(learn.opt),
+            settings=self._settings, done=self._done,
+            model=get_model(learn.model).state_dict(), opt=optimizer_state(learn.opt),
             loss=_loss_state(learn.loss_func), params=self._params_state(),
             ranks=self.ranks.objects(self._rank_state()), grads=self._grads(), fastai=self._fastai_state(),
             train_iter=learn.train_iter, seconds=self.seconds+time.time()-self._started,

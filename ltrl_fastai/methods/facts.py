@@ -146,7 +146,8 @@ method_facts = Methods({ # All that `ltrl methods` lists
         'cross-entropy, for rare classes at the worst weights within a radius',
         'Zhou et al., ICCV 2023; its README (strong weight decay)', reported=51.1),
     'focal-sam': MethodFacts(
-        'cross-entropy, partly at the worst weights within a radius, more so for rarer classes', 'Li et al., ICML 2025'),
+        'cross-entropy, partly at the worst weights within a radius, more so for rarer classes',
+        'Li et al., ICML 2025'),
     'bbn': MethodFacts(
         'two branches: one on the data as they are, one on inversely sampled data',
         'Zhou et al., CVPR 2020; slides, table 1', reported=44.7),

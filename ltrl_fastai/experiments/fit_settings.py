@@ -44,7 +44,7 @@ def _arguments(cls):
 # %% ../../nbs/experiments/34_fit_settings.ipynb #a7ef047d
 _first_seen:weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
-def loss_settings(loss # A loss function: fastai's, a module, a `partial`, or any other callable
+def loss_settings(loss:Callable # A loss function: fastai's, a module, a `partial`, or any other callable
                  ) -> dict: # By name; those of modules inside with the path of the module
     "Settings of a loss function, as they were when it was first seen."
     try: return _first_seen.setdefault(loss, _loss_settings(loss))
@@ -69,13 +69,15 @@ _fastai_callbacks = (
     ReduceLROnPlateau, RNNRegularizer)
 _packages = ('ltrl_fastai.methods.','ltrl_fastai.reflective.')
 
-def changes_training(cb:Callback) -> bool:
+def changes_training(cb:Callback # Any callback
+                    ) -> bool:
     "Whether a callback is known to change what is learned."
     if isinstance(cb, _fastai_callbacks): return True
     ours = first(cls.__module__ for cls in type(cb).__mro__ if cls.__module__.startswith('ltrl_fastai.'))
     return ours is not None and ours.startswith(_packages)
 
-def callback_settings(cb:Callback) -> dict: # By name
+def callback_settings(cb:Callback # Any callback
+                     ) -> dict: # By name
     "What a callback was given, as it was when it was first seen."
     def settings():
         distributions = {name: _plain(v) for name,v in vars(cb).items() if isinstance(v, Distribution)} # of MixUp

@@ -155,7 +155,7 @@ def training_batch(name):
     return learn.loss_func, seen['pred'], seen['y']
 
 
-@pytest.mark.parametrize('name', ['ride', 'ride-distilled', 'sade', 'mdcs', 'ncl', 'balpoe', 'bcl', 'proco', 'glmc', 'bbn'])
+@pytest.mark.parametrize('name', 'ride ride-distilled sade mdcs ncl balpoe bcl proco glmc bbn'.split())
 def test_smoothed_labels_of_every_method(name):
     "The loss is an affine function of the share, and only the trained labels are smoothed"
     loss, pred, y = training_batch(name)

@@ -84,6 +84,7 @@ class ForkedCommand:
         self.process.start()
         for fd in opened: os.close(fd)
         self.pid = self.process.pid
+        self._texts, self._readers = {}, None
 
     @property
     def returncode(self): return self.process.exitcode
@@ -98,15 +99,19 @@ class ForkedCommand:
 
     def communicate(self, timeout=None):
         "What it writes until it ends: standard output and error, None where there is no pipe"
-        texts = {}
-        def read(name, file):
-            with file: texts[name] = file.read()
-        files = dict(out=self.stdout, err=self.stderr)
-        readers = [threading.Thread(target=read, args=o, daemon=True) for o in files.items() if o[1]]
-        for o in readers: o.start()
+        self.start_reading()
         self.wait(timeout)
-        for o in readers: o.join()
-        return texts.get('out'), texts.get('err')
+        for o in self._readers: o.join()
+        return self._texts.get('out'), self._texts.get('err')
+
+    def start_reading(self):
+        "Read its pipes in the background: a pipe that nobody reads is full after 64 KiB, and the process would wait"
+        if self._readers is not None: return
+        def read(name, file):
+            with file: self._texts[name] = file.read()
+        files = dict(out=self.stdout, err=self.stderr)
+        self._readers = [threading.Thread(target=read, args=o, daemon=True) for o in files.items() if o[1]]
+        for o in self._readers: o.start()
 
 
 class _Streams:

@@ -51,9 +51,11 @@ def fork_ranks(world, folder, function, *args):
         return ForkedCommand(partial(function, *args), [function.__name__], cwd=folder, env=env,
                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     ranks = [start(rank) for rank in range(world)]
+    end = time.monotonic()+600  # ranks that wait for each other would wait for ever
     try:
+        for o in ranks: o.start_reading()
         while None in (codes := [o.poll() for o in ranks]):
-            if any(codes): break  # one has failed, and the others wait for it
+            if any(codes) or time.monotonic() > end: break  # one has failed, and the others wait for it
             time.sleep(.05)
     finally:
         for o in ranks: o.kill()

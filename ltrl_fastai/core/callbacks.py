@@ -10,7 +10,7 @@ from fastai.basics import *
 
 # %% ../../nbs/core/06_callbacks.ipynb #4bd07577
 class QuickCallback(Callback):
-    "A `Callback` that events without a method of its own cost no time."
+    "A `Callback` that skips events for which it has no method."
     def __call__(self, event_name):
         has_method = hasattr(type(self), event_name) or event_name in vars(self) # `Callback(after_loss=...)` sets it
         if has_method or event_name=='after_fit': return super().__call__(event_name) # `after_fit` resets `run`

@@ -42,24 +42,26 @@ def _arguments(cls):
     return inspect.signature(init).parameters if inspect.isfunction(init) else ()
 
 # %% ../../nbs/experiments/34_fit_settings.ipynb #a7ef047d
-_first_seen:weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_first_buffers:weakref.WeakKeyDictionary = weakref.WeakKeyDictionary() # by module
+
+def _buffers(module):
+    "Floating-point buffers by name, as they were when the module was first seen"
+    if module not in _first_buffers:
+        buffers = module.named_buffers(recurse=False)
+        _first_buffers[module] = {name: _plain(v) for name,v in buffers if v.is_floating_point()}
+    return _first_buffers[module]
 
 def loss_settings(loss:Callable # A loss function: fastai's, a module, a `partial`, or any other callable
                  ) -> dict: # By name; those of modules inside with the path of the module
-    "Settings of a loss function, as they were when it was first seen."
-    try: return _first_seen.setdefault(loss, _loss_settings(loss))
-    except TypeError: return _loss_settings(loss) # neither hashed nor referenced weakly
-
-def _loss_settings(loss):
+    "Settings of a loss function: what it was given, and its buffers as they were when it was first seen."
     if isinstance(loss, partial):
         given = {name: _plain(v) for name,v in loss.keywords.items()}
-        return {**_loss_settings(loss.func), **_without_unknown(given)}
+        return {**loss_settings(loss.func), **_without_unknown(given)}
     if not hasattr(loss, '__dict__') or isinstance(loss, types.FunctionType): return {}
     res = {} if isinstance(loss, nn.Module) else _given(loss)
     module = first(o for o in (loss, getattr(loss, 'func', None)) if isinstance(o, nn.Module))
     for path,owner in [] if module is None else module.named_modules():
-        buffers = {name: _plain(v) for name,v in owner.named_buffers(recurse=False) if v.is_floating_point()}
-        found = {**_given(owner), **buffers}
+        found = {**_given(owner), **_buffers(owner)}
         res.update({f'{path}.{name}' if path else name: v for name,v in found.items()})
     return res
 
@@ -78,12 +80,9 @@ def changes_training(cb:Callback # Any callback
 
 def callback_settings(cb:Callback # Any callback
                      ) -> dict: # By name
-    "What a callback was given, as it was when it was first seen."
-    def settings():
-        distributions = {name: _plain(v) for name,v in vars(cb).items() if isinstance(v, Distribution)} # of MixUp
-        return {**_given(cb), **distributions}
-    if cb not in _first_seen: _first_seen[cb] = settings()
-    return _first_seen[cb]
+    "What a callback was given: arguments of its constructor, and MixUp's distribution."
+    distributions = {name: _plain(v) for name,v in vars(cb).items() if isinstance(v, Distribution)}
+    return {**_given(cb), **distributions}
 
 # %% ../../nbs/experiments/34_fit_settings.ipynb #a300be02
 def _same(a, b):

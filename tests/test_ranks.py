@@ -152,4 +152,4 @@ def test_methods_have_one_state_on_all_ranks(methods_trained, name):
         assert counts.max()-counts.min() <= 2  # one more makes ranks equally long
     if name == 'paco':
         n_seen = sum(len(o) for r in (a, b) for o in r['seen'])
-        assert a['state']['at'] == n_seen % len(a['state']['queue'])
+        assert a['state']['oldest'] == n_seen % len(a['state']['queue'])

@@ -363,6 +363,16 @@ def test_auto_leaves_out_what_the_settings_do_not_fit():
         compare_command._fitting_methods(['auto'], lambda names: make_plan(names, ways, [0], dataset='digit-lt'))
 
 
+def test_all_leaves_out_a_method_whose_weights_cannot_be_had(monkeypatch):
+    def no_network(*args, **kwargs): raise OSError('no network')
+    monkeypatch.setattr('ltrl_fastai.methods.heads.torchvision.models.get_model', no_network)
+    monkeypatch.setattr(compare_command, 'method_facts', ['softmax', 'lift', 'bsce'])
+    ways = variants('off')
+    chosen, left_out = compare_command._fitting_methods(['all'], lambda names: make_plan(names, ways, [0]))
+    assert chosen == ['softmax', 'bsce']
+    assert 'weights of vit_b_16 could not be downloaded' in str(left_out['lift'])
+
+
 @pytest.mark.parametrize('method', auto_methods)
 def test_auto_trains_on_vectors(method):
     assert max(methods[method].views, *(o.views for o in methods[method].later_stages), 1) == 1

@@ -45,9 +45,9 @@ def compare(
         "protocol.")]=None,
     imbalance_factor:Annotated[str|None, option("One or several imbalance factors, as in 10,50,100.")]=None,
     methods:Annotated[str, option(
-        "One or several methods, as in softmax,bsce,ride. `ltrl methods` lists them; all stands for every one. auto is "
-        f"for a first look at your own data: {_auto_text}. All of those are cheap, and train on images and on "
-        "vectors.")]='bsce',
+        "One or several methods, as in softmax,bsce,ride. `ltrl methods` lists them; all stands for every one that can "
+        "be trained on the data, with the weights on this machine; those left out are named. auto is for a first look "
+        f"at your own data: {_auto_text}. All of those are cheap, and train on images and on vectors.")]='bsce',
     seeds:Annotated[str|None, option(
         "How many seeds (5 is 0 to 4), a list (3,7) or a range (10-14). Default: 3, and 5 with --tune.")]=None,
     # Reflective Learning
@@ -147,8 +147,8 @@ def _fitting_methods(named, plan_of):
         for method in several.get(name, [name]):
             try:
                 plan = plan_of([method])
-                if name=='all': plan[0].settings.check() # reads the data: some methods need images, or two views
-            except ValueError as e:
+                if name=='all': plan[0].settings.check() # builds data and net: some methods need images, others weights
+            except (ValueError, OSError) as e:
                 is_optional = name in several and method!='softmax' and method not in named
                 if not is_optional: raise
                 left_out[method] = e

@@ -1,7 +1,7 @@
 """The `ltrl` command for tests: in this process, or in a process of its own.
 
 A new process spends several seconds on importing PyTorch and fastai. Tests start one where signals, locks or the
-environment matter, forked from a process that has imported them; `new_interpreter` starts Python anew, as users do.
+environment matter, forked from a process that has imported them; `new_interpreter` starts a new Python, as users do.
 """
 import contextlib
 import io

@@ -271,7 +271,7 @@ def test_a_full_disk_in_training(tmp_path, monkeypatch):
     args = ('train', '--dataset', 'digits-lt', '--epochs', '1', '--no-rl', '--out', 'a')
     r = run(*args, cwd=tmp_path, check=False)
     assert r.returncode == 2 and 'No space left on device' in r.stderr and 'Traceback' not in r.stderr
-    assert 'Exception occured' not in r.stderr and 'the same command starts anew' in r.stderr
+    assert 'Exception occured' not in r.stderr and 'the same command starts over' in r.stderr
     assert not (tmp_path/'a').exists()
 
 
@@ -315,7 +315,7 @@ def test_an_interrupt_names_the_next_command(moment, tmp_path, monkeypatch):
         r = run(*args, cwd=tmp_path, check=False)
     assert r.returncode == 130 and 'Traceback' not in r.stderr
     resume = [] if moment == 'before the first epoch' else ['--resume']
-    said = 'with --resume goes on' if resume else 'starts anew: no epoch was done'
+    said = 'with --resume goes on' if resume else 'starts over: no epoch was done'
     assert r.stderr.strip() in (f'Interrupted. The same command {said}.',
                                 f'Interrupted. The same command {said} after the last whole epoch.')
     run(*args, *resume, cwd=tmp_path)
@@ -346,7 +346,7 @@ def test_an_interrupt_of_other_commands(args, name, digits_model, tmp_path, monk
     def stop(*_, **__): raise KeyboardInterrupt
     monkeypatch.setattr(name, stop)
     r = run(*(o.format(model=digits_model[1]) for o in args), cwd=tmp_path, check=False)
-    assert (r.returncode, r.stderr) == (130, '\nInterrupted. The same command starts anew.\n')
+    assert (r.returncode, r.stderr) == (130, '\nInterrupted. Run the same command again.\n')
     assert not [*tmp_path.iterdir()]
 
 

@@ -141,7 +141,7 @@ def test_a_training_on_a_full_disk_can_be_repeated(digits, whole, tmp_path):
     args = ['train', '--dataset', digits, *options, '--out', tmp_path/'run']
     with no_file_above(100_000): full = ltrl_here(*args, cwd=tmp_path)  # less than a checkpoint
     assert full.returncode == 2 and "can't be written" in full.stderr and 'Traceback' not in full.stderr
-    assert 'the same command starts anew: no epoch was done' in full.stderr
+    assert 'the same command starts over: no epoch was done' in full.stderr
     done = ltrl_here(*args, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert numbers_of(tmp_path/'run') == numbers_of(whole)

@@ -47,7 +47,7 @@ def timm_vit(**kwargs):
 
 
 def drawn(net, seed=0, std=.3):
-    "The net in double precision, with all that is trained drawn anew: no zeros, no ones"
+    "The net in double precision, with all that is trained drawn at random: no zeros, no ones"
     torch.manual_seed(seed)
     for p in net.parameters():
         if p.requires_grad: nn.init.normal_(p, std=std)

@@ -33,7 +33,7 @@ class Commands(typer.core.TyperGroup):
 
     def invoke(self, ctx):
         try: return super().invoke(ctx)
-        except KeyboardInterrupt: interrupted("The same command starts anew.") # where a command has nothing else to say
+        except KeyboardInterrupt: interrupted("Run the same command again.") # where a command has nothing else to say
 
     def _name_of(self, command, args, i):
         "The option whose value argument `i` is, or the name of the positional argument"

@@ -262,10 +262,10 @@ def _train(settings, checkpoint, out, test_distributions=False, model=None, cbs=
                           model=model, cbs=cbs)
     except UnreadableImage as e: fail(str(e).rpartition('UnreadableImage: ')[2]) # a loading process adds a traceback
     except (ForeignCheckpoint, UnreadableCheckpoint) as e:
-        fail(f"{_reason_of(e)} On the command line, --force instead of --resume starts anew.")
+        fail(f"{_reason_of(e)} On the command line, --force instead of --resume starts over.")
     except FloatingPointError as e: fail(e)
     except torch.OutOfMemoryError: fail(
-        f"{out_of_memory(settings.bs)} Smaller images (--size) and --amp help too. --force starts anew.")
+        f"{out_of_memory(settings.bs)} Smaller images (--size) and --amp help too. --force starts over.")
     except OSError as e:
         reason = _reason_of(e).rstrip('.')
         fail(f"{reason}. Make room, or mend what it says; then {_how_to_go_on(_checkpoints(out))}")
@@ -422,9 +422,9 @@ def _prepare_folder(out, kept, identity, listing, resume, force, wanted=(), othe
     if _begun(others):
         kind = 'several seeds' if isinstance(others[0], _SeveralRuns) else 'one seed'
         raise ValueError(f"--out: {out} holds an interrupted training with {kind}. "
-            "Choose another folder, or add --force, without --resume, to start anew.")
+            "Choose another folder, or add --force, without --resume, to start over.")
     if _begun(kept) and not resume: raise ValueError(
-        f"--out: {out} holds an interrupted run. Add --resume to go on with it, or --force to start anew.")
+        f"--out: {out} holds an interrupted run. Add --resume to go on with it, or --force to start over.")
     _remove_leftovers(out)
     return complete
 
@@ -470,7 +470,7 @@ def _interrupted(kept):
 def _how_to_go_on(kept):
     "What the next command should be"
     if _begun(kept): return "the same command with --resume goes on after the last whole epoch."
-    return "the same command starts anew: no epoch was done."
+    return "the same command starts over: no epoch was done."
 
 def _describe(settings, both=False):
     "Data, network, method and epochs in words"

@@ -405,7 +405,7 @@ def own_images(path:str|Path, # A folder or a CSV file
                check:bool|None=None, # Read all images beforehand, to find broken ones? Default: see `should_check`
                skip_broken:bool=False, # Leave broken images out, named in `notes` and `skipped`? Default: an error
                test_share:float|None=None, # Share of each class to draw as a test split if there is none; default: none
-               redraw:bool=False, # Draw training and validation images anew by `data_seed` if both splits exist?
+               redraw:bool=False, # Draw training and validation images again by `data_seed` if both splits exist?
                **kwargs # Passed on to `image_dataloaders`
               ) -> ImageFileDataLoaders: # `test` is None if there is no such split
     "Loaders of a folder of images or a CSV file, with `notes` that a user of the data should know."

@@ -337,10 +337,10 @@ class Checkpoint(Callback):
             if errors and not self.ranks.rank: print(f"{errors[0]} Going on from the one before it, {file}.")
             return state
         foreign = first(e for e in errors if isinstance(e, ForeignCheckpoint))
-        if foreign is None: raise UnreadableCheckpoint(f"{' '.join(map(str, errors))} Remove it to start anew.")
+        if foreign is None: raise UnreadableCheckpoint(f"{' '.join(map(str, errors))} Remove it to start over.")
         later_fit = f" (This is fit {self._ended+1} of one callback; another `Checkpoint` begins with the first.)"
         raise ForeignCheckpoint(
-            f"{foreign} Choose another file, or remove it to start anew.{later_fit if self._ended else ''}")
+            f"{foreign} Choose another file, or remove it to start over.{later_fit if self._ended else ''}")
 
     def _read(self, file):
         "The state in `file`; raises an error with the reason if this fit can't resume from it"
@@ -438,7 +438,7 @@ class Checkpoint(Callback):
             if self.current.exists() or self.older.exists(): state = self.load()
             elif self._next: raise ForeignCheckpoint(
                 f"{self._next} is there, of the fit after this one, but {self.current} is not. "
-                "Restore that file, or remove this one to start anew.")
+                "Restore that file, or remove this one to start over.")
         except (ForeignCheckpoint, UnreadableCheckpoint) as e: error = e
         if error: found = 'refuses what there is'
         elif state is None: found = 'finds none'

@@ -217,7 +217,7 @@ def compute_run(todo:RunStatus, # The run to compute
     with _torch_threads(identity['threads']):
         try: res = train()
         except UnreadableCheckpoint as e:
-            print(f"{name}: {e} The run starts anew.")
+            print(f"{name}: {e} The run starts over.")
             remove_checkpoint()
             res = train()
         except FloatingPointError: # it would diverge again

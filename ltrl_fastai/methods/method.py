@@ -171,7 +171,7 @@ class Method:
         if counts is None: counts = class_counts(learn.dls)
         of_first_stage = {type(o) for o in self.cbs(counts)}
         learn.remove_cbs([o for o in learn.cbs if type(o) in of_first_stage])
-        terms_before = learn._grab_cbs(LossTerms) # removed with the last callback that needs it, then created anew
+        terms_before = learn._grab_cbs(LossTerms) # removed with the last callback that needs it, then created again
         with learn.removed_cbs([o for o in learn.cbs if isinstance(o, CallbackWithHelpers)]):
             for i,stage in enumerate(self.later_stages, 1):
                 learn.stage_begun = i

@@ -122,13 +122,13 @@ def compare(
         sweeps = [parse_setting(o, many=True) for o in sweep or []]
         fixed = [parse_setting(o) for o in set_ or []]
         factors = [None] if imbalance_factor is None else _numbers('--imbalance-factor', imbalance_factor)
-        ways = variants(rl, parts, [] if tune else sweeps, fixed, grid)
+        variants_to_train = variants(rl, parts, [] if tune else sweeps, fixed, grid)
         chosen = parse_seeds(seeds or ('5' if tune else '3'))
-        def plan_of(names): return make_plan(names, ways, chosen, factors, redraw, **common)
+        def plan_of(names): return make_plan(names, variants_to_train, chosen, factors, redraw, **common)
         named = split_list('--methods', methods)
         fitting,left_out = _fitting_methods(named, plan_of)
         plan = plan_of(fitting)
-        search = _search(plan, ways, sweeps, chosen, tune_seeds, factors, redraw, common) if tune else None
+        search = _search(plan, variants_to_train, sweeps, chosen, tune_seeds, factors, redraw, common) if tune else None
         check_output(out)
         if jobs is not None and jobs<1: raise ValueError(f"--jobs: expected at least 1, got {jobs}")
         for note in _notes([*plan, *(search.examples if search else [])]): typer.echo(f"Note: {note}")
@@ -223,7 +223,7 @@ class _Search:
         self.cases = tuning_cases(methods, grid, factors, **settings)
         self.examples = examples(self.cases, **settings)
 
-def _search(plan, ways, sweeps, seeds, tune_seeds, factors, redraw, common):
+def _search(plan, variants_to_train, sweeps, seeds, tune_seeds, factors, redraw, common):
     "The search that `--tune` asks for; raises `ValueError` if a sweep belongs to Reflective Learning"
     from ltrl_fastai.experiments.plan import parse_seeds
     grid = {name: values for (part,name),values in sweeps if part is None}
@@ -231,7 +231,7 @@ def _search(plan, ways, sweeps, seeds, tune_seeds, factors, redraw, common):
     if reflective: raise ValueError(
         f"--sweep: {', '.join(reflective)} belongs to Reflective Learning, and --tune gives both sides the same grid. "
         "Set it for all runs instead: --set.")
-    baseline,with_rl = ways
+    baseline,with_rl = variants_to_train
     methods = list(dict.fromkeys(r.settings.method for r in plan))
     settings = {**common, **baseline.settings}
     seeds_of_search = parse_seeds(tune_seeds or '100-102')

@@ -298,7 +298,7 @@ def _distributions_table(results):
             for label,res in results}
     return pd.DataFrame(rows).T.to_string(float_format=lambda v: f'{v:.1f}')
 
-def _train_seeds(ways, seeds, out, resume, force):
+def _train_seeds(compared, seeds, out, resume, force):
     "Train each way with each seed, as `ltrl compare` does, and report the gain with its interval"
     from ltrl_fastai.core.files import write_json
     from ltrl_fastai.experiments.identity import data_listing
@@ -306,7 +306,7 @@ def _train_seeds(ways, seeds, out, resume, force):
     from ltrl_fastai.experiments.seeds import (draw_seeds, gain_sentence, gain_table, scored_on, seed_plan,
         seeds_result)
     from ltrl_fastai.experiments.training import locked_folder, command
-    settings,plan,kept = ways[-1],seed_plan(ways, seeds),[_SeveralRuns(out)]
+    settings,plan,kept = compared[-1],seed_plan(compared, seeds),[_SeveralRuns(out)]
     identity = _identity([o.settings for o in plan])
     with contextlib.ExitStack() as stack:
         try:
@@ -319,7 +319,7 @@ def _train_seeds(ways, seeds, out, resume, force):
         except (ValueError, TypeError, OSError) as e: fail(e)
         jobs = min(default_jobs(), len(plan))
         planned = f"{counted(len(plan), 'run')}, {jobs} at a time"
-        typer.echo(f"{_describe(settings, both=len(ways)>1)}, {_seeds_text(seeds)}: {planned}"
+        typer.echo(f"{_describe(settings, both=len(compared)>1)}, {_seeds_text(seeds)}: {planned}"
                    f"{_going_on(kept)}")
         results = _run_all(plan, out, jobs)
         save_figure(draw_seeds(results), out/'per_class.png')

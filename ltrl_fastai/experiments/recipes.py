@@ -563,10 +563,10 @@ def changed_by(r:Recipe, # Stays as it is
     reflective = deepcopy(r.reflective)
     overrides,changed = {},{}
     for text in changes:
-        where,value = parse_setting(text)
-        if where[0] is not None and reflective is None: raise ValueError(
+        key,value = parse_setting(text)
+        if key.part is not None and reflective is None: raise ValueError(
             f"{text}: {r.name} is trained without Reflective Learning, so none of its arguments can be set.")
-        reflective,overrides = merge_setting(reflective, overrides, where, value)
+        reflective,overrides = merge_setting(reflective, overrides, key, value)
         changed[text.partition('=')[0].strip()] = value
     if reflective is not None: ReflectiveLearning(**reflective) # raises for invalid arguments
     if reflective!=r.reflective: overrides = {**overrides, 'reflective': reflective}

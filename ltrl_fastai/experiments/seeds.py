@@ -17,7 +17,7 @@ from .settings import label_of
 from .summary import runs_table, shots, summarise
 
 # %% ../../nbs/experiments/11_seeds.ipynb #0fe20739
-def seed_plan(ways:list, # `RunSettings`, one for each way to train
+def seed_plan(compared:list, # `RunSettings` to compare
               seeds:Collection # Seeds of weights, batches and augmentation
              ) -> list: # `PlannedRun`s for `run_plan`, seed by seed
     "Each way to train with each of the seeds."
@@ -25,7 +25,7 @@ def seed_plan(ways:list, # `RunSettings`, one for each way to train
         factor = '' if settings.imbalance_factor is None else f' IF {settings.imbalance_factor:g}'
         group = f'{settings.data_name}{factor} {settings.method}'
         return PlannedRun(group, label_of(settings), settings)
-    return [planned(dataclasses.replace(settings, seed=seed)) for seed in seeds for settings in ways]
+    return [planned(dataclasses.replace(settings, seed=seed)) for seed in seeds for settings in compared]
 
 # %% ../../nbs/experiments/11_seeds.ipynb #4a4971da
 def scored_on(results:list # Results of runs on the same data

@@ -102,7 +102,7 @@ def runs_table(results:list # As `load_results` gives
         row = {k: o[k] for k in ('group','variant','seed')}
         row.update(on='test' if on=='accuracy' else 'validation', **{k: o[on][k] for k in shots})
         row.update(train=o['train_accuracy'], seconds=o['seconds'], key=key(o), partner=key(o, reflective=None),
-                   reflective=o['reflective'] is not None)
+                   reflective=o['reflective'] is not None, off=_was_off(o))
         rows.append(row)
     df = pd.DataFrame(rows)
     base = df[~df.reflective].set_index('key')
@@ -111,6 +111,13 @@ def runs_table(results:list # As `load_results` gives
     df['cost'] = df.seconds/df.partner.map(base.seconds)
     df.loc[~df.reflective, [f'gain_{k}' for k in shots]+['cost']] = np.nan
     return df.drop(columns=['key','partner'])
+
+def _was_off(result):
+    "Whether Reflective Learning was on the learner but had switched itself off in every epoch"
+    history = result.get('history') or {}
+    losses = [history[name] for name in ('review_loss','summary_loss') if name in history]
+    if result['reflective'] is None or not losses: return False
+    return not any(value for by_epoch in losses for value in by_epoch)
 
 # %% ../../nbs/experiments/05_summary.ipynb #fcc76c0b
 def summarise(runs:pd.DataFrame # As `runs_table` gives
@@ -125,7 +132,8 @@ def summarise(runs:pd.DataFrame # As `runs_table` gives
             row[f'{k}_sd'] = accuracies.std(ddof=1)
         row['train'] = g.train.mean()
         for k in shots: row[f'gain_{k}'],row[f'gain_{k}_lo'],row[f'gain_{k}_hi'] = interval(g[f'gain_{k}'])
-        row.update(pairs=int(g.gain_all.notna().sum()), cost=g.cost.median(), seconds=g.seconds.median())
+        row.update(pairs=int(g.gain_all.notna().sum()), cost=g.cost.median(), seconds=g.seconds.median(),
+                   off=bool(g.off.all()))
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -192,7 +200,12 @@ def markdown(summary:pd.DataFrame # As `summarise` gives
         "'training' is accuracy on the training images, 'time' that of a run over its partner's.")
     if (summary.pairs==2).any():
         legend += " Intervals of two pairs are wide by nature (their mean ± 12.7 standard errors): take more seeds."
+    off = summary.variant[summary.off].unique()
+    if len(off): legend += f" {_was_off_text(off)}"
     return '\n'.join([*lines, legend])+'\n'
+
+def _was_off_text(variants):
+    return f"Reflective Learning had switched itself off in {', '.join(variants)}, so it changes nothing there."
 
 def _variant_row(group, r):
     "A row of `markdown`"
@@ -312,6 +325,7 @@ def _role_gain(runs, group, without, with_rl):
         row[k] = x.mean()
         row[f'{k}_rl'] = y.mean()
         row[f'gain_{k}'],row[f'gain_{k}_lo'],row[f'gain_{k}_hi'] = interval(y-x)
+    row['off'] = bool(b.off.all())
     return row
 
 _questions = {
@@ -341,6 +355,8 @@ def tuned_markdown(gains:pd.DataFrame # As `tuned_gains` gives
         best = g.iloc[-1]
         chosen = f"Chosen on validation images: {best['without']}; {best['with']}."
         lines += [f'### {group}, tuned', '', text_table(rows), '', chosen, '']
+        off = g['with'][g.off].unique()
+        if len(off): lines += [_was_off_text(off), '']
         if best.on!='test': lines += ["There is no test set: settings were chosen on validation images, and scored on "
             "them again. Accuracies look too good.", '']
     return '\n'.join(lines)

@@ -18,7 +18,7 @@ from fastcore.basics import noop
 from ..core.checks import counted
 from ..core.files import write_json
 from ..methods.catalogue import method_constants
-from .plan import Variant, make_plan, merge_setting, locate_setting
+from .plan import SettingKey, Variant, make_plan, merge_setting, locate_setting
 from .runner import Failed, print_said, read_result, run_file, run_plan
 from .training import versions
 
@@ -82,10 +82,10 @@ class TuningCase:
 def _fields(setting, common):
     "Fields of `RunSettings` for a setting; its method constants are merged with those of all runs"
     fields = {'method_args': common['method_args']} if common.get('method_args') else {}
-    for name,value in setting.items(): _,fields = merge_setting({}, fields, (None,name), value)
+    for name,value in setting.items(): _,fields = merge_setting({}, fields, SettingKey(None, name), value)
     return fields
 
-def _way(setting, reflective, common):
+def _variant(setting, reflective, common):
     "A setting as a `Variant`"
     text,fields = show_setting(setting),_fields(setting, common)
     if reflective is None: return Variant(text, None, fields)
@@ -128,7 +128,7 @@ def examples(cases:list, # As `tuning_cases` gives
 
 def _first_run(method, factor, setting, common):
     "A run of a setting, without Reflective Learning"
-    run, = make_plan([method], [_way(setting, None, common)], [0], [factor], **common)
+    run, = make_plan([method], [_variant(setting, None, common)], [0], [factor], **common)
     return run
 
 def _case(method, grid, factor, common):
@@ -178,9 +178,9 @@ class _Side:
     def plan(self, paired_data, common):
         "The runs of each wanted setting"
         case = self.case
-        ways = [_way(o, self.reflective, common) for o in self.next_settings]
+        variants = [_variant(o, self.reflective, common) for o in self.next_settings]
         shared = dict(seeds=self.seeds, factors=[case.factor], paired_data=paired_data, **common)
-        return [make_plan([case.method], [way], **shared) for way in ways]
+        return [make_plan([case.method], [variant], **shared) for variant in variants]
 
     def update(self, accuracies):
         "Record the accuracies of each wanted setting, by seed, and choose the next; None is a run that diverged"
@@ -283,8 +283,8 @@ def tuned_plan(tuning:dict, # As `tune` gives
         }
         runs,factors = {},[case['imbalance_factor']]
         for role,(setting,on) in wanted.items():
-            way = _way(setting, on, settings)
-            made = make_plan([case['method']], [way], seeds=tuning['final_seeds'], factors=factors,
+            variant = _variant(setting, on, settings)
+            made = make_plan([case['method']], [variant], seeds=tuning['final_seeds'], factors=factors,
                              paired_data=paired_data, **settings)
             runs[made[0].variant] = made # roles with the same setting share their runs
             roles.setdefault(case['group'], {})[role] = made[0].variant

@@ -2548,8 +2548,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'ltrl_fastai/experiments/summary.py'),
                                                  'ltrl_fastai.experiments.summary._was_off': ( 'experiments/summary.html#_was_off',
                                                                                                'ltrl_fastai/experiments/summary.py'),
-                                                 'ltrl_fastai.experiments.summary._was_off_text': ( 'experiments/summary.html#_was_off_text',
-                                                                                                    'ltrl_fastai/experiments/summary.py'),
                                                  'ltrl_fastai.experiments.summary._with_reported': ( 'experiments/summary.html#_with_reported',
                                                                                                      'ltrl_fastai/experiments/summary.py'),
                                                  'ltrl_fastai.experiments.summary.class_markdown': ( 'experiments/summary.html#class_markdown',

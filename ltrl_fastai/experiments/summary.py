@@ -113,7 +113,7 @@ def runs_table(results:list # As `load_results` gives
     return df.drop(columns=['key','partner'])
 
 def _was_off(result):
-    "Whether Reflective Learning was on the learner but had switched itself off in every epoch"
+    "Whether Reflective Learning was on the learner but did nothing: off, or of strength 0, in every epoch"
     history = result.get('history') or {}
     losses = [history[name] for name in ('review_loss','summary_loss') if name in history]
     if result['reflective'] is None or not losses: return False
@@ -200,16 +200,14 @@ def markdown(summary:pd.DataFrame # As `summarise` gives
         "'training' is accuracy on the training images, 'time' that of a run over its partner's.")
     if (summary.pairs==2).any():
         legend += " Intervals of two pairs are wide by nature (their mean ± 12.7 standard errors): take more seeds."
-    off = summary.variant[summary.off].unique()
-    if len(off): legend += f" {_was_off_text(off)}"
+    if summary.off.any(): legend += f" {_idle_note}"
     return '\n'.join([*lines, legend])+'\n'
 
-def _was_off_text(variants):
-    return f"Reflective Learning had switched itself off in {', '.join(variants)}, so it changes nothing there."
+_idle_note = "*: Reflective Learning did nothing in these runs: it was off, or the network did not overfit."
 
 def _variant_row(group, r):
     "A row of `markdown`"
-    row = {'variant': r.variant, 'runs': r.runs}
+    row = {'variant': f'{r.variant} *' if r.off else r.variant, 'runs': r.runs}
     row.update({k.title(): _mean_sd(r[k], r[f'{k}_sd']) for k in shots})
     row.update({'gain of All (95%)': show_gain(r, 'all'), 'gain of Few (95%)': show_gain(r, 'few')})
     row.update(training=_number(r.train), time=_number(r.cost, '.2f'))
@@ -337,7 +335,7 @@ _questions = {
 def _tuned_row(r):
     "A row of `tuned_gains` as texts by column"
     return {
-        'gain of Reflective Learning': _questions[r.baseline],
+        'gain of Reflective Learning': _questions[r.baseline] + (' *' if r.off else ''),
         'pairs': r.pairs,
         'All without': _number(r['all']),
         'All with': _number(r.all_rl),
@@ -355,8 +353,7 @@ def tuned_markdown(gains:pd.DataFrame # As `tuned_gains` gives
         best = g.iloc[-1]
         chosen = f"Chosen on validation images: {best['without']}; {best['with']}."
         lines += [f'### {group}, tuned', '', text_table(rows), '', chosen, '']
-        off = g['with'][g.off].unique()
-        if len(off): lines += [_was_off_text(off), '']
+        if g.off.any(): lines += [_idle_note, '']
         if best.on!='test': lines += ["There is no test set: settings were chosen on validation images, and scored on "
             "them again. Accuracies look too good.", '']
     return '\n'.join(lines)

@@ -2274,6 +2274,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'ltrl_fastai/experiments/recommend.py'),
                                                    'ltrl_fastai.experiments.recommend._train_code': ( 'experiments/recommend.html#_train_code',
                                                                                                       'ltrl_fastai/experiments/recommend.py'),
+                                                   'ltrl_fastai.experiments.recommend._tukey_range': ( 'experiments/recommend.html#_tukey_range',
+                                                                                                       'ltrl_fastai/experiments/recommend.py'),
                                                    'ltrl_fastai.experiments.recommend._usual_settings': ( 'experiments/recommend.html#_usual_settings',
                                                                                                           'ltrl_fastai/experiments/recommend.py'),
                                                    'ltrl_fastai.experiments.recommend._value_of': ( 'experiments/recommend.html#_value_of',

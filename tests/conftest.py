@@ -120,11 +120,20 @@ def _no_figure_is_left():
 
 @pytest.fixture
 def dls():
-    "digits-LT on the CPU, seeded"
+    "digits-LT on the CPU, seeded, with five batches of training images"
     from fastai.basics import set_seed
     from ltrl_fastai.all import digits_lt
     set_seed(0, reproducible=True)
-    return digits_lt(device='cpu')
+    return digits_lt(device='cpu', n_max=48)
+
+
+@pytest.fixture
+def few_test_digits(monkeypatch):
+    "Ten test images of each digit instead of forty, for tests that compare runs and don't judge them"
+    from ltrl_fastai.data import benchmarks
+    original = benchmarks.long_tail_indices
+    def fewer(y, counts, seed): return original(y, [10]*10 if list(counts) == [40]*10 else counts, seed)
+    monkeypatch.setattr(benchmarks, 'long_tail_indices', fewer)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from fastai.vision.all import default_device
 from ltrl_fastai.reflective import stores
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
 there = torch.device('lazy', 0)
@@ -66,6 +66,18 @@ class There(torch.Tensor):
 def here(o): return o.here if isinstance(o, There) else o
 
 
+def tensors_in(args):
+    "Tensors among arguments, also within lists; PyTorch's `tree_leaves` takes as long as many of the operations"
+    for o in args:
+        if isinstance(o, torch.Tensor): yield o
+        elif isinstance(o, (list, tuple)): yield from tensors_in(o)
+
+
+def mapped(f, o):
+    "`f` of arguments or of a result, which are in lists and tuples"
+    return type(o)(mapped(f, item) for item in o) if isinstance(o, (list, tuple)) else f(o)
+
+
 def is_copy(func): return func in (aten._to_copy.default, aten.copy_.default)
 
 
@@ -101,7 +113,7 @@ def check_devices(func, args, on_host):
 
 def run(func, args, kwargs):
     "Run an operation of PyTorch on the CPU, if it would be possible on a device"
-    tensors = [o for o in tree_leaves((args, kwargs)) if isinstance(o, torch.Tensor)]
+    tensors = [*tensors_in(args), *tensors_in(kwargs.values())]
     on_device = [o for o in tensors if isinstance(o, There)]
     on_host = [o for o in tensors if not isinstance(o, There)]
     device = kwargs.get('device')
@@ -112,14 +124,14 @@ def run(func, args, kwargs):
     elif on_device: check_devices(func, args, on_host)
     there_by_id = {id(o.here): o for o in on_device}  # for results that are arguments changed in place
     if device is not None: kwargs = {**kwargs, 'device': 'cpu'}
-    args, kwargs = tree_map(here, (args, {**kwargs}))
+    args, kwargs = mapped(here, args), {k: mapped(here, o) for k, o in kwargs.items()}
     pin = kwargs.pop('pin_memory', False)
     res = func(*args, **kwargs)
     if pin: res.pinned = True
     def sent(o):
         if not isinstance(o, torch.Tensor): return o
         return there_by_id[id(o)] if id(o) in there_by_id else There(o)
-    return tree_map(sent, res) if to_there else res
+    return mapped(sent, res) if to_there else res
 
 
 class Dispatch(TorchDispatchMode):

@@ -110,7 +110,8 @@ def markdown(file):
     return yaml.safe_load(head), text
 
 
-pandoc = ('-f', 'markdown', '-t', 'html5', '--mathml', '--wrap=none', '--fail-if-warnings')
+pandoc = ('-f', 'markdown', '-t', 'html5', '--mathml', '--wrap=none', '--fail-if-warnings',
+          '--syntax-highlighting=none')
 
 
 def render_page(folder, page, names, to):

@@ -129,6 +129,7 @@ def _work_as_command(address, streams, environment, cwd, function, args):
         os.dup2(fd, i)
         os.close(fd)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    multiprocessing.set_start_method(None, force=True)  # as in any command; a forked process inherits `forkserver`
     # the server is not started again for the workers of this process
     forkserver._forkserver._forkserver_address = address
     forkserver._forkserver.ensure_running = lambda: None

@@ -1,5 +1,6 @@
 "`ltrl compare` and `ltrl report` on the command line: killed, repeated, changed, misused."
 import json
+import multiprocessing
 import os
 import signal
 import time
@@ -8,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import ltrl_here, ltrl_process, start_ltrl
+from ltrl_fastai.experiments import runner
 from ltrl_fastai.experiments.plan import make_plan, variants
 from ltrl_fastai.experiments.runner import run_file, work_folder
 from ltrl_fastai.experiments.training import RunSettings, train_run
+from quick_workers import forked
 
 
 def run(*args, cwd, code=0, start=ltrl_here):
@@ -224,6 +227,23 @@ def test_the_committed_evidence_is_made_from_the_results(tmp_path):
     (tmp_path/'a/runs').mkdir(parents=True)
     (tmp_path/'a/runs/x.json').write_text('{}')
     with pytest.raises(ValueError, match='no comparison by a protocol'): evidence(tmp_path)
+
+
+def say_start_method(conn):
+    "In a worker: a run that says how it would start the processes of a loader"
+    def compute_run(todo, folder, send, command): send(('said', multiprocessing.get_start_method()))
+    runner.compute_run = compute_run
+    runner._work(conn, None, None)
+
+
+def test_loaders_of_a_run_start_processes_as_anywhere():
+    "By `spawn`, as workers are started, each pass over the images would import PyTorch in each process of a loader"
+    process, conn = forked(say_start_method)
+    assert conn.recv() == ('ready',)
+    conn.send('a run')
+    assert conn.recv() == ('said', multiprocessing.get_start_method())
+    conn.close()
+    process.join()
 
 
 @pytest.mark.parametrize('option', ['--epochs', '--n-max'])

@@ -95,7 +95,7 @@ def test_fine_tune_with_frozen_parameters(photos):
 
 @pytest.mark.parametrize('preset', ['default', 'paper', 'published'])
 def test_presets_train(dls, mlp, quick_fit, preset):
-    learn = quick_fit(learner(dls, mlp(), ReflectiveLearning(ks=True, kc=True, preset=preset)), 4)
+    learn = quick_fit(learner(dls, mlp(), ReflectiveLearning(ks=True, kc=True, preset=preset)), 8)
     assert all(np.isfinite(v) for v in learn.loss_terms.history[-1].values())
     assert 'conflicts' in learn.recorder.metric_names
     row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
@@ -300,9 +300,9 @@ class Opposite(Callback):
 
 def test_correction_of_a_term_of_the_user(dls, mlp, quick_fit):
     kwargs = dict(loss_func=CrossEntropyLossFlat(), opt_func=SGD)
-    corrected = quick_fit(learner(dls, mlp(), [KnowledgeCorrection(), Opposite()], **kwargs), 3)
+    corrected = quick_fit(learner(dls, mlp(), [KnowledgeCorrection(), Opposite()], **kwargs), 8)
     assert corrected.loss_terms.history[-1]['conflicts'] == 1.
-    uncorrected = quick_fit(learner(dls, mlp(), [LossTerms(), Opposite()], **kwargs), 3)
+    uncorrected = quick_fit(learner(dls, mlp(), [LossTerms(), Opposite()], **kwargs), 8)
     base_losses = [o.loss_terms.history[-1]['base_loss'] for o in (corrected, uncorrected)]
     assert base_losses[0] < base_losses[1]  # the opposite term slows down training only without correction
 

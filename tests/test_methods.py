@@ -11,6 +11,7 @@ import torch
 from fastai.basics import Callback, CancelValidException, DataLoaders, Datasets, Learner, accuracy, set_seed
 from ltrl_fastai.all import (Method, ReflectiveLearning, Stage, adapted_table, aggregate_experts, digits_lt, methods,
                              own_images)
+from ltrl_fastai.evaluation import shift
 from ltrl_fastai.experiments.training import RunSettings, train_run
 from ltrl_fastai.methods.nets import create_net
 from test_cli import run
@@ -54,7 +55,7 @@ class OnlyTrain(Callback):
         if self.epoch < self.n_epoch-1: raise CancelValidException
 
 
-def three_epochs(method): return RunSettings(method=method, epochs=3, n_max=40, reflective={})
+def three_epochs(method): return RunSettings(method=method, epochs=3, n_max=40, n_valid=2, reflective={})
 
 
 @pytest.fixture(scope='module')
@@ -65,7 +66,7 @@ def whole_run():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('method,fit,epoch', list(interruptions()))
-def test_stages_are_resumed_where_they_were(method, fit, epoch, whole_run, tmp_path):
+def test_stages_are_resumed_where_they_were(method, fit, epoch, whole_run, few_test_digits, tmp_path):
     "A run interrupted in the first or second stage gives the same numbers as an uninterrupted one"
     settings, whole = three_epochs(method), whole_run(method)
     assert [o['about'] for o in whole['stages']] == [o.about for o in methods[method].later_stages]
@@ -93,7 +94,7 @@ def seeded_weights(learn, dl):
     "Expert weights fitted with a fixed seed"
     learn.dls.train.new()  # a loader's first copy looks at an item, which draws random numbers
     set_seed(0)
-    return aggregate_experts(learn, dl)
+    return aggregate_experts(learn, dl, epochs=2)
 
 
 def image_folders(folder):
@@ -160,9 +161,10 @@ def test_other_test_distributions(tmp_path):
     assert res['test_distributions'][5]['accuracy'] == pytest.approx(res['accuracy']['all'], abs=1e-3)
 
 
-def test_other_test_distributions_of_a_method_that_adapts_to_them():
+def test_other_test_distributions_of_a_method_that_adapts_to_them(few_test_digits, monkeypatch):
     "The numbers are the same in a second run, and measuring them changes nothing else"
-    settings = RunSettings(method='sade-aggregated', epochs=2)
+    monkeypatch.setattr(shift, 'test_distributions', [(5, 'forward'), (5, 'backward')])
+    settings = RunSettings(method='sade-aggregated', epochs=1, n_max=40)
     def trained(test_distributions): return train_run(settings, bar=False, test_distributions=test_distributions)[0]
     first, again, without = map(trained, (True, True, False))
     same(first, again)
@@ -179,7 +181,7 @@ def test_expert_weights_are_fitted_to_each_test_distribution():
     def adapt(learn, dl):
         assert learn.model.weights.equal(before), 'the weights of the previous distribution are still there'
         counts.append(torch.bincount(dl.dataset.targets[dl.get_idxs()], minlength=10).tolist())
-        method.adapt(learn, dl)
+        aggregate_experts(learn, dl, epochs=1)
     adapted_table(learn, learn.dls.test, adapt)
     assert len(counts) == 11
     assert counts[0] == counts[-1][::-1]

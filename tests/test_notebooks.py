@@ -26,7 +26,7 @@ slow = {
     'methods/10_mislas', 'methods/11_balancing', 'methods/12_oltr', 'methods/13_experts', 'methods/14_ride',
     'methods/15_sade', 'methods/16_mdcs', 'methods/17_ncl', 'methods/18_paco', 'methods/20_mixup',
     'methods/25_sampling', 'methods/35_balpoe', 'methods/37_proco', 'methods/38_glmc', 'methods/39_car',
-    'experiments/30_recommend', 'reflective/02_samples',
+    'reflective/02_samples',
     'tutorials/00_first_run', 'tutorials/01_your_own_images', 'tutorials/03_ablations', 'tutorials/04_several_gpus',
     'tutorials/05_resuming', 'tutorials/06_reading_the_plots', 'tutorials/07_a_method_of_your_own',
 }

@@ -8,6 +8,7 @@ MathML, and fonts are those of the reader.
 import argparse
 import ast
 import dataclasses
+import functools
 import html
 import importlib
 import inspect
@@ -28,6 +29,9 @@ number = re.compile(r'\b\d+[a-z]?_(?=\w+\.ipynb\b)')
 
 def processed(workers):
     "Let nbdev process the notebooks; returns its folder, which is a cache for the next time"
+    from nbdev import config
+    # nbdev reads pyproject.toml again for each cell, which would take a quarter of the time
+    config._load_toml = functools.cache(config._load_toml)
     from nbdev.config import get_config
     from nbdev.doclinks import nbdev_export
     from nbdev.quarto import refresh_quarto_yml
@@ -244,7 +248,7 @@ def check_pages(site):
 def main():
     parser = argparse.ArgumentParser(description='Build the docs site from the notebooks.')
     parser.add_argument('--out', type=Path, default=root/'_docs', help='folder of the site; default: _docs')
-    parser.add_argument('--workers', type=int, default=2, help='processes; default: 2')
+    parser.add_argument('--workers', type=int, default=2, help='processes; 0 for this one alone; default: 2')
     args = parser.parse_args()
     # torch's warnings of fastai, in worker processes and in this one
     os.environ.update(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore::FutureWarning')

@@ -256,6 +256,8 @@ def _work(conn, folder, command):
     "Compute each run that arrives in a worker process, and send messages"
     signal.signal(signal.SIGINT, signal.SIG_IGN) # the parent handles Ctrl-C and ends its workers
     _end_with_parent()
+    # the system's own way: a process of a loader would be spawned too, and import PyTorch for each pass over the images
+    multiprocessing.set_start_method(None, force=True)
     torch.set_num_threads(1)
     keep_freed_memory()
     def send(message):

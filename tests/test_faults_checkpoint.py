@@ -1208,6 +1208,55 @@ def test_fault_03_more_passes(do, event, tmp_path):
     same(killed_and_resumed(make, tmp_path / 'fit.pt', crashes=(3,), every=2), whole)
 
 
+fits_within = dict(
+    lr_find=lambda o: o.lr_find(num_it=6, show_plot=False),
+    same_fit=lambda o: o.fit(3, 1e-2),
+    other_fit=lambda o: o.fit_one_cycle(1, 1e-3),
+    fit_of_a_copy=lambda o: deepcopy(o).fit(1, 1e-3),
+)
+
+
+class InSecondEpoch(Within):
+    "Do something with the learner at the second time of an event; nothing in a fit that goes on after it"
+
+    times = 0
+
+    def act(self):
+        self.times += not self.busy
+        if self.times == 2:
+            super().act()
+
+
+class CrashWhenDone(Crash):
+    "Raise an error in the first epoch after so many of the checkpoint"
+
+    def __init__(self, n, file):
+        self.n, self.file = n, file
+
+    def before_train(self):
+        if self.file.exists() and done(self.file) == self.n:
+            raise InterruptedError('crash')
+
+    def before_batch(self): ...
+
+
+@pytest.mark.parametrize('do,event', zip(fits_within, ['before_epoch', 'after_epoch'] * 2, strict=True))
+def test_fault_03_fits_within_a_fit(do, event, tmp_path):
+    "They change the learner's number of epochs, and are no fits to resume"
+
+    def fit(file, *cbs):
+        within = InSecondEpoch(fits_within[do], event)
+        return quiet(learner(tmp_path, cbs=within), 3, cbs=[Checkpoint(tmp_path / file), *cbs])
+
+    whole = fit('whole.pt')
+    file = tmp_path / 'fit.pt'
+    with pytest.raises(InterruptedError):
+        fit(file, CrashWhenDone(2, file))
+    same(fit(file), whole)
+    assert done(file) == done(tmp_path / 'whole.pt') == 3
+    assert not list(tmp_path.glob('*.next'))
+
+
 def test_fault_03_predictions_fetched_each_epoch(tmp_path):
     "fastai's own callback removes other callbacks and adds them again"
 

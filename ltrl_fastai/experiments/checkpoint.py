@@ -16,7 +16,7 @@ from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from ..core.files import atomic_write, named_disk_errors
 from ..core.ranks import Ranks
-from ..evaluation.metrics import _learner_of_fit
+from ..evaluation.metrics import _borrow_events, _frames
 from .fit_settings import callback_settings, changes_training, loss_settings, settings_changes
 from .identity import data_changes, data_listing
 from .optimizer_state import (
@@ -82,6 +82,15 @@ _identity_labels = dict(
     groups='division into parameter groups')
 _schedule_positions = (0.,.25,.5,.75,.99)
 
+def _learners_in_fit():
+    "The learners whose `fit` is running, innermost first; None instead of one whose events are fired without a fit"
+    res = []
+    for frame in _frames():
+        is_fit = frame.f_code is Learner._with_events.__code__ and frame.f_locals['event_type']=='fit'
+        if is_fit: res.append(frame.f_locals['self'])
+        elif frame.f_code in _borrow_events: res.append(None)
+    return res
+
 def _with_suffix(file, suffix): return file.with_name(file.name+suffix)
 
 def _differences(saved, current):
@@ -125,7 +134,7 @@ class Checkpoint(Callback):
     _ended = 0 # fits that this callback was in to their end
     _done = 0 # epochs of this fit that are done
     _is_refused = False # the newest file can't be used
-    _is_borrowed = False # events of a fit that is none
+    _n_epoch = 0 # epochs of this fit
     def __init__(self,
         file:str|Path, # Replaced atomically; `file.older` is the previous checkpoint, `file.next` that of a second fit
         identity:Any=None, # Plain types that tell this fit from others: a file with another identity is refused
@@ -140,6 +149,16 @@ class Checkpoint(Callback):
         return self._run and not (hasattr(self.learn, 'lr_finder') or self.learn.lock.locked())
     @run.setter
     def run(self, v): self.__dict__['_run'] = v
+
+    def _fit_to_save(self):
+        "The learner of the running fit; None in `learn.tta`, `with learn:`, and a fit within a fit of this checkpoint"
+        learn,*outer = _learners_in_fit() or [self.learn]
+        return None if any(map(self._saves, outer)) else learn
+
+    def _saves(self, learn):
+        "Whether the fit of a learner is saved in this file, by this callback or by one that was copied from it"
+        checkpoints = [cb for cb in getattr(learn, 'cbs', ()) if isinstance(cb, Checkpoint)]
+        return any(cb.file.absolute()==self.file.absolute() for cb in checkpoints)
 
     # Files
 
@@ -203,7 +222,7 @@ class Checkpoint(Callback):
         "Everything that a checkpoint holds."
         learn = self.learn
         return pack_state(dict(
-            identity=self.identity, n_epoch=learn.n_epoch, about=self._description(), data=self._data,
+            identity=self.identity, n_epoch=self._n_epoch, about=self._description(), data=self._data,
             settings=self._settings, done=self._done,
             model=get_model(learn.model).state_dict(), opt=optimizer_state(learn.opt),
             loss=_loss_state(learn.loss_func), params=self._params_state(),
@@ -361,7 +380,7 @@ class Checkpoint(Callback):
 
     def _check_identity(self, file, state):
         saved = dict(epochs=state['n_epoch'], identity=state['identity'])
-        current = dict(epochs=self.learn.n_epoch, identity=self.identity)
+        current = dict(epochs=self._n_epoch, identity=self.identity)
         if saved!=current: raise ForeignCheckpoint(
             f"{file} is the checkpoint of another fit than this: {_differences(saved, current)}.")
 
@@ -408,11 +427,11 @@ class Checkpoint(Callback):
     # Events
 
     def before_fit(self):
-        learn = _learner_of_fit(self.learn)
-        self._is_borrowed = learn is None
-        if self._is_borrowed: return # by `learn.tta` or `with learn:`
+        learn = self._fit_to_save()
+        if learn is None: return
         if learn is not self.learn: self.learn = learn # the callback was added to another learner later
         self.seconds,self._started,self._done = 0.,time.time(),0
+        self._n_epoch = learn.n_epoch # a fit within this one will change it
         self._muted,self._saved,self._is_refused = None,None,False # of a fit that crashed
         self._lr = [group['lr'] for group in learn.opt.hypers]
         train = learn.dls.train
@@ -453,12 +472,12 @@ class Checkpoint(Callback):
             "from the machine of rank 0 to the others.")
 
     def before_epoch(self):
-        if self._saved is not None and not self._is_borrowed: raise CancelEpochException
+        if self._saved is not None and self._fit_to_save() is not None: raise CancelEpochException
 
     def after_epoch(self):
-        if self._is_borrowed: return
+        if self._fit_to_save() is None: return
         self._done += 1 # not `learn.epoch`, which is 0 after a callback has validated
-        is_last = self._done==self.learn.n_epoch
+        is_last = self._done==self._n_epoch
         if self._saved is None:
             if is_last or self._done%self.every==0: self.save()
         elif self._done>=self._saved['done']:
@@ -470,8 +489,7 @@ class Checkpoint(Callback):
         self._muted = self._saved = None
 
     def after_fit(self):
-        if not self._is_borrowed: self._ended += 1
-        self._is_borrowed = False
+        if self._fit_to_save() is not None: self._ended += 1
 
     # Resuming
 

@@ -2,6 +2,7 @@
 import math
 import os
 import warnings
+from collections import deque
 from functools import partial
 
 import numpy as np
@@ -18,17 +19,20 @@ from fastai.callback.all import (
     SaveModelCallback,
     TrainEvalCallback,
 )
+from fastai.callback.data import WeightedDL
 from fastai.metrics import F1Score, Recall, skm_to_fastai
 from fastai.optimizer import SGD, Adam, Lamb, Larc, Lookahead, OptimWrapper, QHAdam, RAdam, RMSProp, ranger
 from fastai.vision.all import (
     Callback,
     CrossEntropyLossFlat,
+    DataLoader,
     DataLoaders,
     ImageDataLoaders,
     IntToFloatTensor,
     Learner,
     Metric,
     RandomResizedCrop,
+    Rotate,
     TfmdDL,
     ToTensor,
     aug_transforms,
@@ -53,6 +57,7 @@ from ltrl_fastai.all import (
     methods,
     shot_accuracies,
 )
+from ltrl_fastai.experiments.checkpoint import ForeignCheckpoint
 from ltrl_fastai.methods.decouple import mean_head, ncm, tau_norm, tau_norm_head
 from test_methods import from_scratch
 
@@ -1255,6 +1260,126 @@ def test_fault_03_fits_within_a_fit(do, event, tmp_path):
     same(fit(file), whole)
     assert done(file) == done(tmp_path / 'whole.pt') == 3
     assert not list(tmp_path.glob('*.next'))
+
+
+class Computed:
+    "A data set that computes its items"
+
+    def __init__(self, seed):
+        self.seed, self.calls = seed, 0
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, i):
+        self.calls += 1
+        return torch.randn(64, generator=torch.Generator().manual_seed(int(100 * self.seed + i))), i % 10
+
+
+class ById:
+    "A data set that keeps its items in a dict"
+
+    def __init__(self, value):
+        self.by_id = {i: (torch.full((64,), float(value if i == 7 else i)), i % 10) for i in range(40)}
+
+    def __len__(self):
+        return len(self.by_id)
+
+    def __getitem__(self, i):
+        return self.by_id[i]
+
+
+def on(train, **kwargs):
+    valid = DataLoader(Computed(5), bs=20)
+    return dict(dls=DataLoaders(DataLoader(train, bs=20, **kwargs), valid, device='cpu'))
+
+
+def weighted(weight):
+    weights = np.ones(40)
+    weights[:9] = weight
+    dl = WeightedDL(Computed(0), bs=20, wgts=weights, shuffle=True, num_workers=0, device='cpu')
+    return dict(dls=DataLoaders(dl, DataLoader(Computed(5), bs=20), device='cpu'))
+
+
+def augmented(degrees):
+    dl = TfmdDL(Computed(0), bs=20, after_batch=[Rotate(max_deg=degrees)], num_workers=0, device='cpu')
+    return dict(dls=DataLoaders(dl, DataLoader(Computed(5), bs=20), device='cpu'))
+
+
+@pytest.mark.parametrize(
+    'first,second,said',
+    [
+        (on(Computed(0)), on(Computed(1)), 'training loader.*dataset.seed 0 there, 1 here'),
+        (on(ById(3)), on(ById(4)), '1 training item differs, first: item 7'),
+        (on(Computed(0), shuffle=True), on(Computed(0)), 'shuffle True there, False here'),
+        (on(Computed(0), drop_last=True), on(Computed(0)), 'drop_last True there, False here'),
+        (weighted(1), weighted(5), 'digest of weights'),
+        (augmented(10), augmented(30), r'aff_fs.*max_deg 10 there, 30 here'),
+        (dict(make=lambda: dropped(0.1)), dict(make=lambda: dropped(0.5)), 'its model.*p 0.1 there, 0.5 here'),
+        (dict(make=net), dict(make=lambda: activated(nn.Tanh())), 'its model.*type ReLU there, Tanh here'),
+    ],
+    ids=['computed', 'dict', 'shuffle', 'drop_last', 'weights', 'augmentation', 'dropout', 'activation'],
+)
+def test_fault_09_loaders_and_model_of_another_fit(first, second, said, tmp_path):
+    "They have as many items and tensors of the same shapes, and what is learned differs"
+    file = tmp_path / 'fit.pt'
+    with pytest.raises(InterruptedError):
+        quiet(learner(tmp_path, **first), 3, cbs=[Checkpoint(file), Crash(1)])
+    with pytest.raises(ForeignCheckpoint, match=said):
+        quiet(learner(tmp_path, **second), 3, cbs=[Checkpoint(file), Steps()])
+    quiet(learner(tmp_path, **first), 3, cbs=Checkpoint(file))  # what changes by itself, as `calls`, does no harm
+    assert done(file) == 3
+
+
+def dropped(p):
+    res = net()
+    res.append(nn.Dropout(p))
+    return res
+
+
+def activated(layer):
+    res = net()
+    res[[isinstance(o, nn.ReLU) for o in res].index(True)] = layer
+    return res
+
+
+def test_fault_09_layers_that_change_in_a_fit(tmp_path):
+    "A fit that lowers its dropout goes on in the same process"
+
+    class Lower(Callback):
+        def before_epoch(self):
+            self.model[-1].p = 0.1 / (1 + self.epoch)
+
+    learn = learner(tmp_path, make=lambda: dropped(0.5), cbs=Lower())
+    file = tmp_path / 'fit.pt'
+    with pytest.raises(InterruptedError):
+        quiet(learn, 3, cbs=[Checkpoint(file), Crash(1)])
+    quiet(learn, 3, cbs=Checkpoint(file))
+    assert done(file) == 3
+
+
+def test_fault_01_a_value_that_contains_itself(tmp_path):
+    def endless(_):
+        res = [1]
+        res.append(res)
+        return res
+
+    with pytest.raises(TypeError, match="'odd' in epoch 0 is a list or dict that contains itself"):
+        quiet(learner(tmp_path, metrics=Value(endless)), 2, cbs=Checkpoint(tmp_path / 'fit.pt'))
+    assert not (tmp_path / 'fit.pt').exists()
+
+
+def test_fault_02_a_type_that_is_not_read_is_named(tmp_path):
+    class Queued(torch.optim.SGD):
+        "Remembers gradients in a deque"
+
+        def step(self, closure=None):
+            for p in self.param_groups[0]['params']:
+                self.state[p].setdefault('last', deque(maxlen=3)).append(0.0)
+            return super().step(closure)
+
+    with pytest.raises(ValueError, match=r'\(UnpicklingError: collections.deque can.t be read from a file\)'):
+        quiet(learner(tmp_path, opt_func=wrapped(Queued)), 2, cbs=Checkpoint(tmp_path / 'fit.pt'))
 
 
 def test_fault_03_predictions_fetched_each_epoch(tmp_path):

@@ -1,4 +1,5 @@
 "Memories belong to one model and one data set, and are dropped when either changes (fault 6)."
+import os
 from copy import deepcopy
 
 import numpy as np
@@ -6,8 +7,8 @@ import pytest
 import torch
 from fastai.vision.all import (Callback, CancelFitException, DataLoader, DataLoaders, Datasets, Learner, nn, params,
                                set_seed)
-from ltrl_fastai.all import BalancedSoftmaxLoss, Diagnosis, ReflectiveLearning, class_counts, digits_lt
-from ltrl_fastai.reflective.terms import same_items
+from ltrl_fastai.all import BalancedSoftmaxLoss, Diagnosis, ReflectiveLearning, WithIds, class_counts, digits_lt
+from ltrl_fastai.reflective.terms import KeptItems, same_items
 
 
 def constant():
@@ -147,6 +148,71 @@ def test_the_same_items_through_other_transforms_keep_memories():
     assert remembers(learn)
     learn.dls.train.dataset = Items(list(range(1, 61)))
     assert starts_anew(learn)
+
+
+class Rows:
+    "A data set of a user's own: arrays or tensors, and labels"
+    def __init__(self, x, y): self.x, self.y = x, y
+    def __len__(self): return len(self.x)
+    def __getitem__(self, i): return torch.as_tensor(self.x[i]), int(self.y[i])
+
+
+def rows(): return Rows(torch.randn(60, 4), torch.arange(60) % 3)
+def pairs(): return [(torch.randn(4), i % 3) for i in range(60)]
+def dict_pairs(): return [({'x': torch.randn(4)}, i % 3) for i in range(60)]
+
+
+def relabelled(ds): ds.y[[0, 1]] = ds.y[[1, 0]]
+def a_row_changed(ds): ds.x[30] = 0
+def two_swapped(items): items[0], items[3] = items[3], items[0]
+def other_indices(ds): ds.indices[:] = range(60, 120)
+def two_swapped_within(ds): two_swapped(ds.dataset)
+
+
+class Images:
+    "A data set of the pixels of files"
+    def __init__(self, folder):
+        self.items = [folder/f'{i}.bin' for i in range(60)]
+        for i, file in enumerate(self.items): file.write_bytes(bytes([i]*4))
+    def __len__(self): return len(self.items)
+    def __getitem__(self, i): return torch.tensor(list(self.items[i].read_bytes()))/60, i % 3
+
+
+def two_files_swapped(ds):
+    a, b = ds.items[0], ds.items[3]
+    a.write_bytes(bytes([3]*4))
+    b.write_bytes(bytes([0]*4))
+    for o in (a, b): os.utime(o, (1, 1))
+
+
+@pytest.mark.parametrize('make,change', [
+    (rows, relabelled),
+    (rows, a_row_changed),
+    (lambda: Rows(np.random.randn(60, 4).astype('float32'), np.arange(60) % 3), relabelled),
+    (lambda: Rows(np.random.randn(60, 4).astype('float32'), np.arange(60) % 3), a_row_changed),
+    (pairs, two_swapped),
+    (lambda: torch.utils.data.Subset(pairs()*2, list(range(60))), other_indices),
+    (lambda: torch.utils.data.Subset(pairs(), list(range(60))), two_swapped_within),
+    (lambda: WithIds(pairs()), two_swapped_within),
+    (None, two_files_swapped),
+], ids=['labels', 'tensor', 'array labels', 'array', 'list', 'indices', 'subset', 'with ids', 'files'])
+def test_fault_06_data_that_change_in_place(make, change, tmp_path):
+    ds = make() if make else Images(tmp_path)
+    learn = small_learner(ds)
+    fit(learn, 2)
+    assert remembers(learn)
+    change(ds)
+    assert starts_anew(learn)
+    assert remembers(learn)
+
+
+def test_fault_06_items_that_can_not_be_compared():
+    "Dicts of tensors have no `==` that is true or false"
+    items = dict_pairs()
+    kept = KeptItems(items)
+    assert kept.are_of(items)
+    two_swapped(items)
+    assert not kept.are_of(items)
 
 
 def renamed(items):

@@ -17,7 +17,8 @@ from fastai.callback.training import GradientAccumulation
 from ..core.files import atomic_write, named_disk_errors
 from ..core.ranks import Ranks
 from ..evaluation.metrics import _borrow_events, _frames
-from .fit_settings import callback_settings, changes_training, loss_settings, settings_changes
+from .fit_settings import (
+    callback_settings, changes_training, loader_settings, loss_settings, model_settings, settings_changes)
 from .identity import data_changes, data_listing
 from .optimizer_state import (
     load_optimizer_state, optimizer_kind, optimizer_state, why_not_resumable)
@@ -247,7 +248,10 @@ class Checkpoint(Callback):
     def _settings_now(self):
         "What the loss function and the callbacks that change what is learned were given"
         callbacks = {name: callback_settings(cb) for name,cb in self._named().items() if changes_training(cb)}
-        return dict(loss=loss_settings(self.learn.loss_func), callbacks=callbacks)
+        return dict(
+            loss=loss_settings(self.learn.loss_func), callbacks=callbacks,
+            model=model_settings(get_model(self.learn.model)),
+            loaders=[loader_settings(loader_layers(dl)[-1]) for dl in self.learn.dls.loaders])
 
     def _schedule(self):
         "The learning rate that the fit was given, and five values of each scheduled hyperparameter"
@@ -301,7 +305,10 @@ class Checkpoint(Callback):
 
     def save(self):
         "Write the present state; raises `TypeError` that names a value if it can't be saved."
-        state = self.state() # on all ranks, since they exchange what each remembers
+        try: state = self.state() # on all ranks, since they exchange what each remembers
+        except RecursionError as e: raise TypeError(
+            f"{self._too_deep()} is a list or dict that contains itself, or one too deep to be saved. Nothing was "
+            "written. Use numbers, strings, arrays or tensors; or fit without `Checkpoint`.") from e
         if self.ranks.rank: return
         with atomic_write(self.current) as temporary:
             self._write(state, temporary)
@@ -330,6 +337,17 @@ class Checkpoint(Callback):
                 f"{self._place(path)} is of a type that a checkpoint can't hold, {kind}{reason}. Nothing was written. "
                 "Use numbers, strings, arrays or tensors, or lists and dicts of them; or fit without `Checkpoint`."
                 ) from e
+
+    def _too_deep(self):
+        "Describe in words which value can't be packed"
+        def is_too_deep(o):
+            try: return pack_state(o) is None
+            except RecursionError: return True
+        rows = self.learn.recorder.values
+        for epoch,column in [(i, j) for i,row in enumerate(rows) for j,o in enumerate(row) if is_too_deep(o)]:
+            return self._place(('recorder','values',epoch,column))
+        names = [name for name,cb in self._with_state().items() if is_too_deep(cb.state_dict())]
+        return f"The state of {', '.join(names)}" if names else "A value of the state"
 
     def _place(self, path):
         "Describe in words where a value is in the state"
@@ -404,6 +422,13 @@ class Checkpoint(Callback):
         foreign = f"{file} is the checkpoint of another fit"
         changes = settings_changes(saved['loss'], self._settings['loss'])
         if changes: raise ForeignCheckpoint(f"{foreign}: its loss function has other settings ({changes}).")
+        parts = [('model', saved.get('model'), self._settings['model'])]
+        loaders = zip(('training loader','validation loader'), saved.get('loaders', ()), self._settings['loaders'])
+        for part,there,here in [*parts, *loaders]:
+            changes = [] if there is None else settings_changes(there, here).split('; ')
+            if not any(changes): continue # or of an earlier version
+            more = f', and {len(changes)-3} more' if len(changes)>3 else ''
+            raise ForeignCheckpoint(f"{foreign}: its {part} has other settings ({'; '.join(changes[:3])}{more}).")
         there,here = saved['callbacks'],self._settings['callbacks']
         added,removed = ([name for name in a if name not in b] for a,b in ((here,there), (there,here)))
         if added: raise ForeignCheckpoint(f"{foreign}, without {', '.join(added)}. Remove what was added.")

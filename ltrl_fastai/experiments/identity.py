@@ -218,9 +218,14 @@ def _attribute_columns(ds, n):
     public = {name: o for name,o in columns.items() if not name.startswith('_')}
     return _without_duplicates((public or columns).values())
 
+def _dict_columns(ds, n):
+    "The values of dicts that have an entry for each item; such a dict may be a cache, so it counts if all else lacks"
+    dicts = [o for _,o in sorted(getattr(ds, '__dict__', {}).items()) if isinstance(o, dict) and len(o)==n]
+    return [list(o.items()) for o in dicts]
+
 def _items_of_attributes(ds, n):
     "The items of a dataset of an unknown type, by its attributes"
-    columns,labels = _attribute_columns(ds, n),_labels_of(ds, n)
+    columns,labels = list(_attribute_columns(ds, n)) or _dict_columns(ds, n),_labels_of(ds, n)
     is_dataset = [isinstance(o, (torch.utils.data.Dataset,Datasets,TfmdLists)) for o in columns]
     inner = [_items_of(o) for o,is_inner in zip(columns, is_dataset) if is_inner]
     found = [_marks_and_names(o, labels) for o,is_inner in zip(columns, is_dataset) if not is_inner]

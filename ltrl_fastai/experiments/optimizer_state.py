@@ -116,9 +116,14 @@ def _two_copies(opt):
         except Exception as e: error = error or e
     raise error
 
+def _without_advice(e):
+    "The first line of an error; of PyTorch's long ones, that a type can't be read, with its name"
+    found = re.search(r'Unsupported (?:global: GLOBAL|class) ([\w.]+)', str(e))
+    return f"{found[1]} can't be read from a file" if found else str(e).partition('\n')[0]
+
 def _trial(opt):
     "The reason why an optimizer would not resume exactly, or None"
-    def error(e): return f"({type(e).__name__}: {e})"
+    def error(e): return f"({type(e).__name__}: {_without_advice(e)})"
     try: whole,resumed,to_grad = _two_copies(opt)
     except Exception as e: return f"a step of a copy of it fails {error(e)}"
     pairs = list(zip(_sample_params(whole), _sample_params(resumed)))

@@ -9,12 +9,13 @@ __all__ = ['CallbackWithHelpers', 'LossTerms', 'same_items', 'KeptItems', 'Callb
 import functools
 import inspect
 import math
+import zlib
 from fastai.basics import *
 from fastai.callback.mixup import MixHandler
 from ..core.callbacks import QuickCallback
 from ..core.tensors import check_logits, check_targets
 from ..core.ranks import Ranks
-from .samples import SampleIds, carries_ids
+from .samples import SampleIds, WithIds, carries_ids
 
 # %% ../../nbs/reflective/05_terms.ipynb #b71eb09d
 @functools.wraps(Learner.fit)
@@ -383,16 +384,19 @@ def same_items(a:Any, # Data set
 
 def _same_values(a, b):
     "Whether two lists, arrays, tensors or tables are equal"
-    if type(a) is not type(b) or len(a)!=len(b): return False
+    if type(a) is not type(b): return False
     if isinstance(a, Tensor): return torch.equal(a, b)
     if isinstance(a, (pd.DataFrame,pd.Series)): return a.equals(b)
     if isinstance(a, np.ndarray): return np.array_equal(a, b)
+    if len(a)!=len(b): return False
     return all(_equal(x, y) for x,y in zip(a, b))
 
 def _equal(x, y):
     "Whether two items are equal; items without a boolean `==` are equal only if they are one object"
     if x is y: return True
-    same = x==y
+    if type(x) is type(y) and isinstance(x, (tuple,list)): return len(x)==len(y) and all(map(_equal, x, y))
+    try: same = x==y
+    except (RuntimeError, ValueError): return False # a dict of tensors or arrays
     return isinstance(same, bool) and same
 
 class KeptItems:
@@ -407,15 +411,47 @@ class KeptItems:
         "Whether a data set has these items, in this order; false if they were moved or replaced within it."
         return _same_values(self._mark, _mark_of(self.dataset)) and same_items(self.dataset, dataset)
 
+_wrappers = (torch.utils.data.Subset,torch.utils.data.ConcatDataset,WithIds)
+_label_names = ('targets','labels','y')
+
 def _mark_of(dataset):
-    "A copy of the list of items, without copying items; of tensors, where they are and how often they were written to"
+    "What shows a change within a data set: a copy of the list of items, without copying items, or marks of its arrays"
+    if isinstance(dataset, _wrappers):
+        inner = getattr(dataset, 'datasets', None) or [dataset.dataset]
+        return [list(getattr(dataset, 'indices', ())), *map(_mark_of, inner)]
     items = dataset if isinstance(dataset, list) else getattr(dataset, 'items', None)
     if isinstance(items, (pd.DataFrame,pd.Series,np.ndarray)): return items.copy()
-    if isinstance(items, (list,tuple,L)): return list(items)
-    values = getattr(dataset, '__dict__', {}).values()
-    tensors = [o for v in values for o in (v if isinstance(v, tuple) else (v,)) if isinstance(o, Tensor)]
-    # labels are checked where they are remembered
-    return [(o.data_ptr(), tuple(o.shape), 0 if o.is_inference() else o._version) for o in tensors if o.ndim>1]
+    if isinstance(items, (list,tuple,L)): return [list(items), _mark_of_files(items)]
+    values = getattr(dataset, '__dict__', {}).items()
+    columns = [(name, o) for name,v in values for o in (v if isinstance(v, tuple) else (v,))]
+    return [_mark_of_column(o) for name,o in columns if _is_column(name, o)]
+
+def _is_column(name, o):
+    "Whether an attribute of a data set holds items or labels, and no counts that change by themselves"
+    if isinstance(o, pd.DataFrame): return True
+    return isinstance(o, (Tensor,np.ndarray)) and (o.ndim>1 or o.ndim==1 and name in _label_names)
+
+def _mark_of_column(o):
+    "Of a tensor where it is and how often it was written to; of an array a digest of some rows; a copy of a table"
+    if isinstance(o, pd.DataFrame): return o.copy()
+    if isinstance(o, Tensor): return o.data_ptr(),tuple(o.shape),0 if o.is_inference() else o._version
+    if o.dtype.hasobject or not len(o): return o.ctypes.data,o.shape
+    rows = o[_spread(len(o), most=max(1, min(1000, 4_000_000*len(o)//max(1, o.nbytes))))]
+    return o.ctypes.data,o.shape,zlib.crc32(np.ascontiguousarray(rows).tobytes())
+
+def _spread(n, most=1000):
+    "At most so many evenly spaced indices"
+    return slice(None, None, max(1, math.ceil(n/most)))
+
+def _mark_of_files(items):
+    "Sizes and times of evenly spaced files, if items are paths or begin with one"
+    heads = [o[0] if isinstance(o, (tuple,list)) and len(o) else o for o in items[_spread(len(items))]]
+    return [_mark_of_file(o) for o in heads if isinstance(o, (str,os.PathLike))]
+
+def _mark_of_file(path):
+    try: stat = os.stat(path)
+    except (OSError, ValueError): return None
+    return stat.st_size,stat.st_mtime_ns
 
 class CallbackWithMemory(CallbackWithHelpers):
     "A `CallbackWithHelpers` whose `remembered` attributes `reset_if_changed` forgets with the model or the data set."

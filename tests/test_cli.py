@@ -151,11 +151,11 @@ def test_help_names_the_options():
 @pytest.mark.slow
 def test_real_cifar_if_it_is_there(tmp_path):
     "Two steps' worth of CIFAR-100-LT through the whole command; without the data the error says how to get it"
-    from ltrl_fastai.data.benchmarks import fastai_path
+    from ltrl_fastai.data.benchmarks import archive_folder
     from fastai.data.external import URLs
-    there = (fastai_path(URLs.CIFAR_100)/'test').is_dir()
+    there = (archive_folder(URLs.CIFAR_100)/'test').is_dir()
     if not there:
-        folder = str(fastai_path(URLs.CIFAR_100))
+        folder = str(archive_folder(URLs.CIFAR_100))
         r = run('train', '--dataset', 'cifar100-lt', '--data', folder, cwd=tmp_path, check=False)
         assert r.returncode == 2 and 'untar_data' in r.stderr
         return

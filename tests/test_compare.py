@@ -2,6 +2,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -221,7 +222,8 @@ def test_the_committed_evidence_is_made_from_the_results(tmp_path):
     for o in rows: assert set(o) == {*keys, *(of_gain if o['rl'] else ())}
     tuned = {o['bed'] for o in rows if o['baseline'] != 'plain'}
     assert tuned == {'frozen', 'frozen-grocery', 'frozen-magnetic', 'text', 'tabular'}
-    assert {o['decay'] for o in rows} == {'gradient'}
+    decays = {(o['protocol'].startswith('finetune'), o['decay']) for o in rows} # fine-tuning uses Adam
+    assert decays == {(False, 'gradient'), (True, 'decoupled')}
     of_bsce = {o['rl'] for o in rows if (o['protocol'], o['method']) == ('P1', 'bsce')}
     assert of_bsce == {None, 'default', 'KR', 'KS', 'KR + KS + KC'}
     (tmp_path/'a/runs').mkdir(parents=True)
@@ -244,6 +246,13 @@ def test_loaders_of_a_run_start_processes_as_anywhere():
     assert conn.recv() == ('said', multiprocessing.get_start_method())
     conn.close()
     process.join()
+
+
+def test_a_class_with_a_bar_in_its_name_keeps_its_row():
+    from ltrl_fastai.experiments.summary import text_table
+    lines = text_table([{'class': 'x|y', 'images': '3'}, {'class': 'two\nlines', 'images': '4'}]).splitlines()
+    cells = [[o.strip() for o in re.split(r'(?<!\\)\|', line)[1:-1]] for line in lines]
+    assert cells[0] == ['class', 'images'] and cells[2:] == [[r'x\|y', '3'], ['two lines', '4']]
 
 
 @pytest.mark.parametrize('option', ['--epochs', '--n-max'])

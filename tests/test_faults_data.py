@@ -27,15 +27,17 @@ from typer.testing import CliRunner
 from ltrl_fastai.data.audit import inspect_images
 from ltrl_fastai.all import (
     broken_images, cifar100_frozen_lt, cifar10_lt, class_counts, dataset_targets, digits_lt, frozen_features,
-    frozen_loaders, imagenet_lt, inaturalist18, load_cifar, long_tailed, open_image, own_images, CifarResNet, Lite0)
+    frozen_loaders, imagenet_lt, inaturalist18, landforms, load_cifar, long_tailed, open_image, own_images,
+    unicode_names, CifarResNet, Lite0)
 from ltrl_fastai.data import images as images_module
 from ltrl_fastai.data.images import UnreadableImage
 from ltrl_fastai.data import lists as lists_module
 from ltrl_fastai.data.labelled import match_classes
 from ltrl_fastai.data.listfiles import read_inat, read_list
-from ltrl_fastai.data.lists import DataNote, list_sets
+from ltrl_fastai.data.lists import DataNote, hold_out, list_sets
 from ltrl_fastai.data.own import read_folder
 from ltrl_fastai.data.own import read_csv
+from ltrl_fastai.deploy.calibration import read_prior
 from ltrl_fastai.cli.main import app
 
 pytestmark = pytest.mark.filterwarnings('ignore::ltrl_fastai.data.lists.DataNote')
@@ -1155,3 +1157,189 @@ def test_fault_12_variants_what_is_read_through_a_module(tmp_path, monkeypatch):
     assert torch.equal(frozen_features(images, extract, tmp_path), 2*first)
     mine.inner.shift = 1
     assert torch.equal(frozen_features(images, extract, tmp_path), 2*first+1)
+
+
+# Variants of another round, made without looking at the code
+
+def names_of(dls): return dict(zip(dls.vocab, class_counts(dls)))
+
+
+def test_fault_07_variants_a_link_back_adds_no_image(tmp_path):
+    folders(tmp_path, dict(ant=4, bee=4))
+    for i in range(2): (tmp_path/f'ant/back{i}').symlink_to('..')
+    (tmp_path/'other').symlink_to(tmp_path/'nowhere')
+    dls = own_images(tmp_path, **small)
+    assert names_of(dls) == dict(ant=3, bee=3)
+    assert '1 link to what is not there, left out: other.' in dls.notes
+    assert len(inspect_images(tmp_path).vocab) == 2
+
+
+@pytest.mark.parametrize('link,target', [('train/cow', 'train/ant'), ('valid', 'train'), ('valid', 'test')])
+def test_fault_07_variants_one_folder_by_two_names(tmp_path, link, target):
+    folders(tmp_path, {'train/ant': 4, 'train/bee': 4, 'test/ant': 1, 'test/bee': 1})
+    (tmp_path/link).symlink_to(tmp_path/target)
+    with pytest.raises(ValueError, match='is the same file as .*(Each image is expected once|can\'t be in)'):
+        own_images(tmp_path, **small)
+
+
+@pytest.mark.parametrize('names', [('train_set', 'test_set'), ('trn', 'tst'), ('train2017', 'val2017'),
+                                   ('images_train', 'images_test'), ('data/train_set', 'data/test_set')])
+def test_fault_07_variants_splits_by_another_name(tmp_path, names):
+    folders(tmp_path, {f'{o}/{c}': 4 for o in names for c in ('ant', 'bee')})
+    with pytest.raises(ValueError, match='xpected the splits'): own_images(tmp_path, **small)
+
+
+def test_fault_07_variants_classes_that_only_resemble_splits(tmp_path):
+    folders(tmp_path, {'train station': 4, 'test tube': 4, 'data': 4})
+    assert names_of(own_images(tmp_path, **small)) == {'data': 3, 'test tube': 3, 'train station': 3}
+
+
+def test_fault_07_variants_names_with_characters_that_are_not_seen(tmp_path):
+    folders(tmp_path/'images', {'ant': 4, 'a\u200bnt': 4, 'bee': 4})
+    with pytest.raises(ValueError, match=r'written differently.*\\u200b'): own_images(tmp_path/'images', **small)
+    lines = [f'images/bee/{i}.png,bee' for i in range(4)]+[f'images/ant/{i}.png,bee\ufeff' for i in range(4)]
+    (tmp_path/'a.csv').write_text('\n'.join(['path,label', *lines]), encoding='utf-8')
+    with pytest.raises(ValueError, match=r'a.csv:6: .*\\ufeff.* line 2'): read_csv(tmp_path/'a.csv')
+
+
+def test_fault_07_variants_an_ending_that_is_not_read_is_said(tmp_path):
+    folders(tmp_path, dict(ant=4, bee=4))
+    (tmp_path/'ant/0.png').rename(tmp_path/'ant/0.tga')
+    assert any('1 file with an ending that is not read, left out: ant/0.tga' in o
+               for o in own_images(tmp_path, **small).notes)
+
+
+@pytest.mark.parametrize('split', ['train', 'test'])
+def test_fault_08_variants_one_image_by_two_paths(tmp_path, split):
+    folders(tmp_path, dict(ant=4, bee=4))
+    (tmp_path/'link').symlink_to(tmp_path/'ant')
+    lines = [f'{c}/{i}.png,{c},train' for c in ('ant', 'bee') for i in range(4)]
+    for again in (tmp_path/'ant/0.png', 'link/0.png'):
+        (tmp_path/'a.csv').write_text('\n'.join(['path,label,split', *lines, f'{again},bee,{split}']))
+        with pytest.raises(ValueError, match=r'a.csv:10: .* is the same file as ant/0.png in .*a.csv:2'):
+            own_images(tmp_path/'a.csv', **small)
+
+
+def test_fault_08_variants_a_byte_0(tmp_path):
+    (tmp_path/'a.csv').write_bytes(b'path,label\nant/0.png,ant\nant/1.png,a\0nt\nant/2.png,ant\n')
+    with pytest.raises(ValueError, match='a.csv:3: .*byte 0'): read_csv(tmp_path/'a.csv')
+    (tmp_path/'b.csv').write_bytes('path,label\nant/0.png,ant\n'.encode('utf-16-le'))
+    with pytest.raises(ValueError, match='UTF-16'): read_csv(tmp_path/'b.csv')
+
+
+def test_fault_08_variants_a_prior(tmp_path):
+    file = tmp_path/'prior.csv'
+    for text, message in [('ant,1\nbee,1_0\n', 'prior.csv:2: expected a class and its frequency'),
+                          ('ant,1\n"bee,2\n', 'prior.csv:2: .*quote'), ('"ant,1\nbee,2"\n', 'prior.csv:1: .*quote')]:
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message): read_prior(file, ['ant', 'bee'])
+    file.write_text('be\u0301,1\na\u2028b,2\n', encoding='utf-8')
+    assert read_prior(file, ['b\u00e9', 'a\u2028b']) == [1, 2]
+
+
+def test_fault_10_variants_signed_pixels_and_a_maximum_that_is_no_number_of_bits(tmp_path):
+    file = tmp_path/'a.tif'
+    pixels = np.array([[0, 100, 200]], np.uint8)
+    tags = ImageFileDirectory_v2()
+    tags[339] = 2
+    Image.fromarray(pixels).save(file, tiffinfo=tags)
+    with pytest.raises(UnreadableImage, match='a.tif .*signed'): open_image(file)
+    assert broken_images([file])
+    levels = np.array([[0, 1500, 3000]], np.uint16)
+    for largest, white in [(4095, 187), (3000, 12)]: # 12 bits; the highest level of this image
+        tags = ImageFileDirectory_v2()
+        tags[281] = largest
+        Image.fromarray(levels).save(file, tiffinfo=tags)
+        assert np.asarray(open_image(file)).max() == white
+
+
+def first_four(x): return x.float().reshape(len(x), -1)[:, :4]
+
+
+def test_fault_12_variants_features_that_half_precision_cannot_hold(tmp_path):
+    x = torch.randint(1, 255, (6, 3, 4, 4)).byte()
+    for extract in (lambda x: first_four(x)*1e6, lambda x: first_four(x)/0):
+        with pytest.raises(ValueError, match='65,504'): frozen_features(x, extract, tmp_path)
+    sizes = iter((4, 5))
+    with pytest.raises(ValueError, match='same D for all images, got 4 and 5'):
+        frozen_features(x, lambda x: x.float().reshape(len(x), -1)[:, :next(sizes)], tmp_path, chunk=3, key='widths')
+
+
+def test_fault_12_variants_a_file_of_weights_and_a_file_of_another_part(tmp_path):
+    x = torch.randint(1, 255, (6, 3, 4, 4)).byte()
+    weights = tmp_path/'weights.pt'
+    def extract(x, path=weights): return first_four(x)*torch.load(path)
+    for factor in (1., 2.):
+        torch.save(torch.tensor(factor), weights)
+        assert torch.equal(frozen_features(x, extract, tmp_path/'cache').float(), factor*first_four(x))
+    frozen_features(x, first_four, tmp_path/'parts', chunk=4)
+    first, second = sorted((tmp_path/'parts').rglob('*.pt'))
+    second.write_bytes(first.read_bytes())
+    assert torch.equal(frozen_features(x, first_four, tmp_path/'parts', chunk=4).float(), first_four(x))
+
+
+class Calls:
+    "An extractor that counts the images it has seen"
+    n = 0
+    def __call__(self, x):
+        Calls.n += len(x)
+        return first_four(x)
+
+
+def test_fault_12_variants_an_image_that_is_replaced_with_its_size_and_time(tmp_path):
+    "The content counts: a replaced image is computed again, one that was moved or touched is not"
+    def bitmap(file, level):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), level, np.uint8)).save(file)
+        os.utime(file, ns=(10**18, 10**18))
+    def features():
+        dls = frozen_loaders(tmp_path/'images', Calls(), folder=tmp_path/'cache', key='mine', device='cpu')
+        return {o: sorted(dl.dataset.x[:, 0].tolist()) for o, dl in zip(('train', 'valid'), dls.loaders)}
+    for split, levels in dict(train=(1, 2, 3), valid=(4,)).items():
+        for name in ('ant', 'bee'):
+            for i, level in enumerate(levels): bitmap(tmp_path/'images'/split/name/f'{i}.bmp', level)
+    assert features()['train'] == [1, 1, 2, 2, 3, 3]
+    bitmap(tmp_path/'images/train/ant/0.bmp', 99)
+    Calls.n = 0
+    assert features()['train'] == [1, 2, 2, 3, 3, 99] and Calls.n == 1
+    Calls.n = 0
+    for file in (tmp_path/'images').rglob('*.bmp'): os.utime(file)
+    (tmp_path/'images/train/ant').rename(tmp_path/'images/train/zebra')
+    (tmp_path/'images/valid/ant').rename(tmp_path/'images/valid/zebra')
+    assert features()['train'] == [1, 2, 2, 3, 3, 99] and Calls.n == 0
+
+
+def test_fault_12_variants_other_caches_and_an_image_that_is_replaced_with_its_size_and_time(tmp_path):
+    for split in ('train', 'test'):
+        for k in range(10):
+            file = tmp_path/split/f'c{k}/a.bmp'
+            file.parent.mkdir(parents=True)
+            Image.fromarray(np.full((32, 32, 3), k, np.uint8)).save(file)
+    load_cifar(10, tmp_path)
+    file = tmp_path/'train/c0/a.bmp'
+    stat = os.stat(file)
+    assert not broken_images([file])
+    Image.fromarray(np.full((32, 32, 3), 99, np.uint8)).save(file)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    (x, _), *_ = load_cifar(10, tmp_path)
+    assert (x[0] == 99).all()
+    file.write_bytes(b'XX'+file.read_bytes()[2:])
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert broken_images([file])
+
+
+@pytest.mark.parametrize('n', [0, -1])
+def test_fault_14_variants_no_validation_image_is_asked_for(n):
+    for make in (digits_lt, unicode_names, landforms):
+        with pytest.raises(ValueError, match='n_valid: '): make(n_valid=n)
+    for make in (unicode_names, landforms):
+        with pytest.raises(ValueError, match='n_test: '): make(n_test=n)
+    if n < 0:
+        with pytest.raises(ValueError, match='n_valid: '): hold_out([0]*5+[1]*5, n_valid=n)
+
+
+def test_fault_14_variants_a_class_without_test_images_is_said():
+    x = torch.zeros(40, 3, 8, 8).byte()
+    y = torch.arange(4).repeat_interleave(10)
+    dls = long_tailed((x, y), (x[:30], y[:30]), list('abcd'), 2, n_valid=2, device='cpu')
+    assert any('No test image of 1 of 4 classes: d' in o for o in dls.notes)

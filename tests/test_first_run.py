@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from command_line import ltrl_here, start_ltrl
-from ltrl_fastai.data.benchmarks import fastai_path
+from ltrl_fastai.data.benchmarks import archive_folder
 from ltrl_fastai.data.frozen import Lite0, default_features
 from ltrl_fastai.data.imbalance import class_counts, imbalanced_counts
 from ltrl_fastai.data.shipped import photos_lt, shipped_photos
@@ -98,7 +98,7 @@ class MissingFeatures(Exception):
 def cached_features(tool, monkeypatch):
     "Features of CIFAR-100, or None if they have to be computed, which takes minutes"
     def refuse(extractor, images): raise MissingFeatures
-    if not (fastai_path(URLs.CIFAR_100)/'train').is_dir() or not default_features().is_dir(): return None
+    if not (archive_folder(URLs.CIFAR_100)/'train').is_dir() or not default_features().is_dir(): return None
     monkeypatch.setattr(Lite0, '__call__', refuse)
     try: return tool.full_features()
     except MissingFeatures: return None

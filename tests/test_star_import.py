@@ -33,8 +33,16 @@ def test_fault_13_nothing_is_shadowed(module):
 
 
 def test_fault_13_a_shadow_is_found():
-    from ltrl_fastai.data.benchmarks import fastai_path
+    def fastai_path(url): return url
     assert shadowed({'fastai_path': fastai_path}, starred('fastai.basics')) == ['fastai_path']
+
+
+@pytest.mark.parametrize('module', [o for o in modules if '.cli' not in o.__name__], ids=lambda o: o.__name__)
+def test_fault_13_no_chapter_shadows_fastai(module):
+    "Variant: `from ltrl_fastai.data.benchmarks import *`, as a reader of that chapter may write"
+    mine = {k: getattr(module, k) for k in module.__all__}
+    for other in ('fastai.vision.all', 'fastai.text.all', 'fastai.tabular.all', 'torch', 'torch.nn', 'builtins'):
+        assert not shadowed(mine, starred(other))
 
 
 def test_all_lists_each_name_once_and_only_what_modules_export():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['atomic_write', 'make_folder', 'named_disk_errors', 'write_text', 'write_json', 'save_figure', 'path_below',
-           'shared_path', 'shared_text', 'shared_word', 'shared_command', 'place_mark']
+           'shared_path', 'shared_text', 'shared_word', 'shared_command', 'walk_folders', 'place_mark']
 
 # %% ../../nbs/core/01_files.ipynb #ab12737e
 import contextlib
@@ -135,6 +135,17 @@ def shared_command(command:str # A command line
     "Shorten absolute paths in a command line to their names."
     try: return shlex.join(map(shared_word, shlex.split(command)))
     except ValueError: return shared_text(command) # an open quote
+
+def walk_folders(folder:str|Path # Walked with all folders below it; hidden ones are left out
+                ) -> Iterator: # Path, names of folders and names of files, as `os.walk` gives them
+    "Walk folders and links to folders, but no link back to a folder around it, so that no file is found twice."
+    around = {str(folder): [os.path.realpath(folder)]} # each folder on the way, where it really is
+    for parent,folders,files in os.walk(str(folder), followlinks=True):
+        way = around.pop(parent)
+        places = {o: os.path.realpath(os.path.join(way[-1], o)) for o in sorted(folders) if not o.startswith('.')}
+        folders[:] = [o for o,place in places.items() if place not in way]
+        around.update({os.path.join(parent, o): [*way, places[o]] for o in folders})
+        yield parent,folders,files
 
 def place_mark(path:str|Path # A file or folder
               ) -> str: # 16 hexadecimal digits

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import PIL.Image
 from ..core.checks import check_data_path
-from .facts import abbreviated
+from .facts import abbreviated, image_files_below
 
 # %% ../../nbs/data/13_audit.ipynb #0375de82
 _usual = 100,20 # Bounds of Many and Few in the literature (Liu et al. 2019)
@@ -329,10 +329,9 @@ def _guessed_listing(root, rows):
 
 def _guess_folder(path):
     "The `_Listing` of all images below a folder that `own_images` refuses"
-    from fastai.data.transforms import get_image_files
     from ltrl_fastai.data.own import _split_of
     rows = []
-    for file in sorted(get_image_files(path)):
+    for file in image_files_below(path):
         relative = file.relative_to(path)
         folders = relative.parts[:-1]
         split = _split_of(folders[0]) if folders else None
@@ -575,10 +574,10 @@ def _refusal_finding(error):
 
 def _other_files(path, files):
     "A finding about files in folders of images that don't end as images do"
-    from fastai.data.transforms import get_files
-    folders = {os.path.dirname(o) for o in files}
+    folders = sorted({os.path.dirname(o) for o in files})
     known = set(files)
-    others = [str(o) for o in get_files(path) if str(o) not in known and str(o.parent) in folders]
+    beside = [os.path.join(folder, o) for folder in folders for o in os.listdir(folder) if not o.startswith('.')]
+    others = [o for o in beside if o not in known and os.path.isfile(o)]
     endings = collections.Counter(Path(o).suffix or Path(o).name for o in others)
     text = ', '.join(f'{n:,} {ending}' for ending,n in endings.most_common(5))
     return _finding_of(

@@ -10,6 +10,7 @@ __all__ = ['images_in_memory', 'folder_data', 'grocery', 'magnetic', 'hashed_ngr
 from fastai.vision.all import *
 import functools, math, tempfile, unicodedata, zlib
 import matplotlib.cbook
+from ..core.checks import check_number
 from .benchmarks import LongTailDataLoaders, _natural_dataloaders
 from .facts import _characters, _grocery, _landforms, _magnetic, find_folder, folder_sets
 from .fast import BatchAug, FeatureTensors, ImageTensors, pad_crop, random_flip
@@ -144,6 +145,7 @@ def unicode_names(data_seed:int=0, # Random seed of the draw of all three splits
                   device:str|torch.device|None=None # Default: fastai's
                  ) -> LongTailDataLoaders: # Vectors `(512,)`, 20 classes
     "Names of Unicode's characters, with their categories as classes; raises `ValueError` if `n_train` is too large."
+    for name,n in dict(n_valid=n_valid, n_test=n_test).items(): check_number(name, n, 'a number of rows', least=1)
     x,labels,vocab = _character_vectors(18)
     counts = np.bincount(labels)
     rng = np.random.default_rng(data_seed)
@@ -221,6 +223,7 @@ def landforms(data_seed:int=0, # Random seed of training and validation rows; te
               device:str|torch.device|None=None # Default: fastai's
              ) -> LongTailDataLoaders: # Vectors `(24,)`, 10 classes
     "Slopes around points of a real terrain, with landforms as classes; raises `ValueError` if `n_train` is too large."
+    for name,n in dict(n_valid=n_valid, n_test=n_test).items(): check_number(name, n, 'a number of rows', least=1)
     x,labels,vocab,place,gap = _terrain()
     def between(start, stop): return np.flatnonzero((place>=start) & (place<stop))
     west,middle,east = between(0, .5),between(.5+gap, .65),between(.65+gap, 1.01)

@@ -40,6 +40,15 @@ def _hash(*parts):
         h.update(f'{len(o)}:'.encode()+o)
     return h.hexdigest()
 
+def _file_digest(file):
+    "A hexadecimal hash of the content of a file; None if it can't be read"
+    h = hashlib.sha256()
+    try:
+        with open(file, 'rb') as f:
+            for part in iter(lambda: f.read(2**20), b''): h.update(part)
+    except OSError: return None
+    return h.hexdigest()
+
 def _codes(code):
     "A code object and those nested in it"
     yield code
@@ -94,7 +103,8 @@ class _Digest:
 
     def __call__(self, o):
         is_plain = o is None or isinstance(o, (bool,int,float,complex,str,bytes,PurePath))
-        if is_plain: return _hash(type(o).__name__, repr(o))
+        is_file = isinstance(o, (str,PurePath)) and os.path.isfile(o)
+        if is_plain: return _hash(type(o).__name__, repr(o), *([_file_digest(o)] if is_file else ()))
         if id(o) in self.done: return self.done[id(o)][0]
         if id(o) in self.being_hashed:
             depth = len(self.being_hashed)-self.being_hashed.index(id(o))
@@ -178,11 +188,18 @@ def _folder_for(folder, name):
     return folder/name
 
 def _extracted(extract, images, bs):
-    "Features `(N, D)` float16 of images; raises `ValueError` for another shape"
-    with torch.inference_mode(): feats = torch.cat([extract(o).half().cpu() for o in images.split(bs)])
-    if feats.ndim!=2 or len(feats)!=len(images): raise ValueError(
-        f"extract: expected features (B, D) of images (B, C, H, W), got shape {tuple(feats.shape)} of "
-        f"{len(images)} images.")
+    "Features `(N, D)` float16 of images; raises `ValueError` for another shape, or numbers that float16 can't hold"
+    batches = images.split(bs)
+    with torch.inference_mode(): parts = [extract(o).half().cpu() for o in batches]
+    for part,batch in zip(parts, batches):
+        if part.ndim!=2 or len(part)!=len(batch) or part.shape[1]!=parts[0].shape[1]: raise ValueError(
+            f"extract: expected features (B, D) of images (B, C, H, W), with the same D for all, got shape "
+            f"{tuple(part.shape)} of {len(batch)} images.")
+    feats = torch.cat(parts)
+    if not feats.isfinite().all(): raise ValueError(
+        f"extract: expected finite features of at most 65,504, the largest number of float16, got others for "
+        f"{int((~feats.isfinite()).any(1).sum())} of {len(feats)} images. Look for a division by zero, or scale them "
+        "down.")
     return feats
 
 def frozen_features(images:Tensor, # `(N, C, H, W)` uint8
@@ -200,10 +217,13 @@ def frozen_features(images:Tensor, # `(N, C, H, W)` uint8
         part = images[start:start+chunk]
         f = folder/f'{start:07}-{start+len(part):07}.pt'
         feats = load_cached(f)
-        if feats is None:
+        if feats is None or len(feats)!=len(part):
             feats = _extracted(extract, part, bs)
             save_atomically(feats, f)
             echo(f"features of {start+len(part)} of {len(images)} images")
+        if res and feats.shape[1]!=res[0].shape[1]: raise ValueError(
+            f"extract: expected features (B, D) with the same D for all images, got {res[0].shape[1]} and "
+            f"{feats.shape[1]}.")
         res.append(feats)
     return torch.cat(res)
 
@@ -344,19 +364,29 @@ def _decoded(files, size, method, n_images):
     return pixels
 
 def _file_features(files, root, cache, extractor, size, method, chunk, bs, echo):
-    "Features of image files, cached in a file by the state of each image"
+    "Features of image files, cached in a file; an image with a new state is known if its content was seen"
     states = [file_state(f, root) for f in files]
-    kept = load_cached(cache)
-    known = dict(zip(kept['states'], kept['x'])) if kept else {}
-    todo = [(f,s) for f,s in zip(files, states) if s not in known]
+    kept = load_cached(cache) or {}
+    known = dict(zip(kept['states'], zip(kept['digests'], kept['x']))) if 'digests' in kept else {}
+    new = [(f,s) for f,s in zip(files, states) if s not in known]
+    of_content = dict(known.values())
+    todo = []
+    for (f,s),digest in zip(new, in_parallel(_file_digest, [f for f,_ in new])):
+        if digest in of_content: known[s] = digest,of_content[digest]
+        else: todo.append((f,s,digest))
+    def save():
+        rows = {s: known[s] for s in states if s in known}
+        digests,x = zip(*rows.values())
+        save_atomically(dict(states=list(rows), digests=list(digests), x=torch.stack(x)), cache)
     for start in range(0, len(todo), chunk):
         part = todo[start:start+chunk]
-        pixels = _decoded([f for f,_ in part], size, method, len(files))
-        known.update(zip((s for _,s in part), _extracted(extractor, torch.stack(pixels), bs)))
-        rows = {s: known[s] for s in states if s in known}
-        save_atomically(dict(states=list(rows), x=torch.stack(list(rows.values()))), cache)
+        pixels = _decoded([f for f,*_ in part], size, method, len(files))
+        feats = _extracted(extractor, torch.stack(pixels), bs)
+        known.update({s: (digest,x) for (_,s,digest),x in zip(part, feats)})
+        save()
         echo(f"features of {len(files)-len(todo)+start+len(part)} of {len(files)} images")
-    return torch.stack([known[s] for s in states])
+    if new and not todo: save()
+    return torch.stack([known[s][1] for s in states])
 
 def frozen_loaders(path:str|Path, # A folder or a CSV file: see `own_images`
                    extract:Callable=Lite0, # An extractor (see `frozen_features`), or a function that makes one

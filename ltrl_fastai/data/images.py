@@ -40,7 +40,8 @@ def _largest_level(im, levels, kind):
         declared = [o[0] if isinstance(o, tuple) else o for o in declared]
         bits = im.tag_v2.get(258, (16,))[0]
         largest = next((int(o) for o in declared if o), 2**min(bits, 16)-1)
-        return largest if max(255, int(levels.max()))<=largest<65535 else 65535
+        is_of_bits = largest+1 in (2**n for n in range(9, 16)) # else it is the highest level of this one image
+        return largest if is_of_bits and levels.max()<=largest else 65535
     bits = im.info.get('significant_bits', 16)
     if kind!='PNG' or not 8<bits<16 or levels.max()>=2**bits: return 65535
     low = levels & (2**(16-bits)-1)
@@ -65,7 +66,9 @@ def _eight_bit(im, kind):
         largest = _largest_level(im, levels, kind)
         if kind=='TIFF' and im.tag_v2.get(262)==0: levels = largest-levels # white is zero
         return PIL.Image.fromarray(((levels*255+largest//2)//largest).astype(np.uint8)).convert('RGB')
-    if im.mode=='F' or im.mode.startswith('I'):
+    # SampleFormat: Pillow reads 8 signed bits as if they were unsigned
+    is_signed = kind=='TIFF' and 2 in getattr(im, 'tag_v2', {}).get(339, ())
+    if im.mode=='F' or im.mode.startswith('I') or is_signed:
         numbers = 'floating point' if im.mode=='F' else 'signed or 32-bit'
         raise ValueError(
             f"its pixels are {numbers} numbers, whose range is not known; "
@@ -141,9 +144,10 @@ def load_cached(file:Path # A file that `save_atomically` wrote
 def file_state(file:str|Path, # An existing file
                root:str|Path # Folder that the path is relative to
               ) -> str:
-    "Size, modification time and path: they change with the content, and are known without reading it."
+    "Size, times of modification and change, and path: they change with the content, and are known without reading it."
     stat = os.stat(file)
-    return f'{stat.st_size} {stat.st_mtime_ns} {os.path.relpath(file, root)}'
+    # a file that replaces another may keep its modification time, but not the time of its change
+    return f'{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {os.path.relpath(file, root)}'
 
 def in_parallel(f:Callable, # Function of one item
                 items:Iterable, # All items

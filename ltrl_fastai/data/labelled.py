@@ -10,9 +10,9 @@ import dataclasses
 import os
 from collections import Counter
 from pathlib import Path
-from fastai.data.transforms import get_image_files
 from ..core.checks import check_data_path, did_you_mean
 from .benchmarks import abbreviated, without_images
+from .facts import image_files_below
 from .images import UnreadableImage, broken_images, dark_note, should_check
 from .listfiles import ImageList, check_images
 from .lists import broken_note, _describe_broken
@@ -45,7 +45,7 @@ def _splits_of_folder(path):
     "Folder by split; empty if it is a folder of classes; raises `ValueError` if that is not clear"
     folders = _folders_in(path)
     named = [(_split_of(o.name), o) for o in folders if _split_of(o.name)]
-    others = [o for o in folders if not _split_of(o.name) and get_image_files(o)]
+    others = [o for o in folders if not _split_of(o.name) and image_files_below(o)]
     without_training = named and not others and 'train' not in dict(named) and len(dict(named))==len(named)
     if without_training: return dict(named)
     splits,_ = _split_folders(path)
@@ -56,7 +56,7 @@ def _images_of_folder(path, split):
     splits = _splits_of_folder(path)
     chosen = _chosen_split(splits, split, path) if splits or split is not None else None
     folder = splits[chosen] if chosen else path
-    files = sorted(get_image_files(folder))
+    files = image_files_below(folder)
     if not files: raise ValueError(
         f"{folder}: expected a folder of images for each class, found no image.{_other_files(folder)}")
     _check_class_folders(chosen, folder, files)

@@ -71,7 +71,12 @@ def decode_file(file:Path, # A text file
     data = Path(file).read_bytes()
     encoding = next((v for k,v in _marks.items() if data.startswith(k)), None)
     remedy = "Save it as UTF-8 (a spreadsheet calls it 'CSV UTF-8'), or convert it: `iconv -f {} -t utf-8 old > new`."
-    if encoding is None and b'\0' in data:
+    nuls = data.count(b'\0') if encoding is None else 0
+    if 0<nuls<len(data)/8:
+        line = data[:data.index(b'\0')].count(b'\n')+1
+        raise ValueError(
+            f"{file}:{line}: expected text, but there is a byte 0, as in a damaged file. Write the line again.")
+    if nuls:
         guess = 'utf-16-le' if data[1:2]==b'\0' else 'utf-16-be'
         raise ValueError(
             f"{file}: expected UTF-8, but this looks like UTF-16 without a byte order mark. {remedy.format(guess)}")

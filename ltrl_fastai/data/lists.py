@@ -15,7 +15,7 @@ from fastai.vision.all import *
 from torchvision.transforms import v2
 import torchvision, warnings
 from .imbalance import long_tail_indices
-from ..core.checks import one_of
+from ..core.checks import check_number, one_of
 from .benchmarks import DataNote, LongTailDataLoaders, abbreviated, without_images
 from .images import UnreadableImage, broken_images, dark_note, open_image, should_check
 from .fast import BatchAug, pad_crop, random_flip, chunkwise
@@ -90,7 +90,9 @@ def hold_out(labels:list, # Class index of each training image
     if not n.any(): raise ValueError(
         "No class has three images or more, so none can give one for validation. "
         "Add images, or give a validation split of your own.")
-    if n_valid is not None: n = np.minimum(n, n_valid)
+    if n_valid is not None:
+        check_number('n_valid', n_valid, 'a number of images', least=0)
+        n = np.minimum(n, n_valid)
     valid = long_tail_indices(np.asarray(labels), n.tolist(), seed)
     return np.setdiff1d(np.arange(len(labels)), valid).tolist(),valid
 

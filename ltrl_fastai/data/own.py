@@ -7,9 +7,11 @@ __all__ = ['short_names', 'read_folder', 'read_rows', 'read_csv', 'common_size',
 
 # %% ../../nbs/data/05_own.ipynb #9bd33094
 from fastai.vision.all import *
-import csv, unicodedata, PIL.Image
-from ..core.checks import check_data_path
+import csv, functools, unicodedata, PIL.Image
+from ..core.checks import check_data_path, counted
+from ..core.files import walk_folders
 from .benchmarks import abbreviated, without_images
+from .facts import image_files_below
 from .images import dark_note, should_check
 from .imbalance import long_tail_indices
 from .lists import ImageList, ImageFileDataLoaders, check_images, check_lists, hold_out
@@ -20,30 +22,49 @@ _splits = dict(train=('train','training'), valid=('valid','val','validation','de
 
 def _split_of(word): return first(k for k,words in _splits.items() if str(word).strip().lower() in words)
 
+_like_split = dict(train='train(?:ing)?|trn', valid='val(?:id|idation)?|dev|eval(?:uation)?', test='test(?:ing)?|tst')
+
+def _like_split_of(word):
+    "The split that a folder seems to be by its name, as `train_set`, `val2017` and `images-test`; None for others"
+    about = r'(?:set|split|data|images?|imgs?|photos?|\d+)?'
+    def matches(words): return re.fullmatch(rf'{about}[ _.-]*(?:{words})[ _.-]*{about}', word.strip().lower())
+    return first(k for k,words in _like_split.items() if matches(words))
+
 def _folders_in(path): return sorted(o for o in path.iterdir() if o.is_dir() and not o.name.startswith('.'))
 
 def _other_files(folder):
     "A sentence about the files of a folder without images; empty if there are none"
-    endings = Counter(Path(f).suffix or f.name for f in get_files(folder))
+    names = [o for _,_,files in walk_folders(folder) for o in files if not o.startswith('.')]
+    endings = Counter(Path(o).suffix or o for o in names)
     if not endings: return ''
     ending,n = endings.most_common(1)[0]
     if not ending.startswith('.'): return ''
     files,is_are = ('file that ends','is') if n==1 else ('files that end','are')
     return f" There {is_are} {n:,} {files} in {ending}, as images do not."
 
+def _check_like_splits(path, folders):
+    "Check that folders of classes are not splits by another name; raises `ValueError` otherwise"
+    names = {o.name: _like_split_of(o.name) for o in folders if _like_split_of(o.name) and image_files_below(o)}
+    if 'train' not in names.values() or len(set(names.values()))<2: return
+    raise ValueError(
+        f"{path}: expected the splits in folders `train`, `valid` and `test`, got {', '.join(names)}. Rename them: "
+        f"{', '.join(f'{name} to {split}' for name,split in names.items())}. If they are classes: give a CSV file.")
+
 def _split_folders(path):
     "The folder of each split, and a note about other folders; a folder of classes is all training"
     folders = _folders_in(path)
     splits = [(_split_of(o.name), o) for o in folders if _split_of(o.name)]
-    if not splits: return dict(train=path),[]
-    others = [o for o in folders if not _split_of(o.name) and get_image_files(o)]
+    if not splits:
+        _check_like_splits(path, folders)
+        return dict(train=path),[]
+    others = [o for o in folders if not _split_of(o.name) and image_files_below(o)]
     by_split = dict(splits)
     verb = 'lies' if len(others)==1 else 'lie'
     pronoun = 'it' if len(splits)==1 else 'them'
     beside = f"{abbreviated([o.name for o in others])} {verb} beside {pronoun}"
     if others and set(by_split)=={'train'}:
         train = by_split['train']
-        is_class = not any(get_image_files(o) for o in _folders_in(train))
+        is_class = not any(image_files_below(o) for o in _folders_in(train))
         if is_class: return dict(train=path),[]
         raise ValueError(
             f"{train}: it contains class folders like a training split, and {beside}. Expected the splits "
@@ -89,16 +110,20 @@ def _class_name(text):
     "One form of a name: a Mac may write `é` as two characters, an `e` and an accent, where Linux writes one"
     return unicodedata.normalize('NFC', text)
 
+def _visible(text):
+    "A text without characters that are not seen, such as a byte order mark or a space without width"
+    return ''.join(o for o in text if unicodedata.category(o)!='Cf')
+
 def _check_class_names(folders, folder):
     "Check that folders are classes, with names that can be told apart; raises `ValueError` otherwise"
     by_look = {}
     for o in sorted(folders):
-        look = _class_name(' '.join(o.split()))
+        look = _class_name(' '.join(_visible(o).split()))
         other = by_look.setdefault(look, o)
         if other!=o: raise ValueError(
             f"{folder}: two folders have the same name {look!r}, written differently: {ascii(other)} and {ascii(o)}. "
             "Move the images of one class into one folder, or rename one of them.")
-    splits = [first(_split_of(part) for part in o.split('/') if _split_of(part)) for o in folders]
+    splits = [first(_like_split_of(part) for part in o.split('/') if _like_split_of(part)) for o in folders]
     if None not in splits and 'train' in splits and len(set(splits))>1: raise ValueError(
         f"{folder}: the splits lie below it, in {abbreviated(sorted(folders))}, and would be a part of the classes. "
         "Expected the splits first: train/class/image.jpg, test/class/image.jpg. If they lie together in one folder: "
@@ -116,7 +141,7 @@ def _read_folder(path):
     if not path.is_dir():
         raise ValueError(f"{path}: expected a folder, but it is {'a file' if path.exists() else 'not there'}.")
     splits,notes = _split_folders(path)
-    files = {k: sorted(get_image_files(splits[k])) for k in _splits if k in splits}
+    files = {k: image_files_below(splits[k]) for k in _splits if k in splits}
     if not files['train']: raise ValueError(
         f"{splits['train']}: expected a folder of images for each class, found no "
         f"image.{_other_files(splits['train'])}")
@@ -133,7 +158,7 @@ def _read_folder(path):
         notes += [f"{splits[k].name}/{a} is taken for {splits['train'].name}/{b}, the only class of that name."
                   for a,b in sorted(matches.items())]
         folders[k] = [matches.get(o, o) for o in folders[k]]
-    for k,folder in splits.items(): notes += _empty_folders(folder, path, files[k])
+    for k,folder in splits.items(): notes += _left_out(folder, path, files[k])
     lists = {}
     for k,fs in files.items():
         if not fs: continue
@@ -162,17 +187,27 @@ def _match_classes(unknown, folders, classes, folder, train):
             f"A class is the path below {train.name} and {folder.name}, and there are {abbreviated(similar)}.")
     return matches
 
-def _empty_folders(folder, root, files):
-    "A note about folders without images"
+_other_images = '.tga .dds .psd .jxl .dcm .dicom .npy .exr .dng .nef .cr2 .cr3 .arw'.split()
+
+def _left_out(folder, root, files):
+    "Notes about what lies below a folder and is left out: folders without images, dead links, images of another kind"
+    known = set(files)
     full = {o for parent in {f.parent for f in files} for o in (parent, *parent.parents)}
-    empty = []
-    for parent,names,_ in os.walk(folder, followlinks=True):
-        visible = [o for o in sorted(names) if not o.startswith('.')]
-        empty += [Path(parent, o).relative_to(root).as_posix() for o in visible if Path(parent, o) not in full]
-        names[:] = [o for o in visible if Path(parent, o) in full] # those that `os.walk` enters
-    if not empty: return []
+    empty,dead,other = [],[],[]
+    for parent,names,others in walk_folders(folder):
+        empty += [o for o in (Path(parent, name) for name in names) if o not in full]
+        names[:] = [o for o in names if Path(parent, o) in full] # those that `walk_folders` enters
+        unknown = [Path(parent, name) for name in others if not name.startswith('.')]
+        unknown = [o for o in unknown if o not in known]
+        dead += [o for o in unknown if not o.exists()]
+        other += [o for o in unknown if o.suffix.lower() in _other_images]
     plural = 's' if len(empty)>1 else ''
-    return [f"No image in {len(empty)} folder{plural}, left out: {abbreviated(sorted(empty), 10)}."]
+    def listed(files): return abbreviated(sorted(o.relative_to(root).as_posix() for o in files), 10)
+    notes = [f"No image in {len(empty)} folder{plural}, left out: {listed(empty)}."] if empty else []
+    if dead: notes.append(f"{counted(len(dead), 'link')} to what is not there, left out: {listed(dead)}.")
+    if other: notes.append(
+        f"{counted(len(other), 'file')} with an ending that is not read, left out: {listed(other)}. Save them as PNG.")
+    return notes
 
 def _located(images, root):
     images.root = str(root)
@@ -257,6 +292,7 @@ def _rows(records, header, columns, file):
     "Split, path, label and line of each record; raises `ValueError` with the line of a broken record"
     position = {k: None if v is None else header.index(v) for k,v in columns.items()}
     rows = []
+    by_look = {} # label and line
     for line,values in records:
         where = f'{file}:{line}'
         if len(values)!=len(header): raise ValueError(
@@ -266,6 +302,10 @@ def _rows(records, header, columns, file):
         label = _class_name(values[position['label']].strip())
         if not path or not label: raise ValueError(
             f"{where}: expected a path and a label, got {path!r} and {label!r}. Fill them in, or remove the line.")
+        other,line_of_other = by_look.setdefault(_visible(label), (label,line))
+        if other!=label: raise ValueError(
+            f"{where}: the label {ascii(label)} looks like {ascii(other)} in line {line_of_other}, but has characters "
+            "that are not seen. Write both in the same way.")
         split = 'train'
         if columns['split'] is not None: split = _split_word(values[position['split']], columns['split'], where)
         rows.append((split, path, label, line))
@@ -331,7 +371,7 @@ def has_small_images(path:str|Path, # A folder or a CSV file of images
                     ) -> bool: # False if there is none that can be read
     "Are the first images of a data set small squares, as `common_size` has it? Files that can't be read are skipped."
     path = Path(path)
-    if path.is_dir(): files = get_image_files(path).sorted()[:n]
+    if path.is_dir(): files = image_files_below(path)[:n]
     else:
         try: lists,_ = read_csv(path)
         except ValueError: return False # told when the data are loaded
@@ -363,6 +403,22 @@ def _redrawn(train, valid, seed):
     drawn = long_tail_indices(both.labels, wanted.tolist(), seed)
     return both.take(np.setdiff1d(np.arange(len(both)), drawn).tolist()),both.take(drawn)
 
+def _check_places(lists):
+    "Check that no file is listed by two paths, as through a link; raises `ValueError` otherwise"
+    real_folder = functools.cache(os.path.realpath)
+    first_place = {} # split and index by place
+    for split,images in lists.items():
+        for i,file in enumerate(images.files):
+            folder,name = os.path.split(file)
+            place = os.path.realpath(file) if os.path.islink(file) else os.path.join(real_folder(folder), name)
+            other,j = first_place.setdefault(place, (split,i))
+            if (other,j)==(split,i): continue
+            remedy = "Each image is expected once: remove one of the two." if other==split else (
+                f"An image that is in {other} can't be in {split}, where others are expected.")
+            raise ValueError(
+                f"{images.where(i)}: {images.paths[i]} is the same file as {lists[other].paths[j]} in "
+                f"{lists[other].where(j)}. {remedy}")
+
 def _read_own(path, columns):
     "Lists, class names and notes of a folder or a CSV file, checked"
     check_data_path(path)
@@ -371,6 +427,7 @@ def _read_own(path, columns):
     if len(vocab)<2: raise ValueError(f"{path}: expected two classes or more, got {vocab[0]!r} alone. {remedy}.")
     check_lists(lists)
     if path.is_file(): check_images(lists)
+    _check_places(lists)
     return lists,vocab,notes
 
 def _own_lists(path, n_valid, data_seed, check, skip_broken, columns, test_share=None, redraw=False):

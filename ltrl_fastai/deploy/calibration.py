@@ -8,6 +8,8 @@ __all__ = ['calibration_kinds', 'Calibration', 'fit_calibration', 'read_prior', 
 # %% ../../nbs/deploy/00_calibration.ipynb #dbef3801
 import csv
 import dataclasses
+import io
+import unicodedata
 from collections.abc import Collection
 from fastai.basics import *
 from scipy.optimize import minimize
@@ -218,18 +220,17 @@ def read_prior(file:str|Path, # A CSV file of class names and frequencies (or co
     if not file.is_file():
         raise ValueError(f"prior: expected 'train', 'balanced' or a CSV file, but {file} is not there. "
                          "'estimate' is for `ltrl predict` and `ltrl evaluate`.")
-    lines = enumerate(csv.reader(decode_file(file).splitlines()), 1)
-    rows = [(line,values) for line,values in lines if any(map(str.strip, values))]
+    rows = [(line,values) for line,values in _lines_of_csv(file) if any(map(str.strip, values))]
     if rows:
         _,first_values = rows[0]
         if not _is_number(first_values[-1]): rows = rows[1:] # a header
-    names = [str(o) for o in vocab]
+    names = [unicodedata.normalize('NFC', str(o)) for o in vocab]
     res = {}
     for line,values in rows:
         where = f"{file}:{line}"
         if len(values)!=2 or not _is_number(values[1]): raise ValueError(
             f"{where}: expected a class and its frequency, as in `cat,0.2`, got {','.join(values)!r}.")
-        name = values[0].strip()
+        name = unicodedata.normalize('NFC', values[0].strip())
         if name not in names: raise ValueError(f"{where}: the model has no class {name!r}.{did_you_mean(name, names)}")
         if name in res: raise ValueError(f"{where}: class {name!r} is there twice. Remove one line.")
         if not 0<=float(values[1])<math.inf: raise ValueError(
@@ -240,6 +241,13 @@ def read_prior(file:str|Path, # A CSV file of class names and frequencies (or co
         f"{file}: no frequency for {len(missing)} of {len(names)} classes, such as {missing[0]!r}. Add a line; 0 means "
         "that the class does not occur.")
     return [res[o] for o in names]
+
+def _lines_of_csv(file):
+    "Line number and values of each line; raises `ValueError` for a quote that is not closed in its line"
+    for line,text in enumerate(io.StringIO(decode_file(file), newline=None), 1):
+        try: yield from ((line,values) for values in csv.reader([text], strict=True))
+        except csv.Error as e: raise ValueError(
+            f"{file}:{line}: this line can't be read as CSV ({e}): most likely a quote in it is not closed.") from None
 
 def chosen_prior(prior:str|Path|Collection|None, # 'train', 'balanced', 'estimate', frequencies, None, or a file
                  vocab:Collection # Class names
@@ -259,4 +267,4 @@ def _check_calibrated(calibration):
 def _is_number(text):
     try: float(text)
     except ValueError: return False
-    return True
+    return '_' not in text # Python reads 1_0 as 10

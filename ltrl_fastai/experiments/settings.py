@@ -43,12 +43,12 @@ class RunSettings:
     schedule:str|None=None # Learning rate schedule, a name in `schedules`; default: 'fine-tune' or 'one-cycle'
     lr:float|None=None # Largest learning rate
     body_lr:float|None=None # Largest learning rate outside the head, in the first stage; default: `lr`
-    optimizer:str|None=None # 'sgd' or 'adam' (decoupled weight decay); default: 'sgd', as the benchmarks have it
+    optimizer:str|None=None # 'sgd', or 'adam' with decoupled weight decay; default: 'sgd', as the benchmarks have it
     frozen_stats:bool|None=None # Keep the batch statistics of a pretrained body? See `FrozenStats`; default: no
     bs:int|None=None # Batch size
     wd:float|None=None # Weight decay; default: 5e-4, unless the method needs another value
     nesterov:bool|None=None # Nesterov momentum? Default: as in the method's published code
-    decouple_wd:bool=False # Decouple weight decay, a tenth as strong? The published benchmarks add it to the gradient
+    decouple_wd:bool=False # Decouple SGD's weight decay, a tenth as strong? The benchmarks add it to the gradient
     wd_bn_bias:bool=True # Apply weight decay to biases and batch normalisation too?
     dropout:float|None=None # Share of features dropped before the classifier, and 0.6 times that of an MLP's input
     mixup:float|None=None # `alpha` of fastai's `MixUp` in training; 0 for none

@@ -176,6 +176,8 @@ def show_gain(r:dict, # A row of `summarise`
 def text_table(rows:list # Of dicts from column names to text
               ) -> str:
     "A Markdown table that is also readable as text: the first column left-aligned, the others right-aligned."
+    def cell(o): return ' '.join(str(o).splitlines()).replace('|', r'\|') # a class may be called x|y
+    rows = [{cell(k): cell(v) for k,v in r.items()} for r in rows]
     columns = list(rows[0])
     first,*others = [max(len(str(o)) for o in (k, *(r[k] for r in rows))) for k in columns]
     def line(cells):
@@ -421,7 +423,9 @@ def _name_of(config, label):
 
 def _decay(run):
     "'gradient' or 'decoupled', a tenth as strong; runs of earlier versions do not say which, and were decoupled"
-    return 'decoupled' if run['settings'].get('decouple_wd', True) else 'gradient'
+    settings = run['settings']
+    is_decoupled = settings.get('decouple_wd', True) or settings.get('optimizer')=='adam' # Adam has no other
+    return 'decoupled' if is_decoupled else 'gradient'
 
 def _is_first_version(config):
     "Was it recorded by version 0.0.1, whose parts had fewer arguments?"

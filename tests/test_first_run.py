@@ -182,7 +182,8 @@ def test_files_of_the_first_run(first_run):
     assert len(res['per_class']) == len(res['class_counts']) == len(res['classes']) == 100
     assert np.mean(res['per_class']) == pytest.approx(res['accuracy']['all'], abs=1e-3)
     said = run('report', str(out), cwd=out)
-    assert '### photos-lt IF 100 bsce' in said and '| bsce + RL |    3 |' in said
+    # two epochs are too few to overfit, so that Reflective Learning does nothing
+    assert '### photos-lt IF 100 bsce' in said and '| bsce + RL * |    3 |' in said
 
 
 @pytest.mark.slow

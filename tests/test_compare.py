@@ -82,7 +82,7 @@ def test_a_result_of_other_code_is_computed_again_with_a_reason(done):
 
 @pytest.mark.slow
 def test_a_killed_comparison_resumes_to_the_same_numbers(tmp_path):
-    args = ['compare', '--set', 'epochs=6', '--seeds', '1', '--jobs', '1', '--out']
+    args = ['compare', '--set', 'epochs=12', '--seeds', '1', '--jobs', '1', '--out']
     def second_run(): return list((tmp_path/'a').glob('.unfinished/*-rl-*.pt'))
     p = start_ltrl(*args, 'a', cwd=tmp_path)
     try:

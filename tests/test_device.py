@@ -212,7 +212,7 @@ class Interrupt(Callback):
 def test_every_method(method, few_test_digits):
     "With Reflective Learning and all stages, the accuracy of each class is equal to that on the CPU"
     reflective = dict(ks=True, kc=method not in uncorrected)
-    settings = RunSettings(method=method, epochs=1, n_max=40, n_valid=2, reflective=reflective)
+    settings = RunSettings(method=method, epochs=1, n_max=40, n_valid=3, reflective=reflective)
     with PretendDevice(): got, _ = train_run(settings, bar=False)
     expected, _ = train_run(settings, bar=False)
     assert got['accuracy'] == expected['accuracy'] and got['per_class'] == expected['per_class']

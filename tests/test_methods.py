@@ -55,7 +55,7 @@ class OnlyTrain(Callback):
         if self.epoch < self.n_epoch-1: raise CancelValidException
 
 
-def three_epochs(method): return RunSettings(method=method, epochs=3, n_max=40, n_valid=2, reflective={})
+def three_epochs(method): return RunSettings(method=method, epochs=3, n_max=40, n_valid=3, reflective={})
 
 
 @pytest.fixture(scope='module')

@@ -95,9 +95,9 @@ class LabelAgreement(CallbackWithHelpers):
     _dataset = None
 
     def before_train(self):
-        dataset = getattr(self.learn.dl, 'dataset', None)
-        if self._dataset is not None and not self._dataset.are_of(dataset): self.record = None
-        self._dataset = KeptItems(dataset)
+        items = self.learn.loss_terms.kept_items()
+        if self._dataset is not None and not self._dataset.same_as(items): self.record = None
+        self._dataset = items
     def after_loss(self):
         ids,terms = self.learn.sample_ids,self.learn.loss_terms
         logits,targets = terms.batch()

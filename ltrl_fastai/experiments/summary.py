@@ -102,7 +102,7 @@ def runs_table(results:list # As `load_results` gives
         row = {k: o[k] for k in ('group','variant','seed')}
         row.update(on='test' if on=='accuracy' else 'validation', **{k: o[on][k] for k in shots})
         row.update(train=o['train_accuracy'], seconds=o['seconds'], key=key(o), partner=key(o, reflective=None),
-                   reflective=o['reflective'] is not None, off=_was_off(o))
+                   reflective=o['reflective'] is not None, idle=_was_idle(o))
         rows.append(row)
     df = pd.DataFrame(rows)
     base = df[~df.reflective].set_index('key')
@@ -112,7 +112,7 @@ def runs_table(results:list # As `load_results` gives
     df.loc[~df.reflective, [f'gain_{k}' for k in shots]+['cost']] = np.nan
     return df.drop(columns=['key','partner'])
 
-def _was_off(result):
+def _was_idle(result):
     "Whether Reflective Learning was on the learner but did nothing: off, or of strength 0, in every epoch"
     history = result.get('history') or {}
     losses = [history[name] for name in ('review_loss','summary_loss') if name in history]
@@ -133,7 +133,7 @@ def summarise(runs:pd.DataFrame # As `runs_table` gives
         row['train'] = g.train.mean()
         for k in shots: row[f'gain_{k}'],row[f'gain_{k}_lo'],row[f'gain_{k}_hi'] = interval(g[f'gain_{k}'])
         row.update(pairs=int(g.gain_all.notna().sum()), cost=g.cost.median(), seconds=g.seconds.median(),
-                   off=bool(g.off.all()))
+                   idle=bool(g.idle.all()))
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -202,14 +202,14 @@ def markdown(summary:pd.DataFrame # As `summarise` gives
         "'training' is accuracy on the training images, 'time' that of a run over its partner's.")
     if (summary.pairs==2).any():
         legend += " Intervals of two pairs are wide by nature (their mean ± 12.7 standard errors): take more seeds."
-    if summary.off.any(): legend += f" {_idle_note}"
+    if summary.idle.any(): legend += f" {_idle_note}"
     return '\n'.join([*lines, legend])+'\n'
 
 _idle_note = "*: Reflective Learning did nothing in these runs: it was off, or the network did not overfit."
 
 def _variant_row(group, r):
     "A row of `markdown`"
-    row = {'variant': f'{r.variant} *' if r.off else r.variant, 'runs': r.runs}
+    row = {'variant': f'{r.variant} *' if r.idle else r.variant, 'runs': r.runs}
     row.update({k.title(): _mean_sd(r[k], r[f'{k}_sd']) for k in shots})
     row.update({'gain of All (95%)': show_gain(r, 'all'), 'gain of Few (95%)': show_gain(r, 'few')})
     row.update(training=_number(r.train), time=_number(r.cost, '.2f'))
@@ -325,7 +325,7 @@ def _role_gain(runs, group, without, with_rl):
         row[k] = x.mean()
         row[f'{k}_rl'] = y.mean()
         row[f'gain_{k}'],row[f'gain_{k}_lo'],row[f'gain_{k}_hi'] = interval(y-x)
-    row['off'] = bool(b.off.all())
+    row['idle'] = bool(b.idle.all())
     return row
 
 _questions = {
@@ -337,7 +337,7 @@ _questions = {
 def _tuned_row(r):
     "A row of `tuned_gains` as texts by column"
     return {
-        'gain of Reflective Learning': _questions[r.baseline] + (' *' if r.off else ''),
+        'gain of Reflective Learning': _questions[r.baseline] + (' *' if r.idle else ''),
         'pairs': r.pairs,
         'All without': _number(r['all']),
         'All with': _number(r.all_rl),
@@ -355,7 +355,7 @@ def tuned_markdown(gains:pd.DataFrame # As `tuned_gains` gives
         best = g.iloc[-1]
         chosen = f"Chosen on validation images: {best['without']}; {best['with']}."
         lines += [f'### {group}, tuned', '', text_table(rows), '', chosen, '']
-        if g.off.any(): lines += [_idle_note, '']
+        if g.idle.any(): lines += [_idle_note, '']
         if best.on!='test': lines += ["There is no test set: settings were chosen on validation images, and scored on "
             "them again. Accuracies look too good.", '']
     return '\n'.join(lines)

@@ -162,6 +162,7 @@ class LossTerms(QuickCallback):
     _checked_targets = False
     _lineage = None
     _weights = None
+    _kept_items = None
 
     def before_fit(self):
         if len(self.learn._grab_cbs(LossTerms))>1: raise ValueError("This learner has two LossTerms. "
@@ -314,6 +315,14 @@ class LossTerms(QuickCallback):
     def after_cancel_fit(self): self._record_weights()
     after_crash = after_cancel_fit
 
+    # The items of the training data
+    def before_epoch(self): self._kept_items = None
+    def kept_items(self) -> 'KeptItems':
+        "The training items as they are now, looked at once for all callbacks of a pass. Call it in `before_train`."
+        dataset = getattr(self.learn.dl, 'dataset', None)
+        if self._kept_items is None or self._kept_items.dataset is not dataset: self._kept_items = KeptItems(dataset)
+        return self._kept_items
+
     # Loss, logits and targets
     @property
     def fit_loss(self) -> Callable:
@@ -361,6 +370,7 @@ class LossTerms(QuickCallback):
         self.history = state['history']
 
     def after_train(self):
+        self._kept_items = None
         self._record_weights()
         if self.ranks.size>1: self._pool_ranks()
         means = self.means()
@@ -406,10 +416,11 @@ class KeptItems:
     ):
         self.dataset = dataset
         self._mark = _mark_of(dataset)
-    def are_of(self, dataset:Any # The same data set later, or another one
-              ) -> bool:
-        "Whether a data set has these items, in this order; false if they were moved or replaced within it."
-        return _same_values(self._mark, _mark_of(self.dataset)) and same_items(self.dataset, dataset)
+    def same_as(self, later:'KeptItems' # Of the same data set later, or of another one
+               ) -> bool:
+        "Whether both are the same items, in the same order; false if some were moved or replaced in between."
+        now = later._mark if later.dataset is self.dataset else _mark_of(self.dataset)
+        return _same_values(self._mark, now) and same_items(self.dataset, later.dataset)
 
 _wrappers = (torch.utils.data.Subset,torch.utils.data.ConcatDataset,WithIds)
 _label_names = ('targets','labels','y')
@@ -449,6 +460,7 @@ def _mark_of_files(items):
     return [_mark_of_file(o) for o in heads if isinstance(o, (str,os.PathLike))]
 
 def _mark_of_file(path):
+    "Size and modification time of a file; None if it can't be read"
     try: stat = os.stat(path)
     except (OSError, ValueError): return None
     return stat.st_size,stat.st_mtime_ns
@@ -468,12 +480,12 @@ class CallbackWithMemory(CallbackWithHelpers):
     def reset_if_changed(self):
         "Forget everything if the model or the data set has changed. Call it first in `before_train`."
         lineage = self.learn.loss_terms.lineage()
-        dataset = getattr(self.learn.dl, 'dataset', None)
+        items = self.learn.loss_terms.kept_items()
         other_model = self._of_lineage not in (None,lineage) and not self._was_loaded
-        other_data = self._dataset is not None and not self._dataset.are_of(dataset)
+        other_data = self._dataset is not None and not self._dataset.same_as(items)
         if other_model or other_data: self.reset()
         self._of_lineage = lineage
-        self._dataset = KeptItems(dataset)
+        self._dataset = items
         self._was_loaded = False
 
     def accept_loaded(self, learn:Learner # Learner of the loaded state

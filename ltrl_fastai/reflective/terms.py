@@ -148,7 +148,7 @@ class LossTerms(QuickCallback):
     "Add terms to a batch's loss, log their means per epoch, and keep their gradient apart if a callback asks for it."
     order,run_valid = Recorder.order+1,False
     _stateattrs = ('terms','projected','sums','counts','grads','record',
-                   '_full_loss','_batch_grads','_lineage','_weights')
+                   '_full_loss','_batch_grads','_lineage','_weights','_kept_items')
     in_second_pass = True # see `SAM`
     second_pass = False # is the loss of this batch computed again, with other weights?
     terms = None # of this batch, by name
